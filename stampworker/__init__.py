@@ -1,0 +1,1 @@
+"""Stream worker for real-time astronomical alerts."""

@@ -1,0 +1,1 @@
+"""Cutouts: crop, write, load, adjust and downscale."""

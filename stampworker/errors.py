@@ -1,0 +1,87 @@
+"""Every exception of stampworker.
+
+::
+
+    StampworkerError
+    ├── AlertError              set the alert aside
+    │   └── UnknownSchema       set the alert aside
+    ├── ConfigError             stop, exit 2
+    ├── FrameError              carries the URL
+    │   ├── FrameMissing        retry while it may only be late, then set the alert aside
+    │   ├── FrameRefused        outside the allowed roots, or over a limit: set the alert aside
+    │   ├── FrameCorrupt        set the alert aside
+    │   ├── FrameMismatch       shape or grid does not fit: set the alert aside
+    │   └── FrameUnavailable    retry later
+    └── PublishError
+        ├── TransactionAborted  read again from the last commit
+        └── ProducerFenced      stop this worker
+
+Messages name the thing, the value found and the value wanted. Wrong arguments of a function are ``ValueError``.
+"""
+
+from __future__ import annotations
+
+
+class StampworkerError(Exception):
+    """Base of every error that stampworker raises on purpose."""
+
+
+class AlertError(StampworkerError):
+    """An alert cannot be read or lacks what is required: set it aside."""
+
+
+class UnknownSchema(AlertError):
+    """An alert in wire format names a schema id that is not known here."""
+
+
+class ConfigError(StampworkerError):
+    """A setting is unknown, malformed or missing: stop, exit 2."""
+
+
+class FrameError(StampworkerError):
+    """A frame cannot serve an alert.
+
+    Parameters
+    ----------
+    url : str
+        Address of the frame, without credentials.
+    problem : str
+        What was found and what was expected.
+    """
+
+    def __init__(self, url: str, problem: str) -> None:
+        super().__init__(f"{url}: {problem}")
+        self.url = url
+        self.problem = problem
+
+
+class FrameMissing(FrameError):
+    """There is no such frame, now; it may only be late."""
+
+
+class FrameRefused(FrameError):
+    """The frame lies outside the allowed roots or exceeds a limit."""
+
+
+class FrameCorrupt(FrameError):
+    """The file is not the FITS image that it should be."""
+
+
+class FrameMismatch(FrameError):
+    """The frame's shape or grid does not fit the science frame's."""
+
+
+class FrameUnavailable(FrameError):
+    """The frame could not be read for a reason that may pass."""
+
+
+class PublishError(StampworkerError):
+    """A batch could not be published."""
+
+
+class TransactionAborted(PublishError):
+    """The transaction was aborted: read again from the last commit."""
+
+
+class ProducerFenced(PublishError):
+    """Another worker took this worker's transactional id: stop."""
