@@ -1,0 +1,297 @@
+"""Settings: frozen, checked once, secrets hidden.
+
+Three sources, each over the one before it: a TOML file with a table per section, the environment
+(``STAMPWORKER_<SECTION>_<KEY>``) and command-line flags. An unknown name is an error that names the nearest known one.
+librdkafka's own properties stand in ``[kafka]`` under their dotted names, and in the environment as
+``STAMPWORKER_KAFKA_`` and the name in capitals with underscores for dots.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from stampworker.errors import ConfigError
+
+PREFIX = "STAMPWORKER_"
+PLANES = ("science", "template", "difference", "convolved", "error", "variance", "mask")
+"""The planes that an alert may name."""
+
+_SECRET = re.compile(r"password|secret|jaas|token|\.pem$|oauthbearer\.config")
+
+
+def _split(value: object) -> object:
+    """Let a comma-separated string, as the environment has it, stand for a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class EnrichSettings(_Section):
+    """What goes into a packet."""
+
+    radius: float = Field(31, gt=0, le=500)
+    """Half-size of a stamp, pixels; a stamp is 2·ceil(radius) + 1 square."""
+    required_planes: Names = ()
+    """Planes without which an alert is rejected: science, template, difference, convolved, error, variance, mask."""
+    gzip: bool = True
+    """Compress the stamps (gzip)."""
+
+    @field_validator("required_planes")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for plane in value:
+            if plane not in PLANES:
+                raise ValueError(f"no plane is called {plane!r}{nearest(plane, PLANES)}")
+        return value
+
+
+class FitSettings(_Section):
+    """How the convolved template is adjusted; see `stampworker.cutouts.adjust_cutout`."""
+
+    max_shift: float = Field(1.0, gt=0, le=5)
+    """Largest shift along x and along y, pixels."""
+    max_scale: float = Field(1.1, gt=1, le=10)
+    """Largest flux scale; the smallest is its inverse."""
+    inner: int | None = Field(None, ge=3)
+    """Side of the central box that is fitted, pixels; by default ceil(2·fwhm) made odd, at least 7."""
+    fit_bg: bool = False
+    """Fit the background offset too."""
+    fwhm: float = Field(3.0, gt=0, le=100)
+    """FWHM of the PSF where the alert has none, pixels."""
+
+
+class VerdictSettings(_Section):
+    """When a candidate is called an artefact; see `stampworker.cutouts.is_artefact`."""
+
+    p_value: float = Field(0.01, ge=0, le=1)
+    """The adjustment explains the residual where the p-value is above this, ..."""
+    chi2_ratio: float = Field(0.33, ge=0, le=1)
+    """... or chi2 is below this share of chi2_0."""
+    min_scale: float = Field(0.8, gt=0)
+    """Smallest scale of an artefact."""
+    max_scale: float = Field(1.2, gt=0)
+    """Largest scale of an artefact."""
+    needed: float = Field(16.3, ge=0)
+    """The adjustment was needed where chi2_0 − chi2 is above this (three parameters at 1e-3)."""
+
+
+class FrameSettings(_Section):
+    """Which frames may be read, and how much of them is kept."""
+
+    frame_roots: Names = ()
+    """Folders beneath which frames may be read; relative paths start at the first."""
+    max_open_frames: int = Field(64, ge=1)
+    """Frames kept open."""
+    cache_bytes: int = Field(2 << 30, ge=0)
+    """Decompressed data kept in memory, bytes."""
+    max_header_bytes: int = Field(1 << 20, ge=2880)
+    """Longest header of one HDU, bytes."""
+    max_axis: int = Field(100_000, ge=1)
+    """Longest axis of a frame, pixels."""
+    max_decompressed_bytes: int = Field(4 << 30, ge=1)
+    """Largest decompressed frame, bytes."""
+
+
+class AlertSettings(_Section):
+    """How incoming alerts are decoded."""
+
+    schema_folder: Path | None = None
+    """Folder of ``<schema id>.avsc``, for alerts in Confluent wire format."""
+
+
+class WorkerSettings(_Section):
+    """The loop: topics, group, batches, promise."""
+
+    input_topic: Names = ("alerts",)
+    """Topics that alerts are read from."""
+    packet_topic: str = "packets"
+    """Topic that packets are published to."""
+    reject_topic: str = "rejects"
+    """Topic that rejected alerts are published to."""
+    group: str = Field("stampworker", min_length=1)
+    """Kafka consumer group."""
+    slot: int | None = Field(None, ge=0)
+    """Number of this worker in its group, for its transactional id; by default the host name's last digits, else 0."""
+    guarantee: Literal["exactly-once", "at-least-once"] = "exactly-once"
+    """At-least-once is for brokers without transactions."""
+    batch_count: int = Field(200, ge=1)
+    """A batch is closed at this many alerts, ..."""
+    batch_bytes: int = Field(16 << 20, ge=1)
+    """... at this many bytes of alerts, ..."""
+    batch_s: float = Field(0.5, gt=0)
+    """... or this long after its first alert, seconds."""
+    deadline_s: float = Field(60.0, gt=0, le=240)
+    """Longest time for publishing and committing one batch, seconds; below the group's poll interval of 300 s."""
+
+    def slot_number(self) -> int:
+        """Return the slot as set, else the number that the host's name ends in (a StatefulSet's ordinal), else 0."""
+        if self.slot is not None:
+            return self.slot
+        found = re.search(r"(\d{1,6})$", socket.gethostname().split(".")[0])
+        return int(found[1]) if found else 0
+
+    def transactional_id(self) -> str:
+        """Return ``<group>-<slot>``: stable, so that a restarted worker ends what it left open."""
+        return f"{self.group}-{self.slot_number()}"
+
+
+class LogSettings(_Section):
+    """What is logged, to standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severity that is logged."""
+
+
+class Settings(_Section):
+    """Every setting of a run."""
+
+    enrich: EnrichSettings = EnrichSettings()
+    fit: FitSettings = FitSettings()
+    verdict: VerdictSettings = VerdictSettings()
+    frames: FrameSettings = FrameSettings()
+    alerts: AlertSettings = AlertSettings()
+    worker: WorkerSettings = WorkerSettings()
+    log: LogSettings = LogSettings()
+    kafka: dict[str, str] = Field(default_factory=lambda: {"bootstrap.servers": "localhost:9092"}, repr=False)
+    """librdkafka's properties, shared by consumer and producer."""
+
+    @field_validator("kafka", mode="before")
+    @classmethod
+    def _strings(cls, value: object) -> object:
+        # TOML has numbers and booleans; librdkafka takes strings.
+        if not isinstance(value, Mapping):
+            return value
+        return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
+
+
+def nearest(name: str, known: object) -> str:
+    """Return ``; the nearest known is …``, or nothing where none is near."""
+    found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)  # type: ignore[attr-defined]
+    return f"; the nearest known is {found[0]!r}" if found else ""
+
+
+def load(
+    path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
+) -> Settings:
+    """Read and check the settings.
+
+    Parameters
+    ----------
+    path : Path, optional
+        A TOML file.
+    environ : mapping, optional
+        The environment; only names that start with ``STAMPWORKER_`` count, without ``STAMPWORKER_TEST_*`` (the tests')
+        and ``STAMPWORKER_CONFIG`` (the path of the file, see the command line).
+    flags : mapping, optional
+        ``section.key`` → value; ``kafka.<name>`` for librdkafka's properties. They win.
+
+    Returns
+    -------
+    settings : Settings
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, a name is unknown, or a value is not what is wanted.
+    """
+    values: dict[str, dict[str, object]] = {}
+    for section, keys in _read_toml(path).items() if path else ():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{path}: {section!r} stands outside a section{nearest(section, Settings.model_fields)}")
+        values[section] = {**_flatten(keys)} if section == "kafka" else dict(keys)
+    sources = {f"{s}.{k}": str(path) for s, keys in values.items() for k in keys}
+    for name, value in (environ or {}).items():
+        if name.startswith(PREFIX) and not name.startswith(PREFIX + "TEST_") and name != PREFIX + "CONFIG":
+            section, key = _environment_key(name)
+            values.setdefault(section, {})[key] = value
+            sources[f"{section}.{key}"] = name
+    for dotted, value in (flags or {}).items():
+        section, _, key = dotted.partition(".")
+        values.setdefault(section, {})[key] = value
+        sources[dotted] = "command line"
+    kafka = {"bootstrap.servers": "localhost:9092", **values.pop("kafka", {})}
+    try:
+        return Settings.model_validate({**values, "kafka": kafka})
+    except ValidationError as exc:
+        raise ConfigError("\n".join(_complaint(error, sources) for error in exc.errors())) from None
+
+
+def describe(settings: Settings) -> str:
+    """Return the settings as TOML, secrets masked.
+
+    Parameters
+    ----------
+    settings : Settings
+
+    Returns
+    -------
+    text : str
+    """
+    lines = []
+    for section, values in settings.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            if section == "kafka":
+                value = "********" if _SECRET.search(key) else value
+            # JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null.
+            name = json.dumps(key) if section == "kafka" else key
+            lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Undo TOML's reading of an unquoted dotted key as nested tables."""
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _environment_key(name: str) -> tuple[str, str]:
+    section, _, key = name.removeprefix(PREFIX).lower().partition("_")
+    if section == "kafka":
+        return section, key.replace("_", ".")
+    known = [f"{PREFIX}{s}_{k}".upper() for s, model in _sections().items() for k in model.model_fields]
+    if name not in known:
+        raise ConfigError(f"environment: {name} is not a setting{nearest(name, known)}")
+    return section, key
+
+
+def _sections() -> dict[str, type[_Section]]:
+    return {name: type(value) for name, value in Settings() if isinstance(value, _Section)}
+
+
+def _complaint(error: Any, sources: Mapping[str, str]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    source = sources.get(".".join(str(part) for part in error["loc"][:2]))
+    prefix = f"{source}: {where}" if source else where
+    if error["type"] != "extra_forbidden":
+        return f"{prefix}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    section, *rest = error["loc"]
+    known = _sections()[section].model_fields if rest else Settings.model_fields
+    return f"{prefix} is not a setting{nearest(str(error['loc'][-1]), known)}"
