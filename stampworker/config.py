@@ -219,9 +219,9 @@ def load(
             section, key = _environment_key(name)
             values.setdefault(section, {})[key] = value
             sources[f"{section}.{key}"] = name
-    for dotted, value in (flags or {}).items():
+    for dotted, given in (flags or {}).items():
         section, _, key = dotted.partition(".")
-        values.setdefault(section, {})[key] = value
+        values.setdefault(section, {})[key] = given
         sources[dotted] = "command line"
     kafka = {"bootstrap.servers": "localhost:9092", **values.pop("kafka", {})}
     try:
@@ -245,11 +245,12 @@ def describe(settings: Settings) -> str:
     for section, values in settings.model_dump(mode="json").items():
         lines.append(f"[{section}]")
         for key, value in values.items():
-            if section == "kafka":
-                value = "********" if _SECRET.search(key) else value
-            # JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null.
             name = json.dumps(key) if section == "kafka" else key
-            lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}")
+            shown = "********" if section == "kafka" and _SECRET.search(key) else value
+            # JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null.
+            lines.append(
+                f"# {name} is not set" if shown is None else f"{name} = {json.dumps(shown, ensure_ascii=False)}"
+            )
         lines.append("")
     return "\n".join(lines)
 
