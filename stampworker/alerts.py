@@ -133,7 +133,7 @@ def from_record(record: Mapping[str, Any]) -> Alert:
         )
         _check_position(alert)
     except AlertError as exc:
-        raise AlertError(f"alert {alert_id!r}: {exc}") from None
+        raise AlertError(f"alert {alert_id!r}: {exc}", alert_id) from None
     return alert
 
 
@@ -231,7 +231,7 @@ def from_table(
     AlertError
         The table lacks a column that is named, or has no positions.
     """
-    names = {name: name for name in table.colnames} | {our: its for our, its in (columns or {}).items()}
+    names = {name: name for name in table.colnames} | dict(columns or {})
     for our, its in names.items():
         if its not in table.colnames:
             raise AlertError(f"{source}: found no column {its!r} for {our!r}{nearest(its, table.colnames)}")
@@ -243,7 +243,7 @@ def from_table(
         try:
             made.append(from_record(_row_record(row, alert_id, names, pixel_origin) | {"frames": dict(frames)}))
         except AlertError as exc:
-            made.append(exc)
+            made.append(AlertError(str(exc), exc.alert_id or alert_id))
     return made
 
 

@@ -27,7 +27,19 @@ class StampworkerError(Exception):
 
 
 class AlertError(StampworkerError):
-    """An alert cannot be read or lacks what is required: set it aside."""
+    """An alert cannot be read or lacks what is required: set it aside.
+
+    Parameters
+    ----------
+    problem : str
+        What was found and what was expected.
+    alert_id : str, optional
+        The alert's identifier, where it could be read.
+    """
+
+    def __init__(self, problem: str, alert_id: str | None = None) -> None:
+        super().__init__(problem)
+        self.alert_id = alert_id
 
 
 class UnknownSchema(AlertError):

@@ -1,0 +1,396 @@
+"""Enrichment: alerts in, packets out. It knows nothing of Kafka.
+
+For each group of alerts that name the same frames::
+
+    1 frames.open            the planes, each read by the section
+    2 frames.on_grid         every plane on the science frame's pixels
+    3 cutouts.get_cutout     the planes around one candidate
+    4 cutouts.adjust_cutout  shift and scale the convolved template
+    5 packets.StampWriter    the planes as FITS
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.table import MaskedColumn, Table
+from astropy.wcs import NoConvergence
+from numpy.typing import NDArray
+
+from stampworker.alerts import Alert, from_table
+from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings
+from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact
+from stampworker.errors import AlertError, FrameError, FrameMismatch
+from stampworker.frames import Frame, FrameStore, on_grid
+from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
+
+log = logging.getLogger(__name__)
+
+_VERSION = version("stampworker")
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+# The normal approximation to a position is lost far outside any detector; and a section's corner must be an integer.
+_FARTHEST_PIXEL = 1e9
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An alert that cannot become a packet.
+
+    Attributes
+    ----------
+    alert_id : str or None
+        The alert's identifier; None where it could not be decoded.
+    stage : str
+        ``decode``, ``frames`` or ``enrich``.
+    error : Exception
+        Why.
+    """
+
+    alert_id: str | None
+    stage: str
+    error: Exception
+
+    def to_record(self) -> dict[str, Any]:
+        """Return ``alertId, stage, error, message``."""
+        name = type(self.error).__name__
+        return {"alertId": self.alert_id, "stage": self.stage, "error": name, "message": str(self.error)}
+
+
+@dataclass(frozen=True)
+class _FrameSet:
+    """The frames that a group of alerts names, all on the science frame's grid."""
+
+    planes: dict[str, Frame]
+    writers: dict[str, StampWriter]
+    header_gain: float | None
+
+    @property
+    def science(self) -> Frame:
+        return self.planes["science"]
+
+
+def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings) -> list[Packet | Reject]:
+    """Make a packet, or a reject, of each alert.
+
+    Parameters
+    ----------
+    alerts : sequence of Alert
+        A batch; alerts that name the same frames are worked on together.
+    store : FrameStore
+        Where frames are opened.
+    settings : Settings
+        ``enrich``, ``fit`` and ``verdict``.
+
+    Returns
+    -------
+    results : list of Packet or Reject
+        In the order of the alerts.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for i, alert in enumerate(alerts):
+        groups.setdefault(tuple(sorted(alert.frames.items())), []).append(i)
+    results: dict[int, Packet | Reject] = {}
+    for frames, members in groups.items():
+        try:
+            frame_set = _open(dict(frames), store, settings.enrich)
+        except FrameError as exc:
+            results |= {i: Reject(alerts[i].alert_id, "frames", exc) for i in members}
+            continue
+        for i in members:
+            results[i] = _packet_or_reject(alerts[i], frame_set, settings)
+    return [results[i] for i in range(len(alerts))]
+
+
+def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet | Reject:
+    try:
+        return _make_packet(alert, frames, settings)
+    except FrameError as exc:
+        return Reject(alert.alert_id, "frames", exc)
+    except AlertError as exc:
+        return Reject(alert.alert_id, "enrich", exc)
+    except Exception as exc:
+        # A fault of ours must cost one alert, which is kept with its traceback, not stop the stream again and again.
+        log.exception("alert %s: unexpected error", alert.alert_id)
+        return Reject(alert.alert_id, "enrich", exc)
+
+
+def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings) -> _FrameSet:
+    kinds = {"mask": "mask", "error": "error", "variance": "error"}
+    science = store.open(urls["science"])
+    planes = {"science": science}
+    for plane, url in urls.items():
+        if plane != "science":
+            kind = kinds.get(plane, "image")
+            planes[plane] = on_grid(store.open(url, mask=kind == "mask"), science, kind=kind)
+    return _FrameSet(planes, _writers(planes, settings.gzip), _gain(science))
+
+
+def _writers(planes: Mapping[str, Frame], gzip: bool) -> dict[str, StampWriter]:
+    """Make the writers of all stamps; a derived plane has the science plane's grid and unit."""
+    science = planes["science"]
+    writers = {}
+    for plane in ("science", "template", "difference", "convolved", "error", "mask", "adjusted"):
+        frame = planes.get(plane, science)
+        cards = science.wcs_cards() or frame.wcs_cards()
+        writers[plane] = StampWriter(plane, cards, None if plane == "mask" else frame.bunit, gzip)
+    return writers
+
+
+def _gain(science: Frame) -> float | None:
+    gain = science.header.get("GAIN")
+    usable = isinstance(gain, int | float) and not isinstance(gain, bool) and math.isfinite(gain) and gain > 0
+    return float(gain) if usable else None
+
+
+def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
+    for plane in settings.enrich.required_planes:
+        if plane not in frames.planes:
+            raise AlertError(f"frames: found no {plane!r}, which enrich.required_planes wants")
+    x, y = _position(alert, frames.science)
+    radius = math.ceil(settings.enrich.radius)
+    x1, y1 = math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
+    others = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
+    cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **others)
+    if "mask" in cutout:
+        _mask_off_frame(cutout["mask"], x1, y1, frames.science.shape)
+    origins = _derive_planes(cutout, alert.gain or frames.header_gain)
+    fit = _fit_settings(alert, settings.fit)
+    status = _adjust(cutout, fit, (x1, y1), frames.science.shape)
+    fitted = status in ("ok", "at_bound")
+    metrics = {name: cutout["meta"][name] for name in METRICS if fitted and cutout["meta"].get(name) is not None}
+    return Packet(
+        packet_id=alert.packet_id(),
+        alert_id=alert.alert_id,
+        object_id=alert.object_id,
+        candidate={
+            "x": x,
+            "y": y,
+            "ra": alert.ra,
+            "dec": alert.dec,
+            "mjd": alert.mjd,
+            "mjdScale": alert.mjd_scale,
+            "fwhm": alert.fwhm,
+            "extra": alert.extra,
+        },
+        frames={plane: frame.url for plane, frame in frames.planes.items()},
+        stamps=_stamps(cutout, frames, alert.alert_id, (x1, y1), fitted),
+        metrics=metrics,
+        adjust_status=status,
+        adjust_artefact=is_artefact(cutout["meta"], **settings.verdict.model_dump()) if fitted else None,
+        adjust_settings={
+            **fit.model_dump(exclude={"fwhm"}),
+            **{f"artefact_{name}": value for name, value in settings.verdict},
+        },
+        convolved_origin=origins.get("convolved"),
+        err_origin=origins.get("err"),
+        resampled_planes=tuple(sorted(plane for plane, frame in frames.planes.items() if frame.resampled)),
+        worker_version=_VERSION,
+    )
+
+
+def _position(alert: Alert, science: Frame) -> tuple[float, float]:
+    """Return x, y of the candidate on the science frame, pixels, 0-based."""
+    if alert.x is not None and alert.y is not None:
+        x, y = alert.x, alert.y
+    elif science.wcs is None:
+        raise FrameMismatch(science.url, f"no usable WCS, and alert {alert.alert_id!r} gives ra, dec only")
+    else:
+        try:
+            x, y = (float(value) for value in science.wcs.all_world2pix(alert.ra, alert.dec, 0))
+        except NoConvergence:
+            x = y = math.nan
+    if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
+        where = f"x {x}, y {y}" if alert.x is not None else f"ra {alert.ra}, dec {alert.dec}"
+        raise AlertError(f"position: found {where}, wanted one that the science frame's pixel grid can hold")
+    return x, y
+
+
+def _mask_off_frame(mask: NDArray[Any], x1: int, y1: int, shape: tuple[int, int]) -> None:
+    """Set to 1 what lies off the frame, where a cropped integer plane is 0."""
+    mask[: max(-y1, 0)] = 1
+    mask[:, : max(-x1, 0)] = 1
+    mask[max(shape[0] - y1, 0) :] = 1
+    mask[:, max(shape[1] - x1, 0) :] = 1
+
+
+def _derive_planes(cutout: dict[str, Any], gain: float | None) -> dict[str, str]:
+    """Add the planes ``convolved`` and ``err`` that the fit needs and no frame has; say where they come from."""
+    origins = {}
+    if "convolved" in cutout:
+        origins["convolved"] = "frame"
+    elif "diff" in cutout:
+        cutout["convolved"] = cutout["image"] - cutout["diff"]
+        origins["convolved"] = "science-difference"
+    if "err" in cutout:
+        origins["err"] = "error"
+    elif "variance" in cutout:
+        variance = cutout.pop("variance")
+        cutout["err"] = np.sqrt(np.where(variance >= 0, variance, np.nan))
+        origins["err"] = "variance"
+    elif "convolved" in cutout:
+        cutout["err"], origins["err"] = _noise(cutout, gain)
+    return origins
+
+
+def _noise(cutout: Mapping[str, Any], gain: float | None) -> tuple[NDArray[Any], str]:
+    """Estimate the 1-sigma noise of a cutout: robust scatter of the difference, Poisson noise of the sources."""
+    image = cutout["image"]
+    good = np.isfinite(image)
+    if "mask" in cutout:
+        good &= cutout["mask"] == 0
+    plane = cutout.get("diff", image)
+    values = plane[good & np.isfinite(plane)]
+    sigma = _MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))) if values.size else np.nan
+    variance = np.full(image.shape, sigma**2, dtype=image.dtype)
+    if gain is None or not values.size:
+        return np.sqrt(variance), "background"
+    # The sky's own Poisson noise is in sigma already, so only what is above the sky counts.
+    variance += np.clip(image - np.median(image[good]), 0, None) / gain
+    return np.sqrt(variance).astype(image.dtype, copy=False), "background+poisson"
+
+
+def _fit_settings(alert: Alert, fit: FitSettings) -> FitSettings:
+    """Choose the fitted box for the alert's PSF, unless the settings do."""
+    if fit.inner is not None:
+        return fit
+    side = max(math.ceil(2 * (alert.fwhm or fit.fwhm)), 7)
+    return fit.model_copy(update={"inner": side + 1 - side % 2})
+
+
+def _adjust(cutout: dict[str, Any], fit: FitSettings, corner: tuple[int, int], shape: tuple[int, int]) -> str:
+    """Fit the convolved template to a cutout; return the status."""
+    ny, nx = cutout["image"].shape
+    x1, y1 = corner
+    if x1 >= shape[1] or y1 >= shape[0] or x1 + nx <= 0 or y1 + ny <= 0:
+        return "off_frame"
+    if "convolved" not in cutout:
+        return "no_convolved"
+    adjust_cutout(cutout, max_shift=fit.max_shift, max_scale=fit.max_scale, inner=fit.inner, fit_bg=fit.fit_bg)
+    return str(cutout["meta"]["adjust_status"])
+
+
+def _stamps(
+    cutout: Mapping[str, Any], frames: _FrameSet, alert_id: str, corner: tuple[int, int], fitted: bool
+) -> dict[str, Stamp]:
+    stamps = {}
+    for plane, writer in frames.writers.items():
+        data = cutout.get(CUTOUT_KEYS.get(plane, plane))
+        if data is None or (plane == "adjusted" and not fitted):
+            continue
+        if plane == "adjusted":
+            data = data.astype(cutout["image"].dtype, copy=False)
+        stamps[plane] = writer.write(alert_id, data, *corner)
+    return stamps
+
+
+def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
+    """Add the metrics to a table of candidates.
+
+    Parameters
+    ----------
+    table : astropy.table.Table
+        One row a candidate; not modified.
+    results : iterable of Packet or Reject
+        One a row.
+
+    Returns
+    -------
+    table : astropy.table.Table
+        With ``alertId``, ``packetId``, the columns ``adjust_*`` (masked where there is no fit) and ``reject``, the
+        reason why a row has no packet, else empty.
+    """
+    listed = list(results)
+    out = table.copy()
+    packets = [r if isinstance(r, Packet) else None for r in listed]
+    out["alertId"] = [r.alert_id or "" for r in listed]
+    out["packetId"] = [p.packet_id if p else "" for p in packets]
+    for name in METRICS:
+        kind: type = {"adjust_df": int, "adjust_bound": str}.get(name, float)
+        out[name] = _masked([p.metrics.get(name) if p else None for p in packets], kind)
+    out["adjust_status"] = _masked([p.adjust_status if p else None for p in packets], str)
+    out["adjust_artefact"] = _masked([p.adjust_artefact if p else None for p in packets], bool)
+    out["reject"] = [f"{type(r.error).__name__}: {r.error}" if isinstance(r, Reject) else "" for r in listed]
+    return out
+
+
+def _masked(values: Sequence[Any], kind: type) -> MaskedColumn:
+    missing = [value is None for value in values]
+    return MaskedColumn(
+        [kind() if value is None else kind(value) for value in values], mask=missing, dtype=kind or None
+    )
+
+
+def enrich_table(
+    table: Table,
+    frames: Mapping[str, str | Path],
+    radius: float = 31,
+    *,
+    columns: Mapping[str, str] | None = None,
+    pixel_origin: int = 0,
+    settings: Settings | None = None,
+) -> tuple[Table, list[Packet | Reject]]:
+    """Cut out and adjust every candidate of a table on one set of frames.
+
+    Parameters
+    ----------
+    table : astropy.table.Table
+        One row a candidate, with ``x, y`` (pixels, 0-based) or ``ra, dec`` (degrees, ICRS); see
+        `stampworker.alerts.from_table`.
+    frames : mapping
+        Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file.
+    radius : float, optional
+        Half-size of a stamp, pixels.
+    columns : mapping, optional
+        Name of ours → name of the column, such as ``{"x": "X_IMAGE", "y": "Y_IMAGE"}``.
+    pixel_origin : {0, 1}, optional
+        What the table calls the first pixel.
+    settings : Settings, optional
+        Of the fit and the verdict.
+
+    Returns
+    -------
+    table : astropy.table.Table
+        A copy with the metrics; see `results_table`.
+    packets : list of Packet or Reject
+        One a row.
+
+    Raises
+    ------
+    AlertError
+        The table has no positions.
+    FrameError
+        A frame cannot be read.
+    """
+    urls = {plane: file_url(path) for plane, path in frames.items()}
+    alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
+    base = settings or Settings()
+    wanted = base.model_copy(update={"enrich": base.enrich.model_copy(update={"radius": radius})})
+    with FrameStore(FrameSettings(), allowed_files=[local_file(path) for path in frames.values()]) as store:
+        for plane, url in urls.items():  # what is wrong with a frame is wrong for every row
+            store.open(url, mask=plane == "mask")
+        results = enrich_mixed(alerts, store, wanted)
+    return results_table(table, results), results
+
+
+def local_file(path: str | Path) -> Path:
+    """Return the absolute path of a FITS file, without the ``#HDU`` that may follow."""
+    return Path(str(path).partition("#")[0]).resolve()
+
+
+def file_url(path: str | Path) -> str:
+    """Return the ``file:`` URL of a FITS file, with the ``#HDU`` that may follow its path."""
+    _, mark, fragment = str(path).partition("#")
+    return local_file(path).as_uri() + mark + fragment
+
+
+def enrich_mixed(alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings) -> list[Packet | Reject]:
+    """Make packets of alerts among which some could not be read; see `make_packets`."""
+    good = iter(make_packets([a for a in alerts if isinstance(a, Alert)], store, settings))
+    return [next(good) if isinstance(a, Alert) else Reject(a.alert_id, "decode", a) for a in alerts]
