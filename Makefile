@@ -1,0 +1,68 @@
+# Everything a newcomer needs; `make` lists it. A fresh Debian with git, make and Python 3.11 or later with venv will do.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+IMAGE ?= stampworker
+
+venv := .venv
+bin := $(venv)/bin
+bench := $(venv)/bench
+install = $(1)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-unit lint bench image clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=python3.12, PYTEST_ARGS="-k frames -x", IMAGE=name:tag'
+
+demo: $(venv)/.viewer ## install, and run a small simulated survey night through the real worker (no Docker)
+	$(bin)/stampworker demo
+
+test: lint ## environment, ruff, mypy and every test, with a real Kafka broker in a container
+	deploy/engine.sh
+	deploy/kafka/image.sh
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+test-unit: $(venv)/.test ## the tests that need no Docker
+	$(bin)/python -m pytest -m "not broker" $(PYTEST_ARGS)
+
+lint: $(venv)/.test ## ruff and mypy
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/mypy
+
+bench: $(bench)/.bench ## speed against the same chain written with STDPipe, in an environment of its own (large)
+	@set -e; for file in tests/benchmarks/*.py; do echo "$$file"; $(bench)/bin/python "$$file"; done
+
+image: ## the Docker image (deploy/README.md)
+	deploy/image.sh $(IMAGE)
+
+clean: ## remove what the other targets made here (Docker's images stay)
+	rm -rf $(venv) build dist demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments. A stamp file is as new as the installation that it stands for, so that a second run installs nothing.
+
+$(venv)/.viewer: pyproject.toml constraints.txt | $(bin)/python
+	@echo 'Installing stampworker and what it needs into $(venv)'
+	$(call install,$(venv)) -e '.[viewer]'
+	@touch $@
+
+$(venv)/.test: pyproject.toml constraints.txt | $(bin)/python
+	@echo 'Installing stampworker, what it needs and the tools of its tests into $(venv)'
+	$(call install,$(venv)) -e '.[viewer,test,lint]'
+	@touch $@ $(venv)/.viewer
+
+$(bench)/.bench: pyproject.toml constraints.txt | $(bench)/bin/python
+	@echo 'Installing stampworker and STDPipe, to compare with, into $(bench)'
+	$(call install,$(bench)) -e '.[bench]'
+	@touch $@
+
+$(bin)/python $(bench)/bin/python:
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo 'stampworker needs Python 3.11 or later with venv, and "$(PYTHON)" is not that ($(shell $(PYTHON) --version 2>&1)).' >&2; \
+	    echo 'Debian, Ubuntu: apt-get install python3-venv. Another Python: make PYTHON=python3.12 ...' >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Make an image of this machine's own distribution, for where none can be pulled: base.sh IMAGE PACKAGE…
+# The packages come from where apt gets them on this machine: its mirrors, its proxies.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+image=$1
+shift
+packages=$(IFS=,; echo "$*")
+
+command -v mmdebstrap >/dev/null || ./packages.sh "mmdebstrap, which makes images" mmdebstrap
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+. /etc/os-release
+# The distribution's own archives as apt is configured here, without what other parties add.
+targets() {
+    apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' "Origin: ${ID^}" | sort -u
+}
+targets >"$work/sources.list"
+if [ ! -s "$work/sources.list" ] && [ "$(id -u)" = 0 ]; then
+    apt-get update >/dev/null # A fresh system has no lists, and without them apt does not know whose an archive is.
+    targets >"$work/sources.list"
+fi
+apt-config dump | grep -iE '^Acquire::(https?|Retries)' >"$work/apt.conf" || true # Proxies and the like, or nothing.
+
+sources=()
+if [ -s "$work/sources.list" ]; then
+    sources=("$work/sources.list")
+fi
+echo "stampworker: making the image $image ($PRETTY_NAME with $*)" >&2
+if ! mmdebstrap --variant=minbase --include="$packages" --aptopt="$work/apt.conf" \
+    --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/apt/sources.list"' \
+    "$VERSION_CODENAME" "$work/rootfs.tar" "${sources[@]}" >"$work/log" 2>&1; then
+    tail -n 20 "$work/log" >&2
+    echo "stampworker: mmdebstrap failed; see above." >&2
+    exit 1
+fi
+docker import "$work/rootfs.tar" "$image" >/dev/null
