@@ -7,6 +7,7 @@ IMAGE ?= stampworker
 venv := .venv
 bin := $(venv)/bin
 bench := $(venv)/bench
+sources := pyproject.toml constraints.txt $(wildcard setup.py stampworker/*.c stampworker/*/*.c)
 install = $(1)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-unit lint bench image clean
@@ -36,8 +37,8 @@ lint: $(venv)/.test ## ruff and mypy
 bench: $(bench)/.bench ## speed against the same chain written with STDPipe, in an environment of its own (large)
 	@set -e; for file in tests/benchmarks/*.py; do echo "$$file"; $(bench)/bin/python "$$file"; done
 
-image: ## the Docker image (deploy/README.md)
-	deploy/image.sh $(IMAGE)
+image: | $(bin)/python ## the Docker image (deploy/README.md)
+	PYTHON=$(bin)/python deploy/image.sh $(IMAGE)
 
 clean: ## remove what the other targets made here (Docker's images stay)
 	rm -rf $(venv) build dist demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -45,17 +46,17 @@ clean: ## remove what the other targets made here (Docker's images stay)
 
 # Environments. A stamp file is as new as the installation that it stands for, so that a second run installs nothing.
 
-$(venv)/.viewer: pyproject.toml constraints.txt | $(bin)/python
+$(venv)/.viewer: $(sources) | $(bin)/python
 	@echo 'Installing stampworker and what it needs into $(venv)'
 	$(call install,$(venv)) -e '.[viewer]'
 	@touch $@
 
-$(venv)/.test: pyproject.toml constraints.txt | $(bin)/python
+$(venv)/.test: $(sources) | $(bin)/python
 	@echo 'Installing stampworker, what it needs and the tools of its tests into $(venv)'
 	$(call install,$(venv)) -e '.[viewer,test,lint]'
 	@touch $@ $(venv)/.viewer
 
-$(bench)/.bench: pyproject.toml constraints.txt | $(bench)/bin/python
+$(bench)/.bench: $(sources) | $(bench)/bin/python
 	@echo 'Installing stampworker and STDPipe, to compare with, into $(bench)'
 	$(call install,$(bench)) -e '.[bench]'
 	@touch $@
