@@ -1,0 +1,9 @@
+"""FITS frames, read by the section: which file, which HDU, which bytes, on which grid.
+
+A `FrameStore` opens frames by URL or path and keeps a bounded number of them; a `Frame` is sliced like an array and
+reads only what is sliced; `on_grid` brings a frame onto the grid of another.
+"""
+
+from stampworker.frames.store import Frame, FrameStore
+
+__all__ = ["Frame", "FrameStore"]

@@ -1,0 +1,69 @@
+"""Bounded memory for decompressed data: who holds how much, and who gives way."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import Protocol
+
+
+class Holder(Protocol):
+    """Something that keeps decompressed data: ``held`` bytes, last used at tick ``used``."""
+
+    held: int
+    used: int
+
+    def release(self) -> None:
+        """Forget the data; it can be decompressed again."""
+        ...
+
+
+class Budget:
+    """Keep the bytes of all holders below a limit by releasing the least recently used.
+
+    The one that is being used is never released for itself, so a single frame above the limit still serves.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes in all.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._clock = itertools.count(1)
+        self._mark = 0
+        self.tick = self._clock.__next__
+
+    @property
+    def held(self) -> int:
+        """Bytes held by all, now."""
+        with self._lock:
+            return sum(holder.held for holder in self._holders)
+
+    def settle(self, user: Holder) -> None:
+        """Account what ``user`` holds now; release others until the limit is kept."""
+        with self._lock:
+            self._holders.add(user)
+            others = sorted((holder for holder in self._holders if holder is not user), key=lambda holder: holder.used)
+            total = user.held + sum(holder.held for holder in others)
+            for holder in others:
+                if total <= self._limit:
+                    return
+                total -= holder.held
+                holder.release()
+
+    def room(self, user: Holder, size: int) -> bool:
+        """Say whether ``user`` may hold ``size`` bytes more without passing the limit by itself."""
+        return user.held + size <= self._limit
+
+    def trim(self) -> None:
+        """Release what was not used since the last call."""
+        with self._lock:
+            for holder in self._holders:
+                if holder.used <= self._mark:
+                    holder.release()
+            self._mark = self.tick()

@@ -1,0 +1,49 @@
+"""Plain FITS images: a section is a slice of the file's bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stampworker.frames.header import Cards, Hdu, bitpix_of
+from stampworker.frames.scaling import STORED, converter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stampworker.frames.sources import Source
+
+
+class PlainImage:
+    """Pixels of an uncompressed image.
+
+    Parameters
+    ----------
+    source : Source
+        The file, or its decompressed bytes.
+    hdu : Hdu
+        An image; its ``plane`` is not None and its data lie inside the source.
+    url : str
+        Name for messages.
+    mask : bool
+        See `stampworker.frames.scaling.converter`.
+    """
+
+    def __init__(self, source: Source, hdu: Hdu, url: str, *, mask: bool) -> None:
+        if hdu.plane is None:
+            raise ValueError(f"{hdu} is not a 2-D image")
+        cards = Cards(hdu.values, url, str(hdu))
+        bitpix = bitpix_of(cards, "BITPIX")
+        self.shape = hdu.plane
+        self.dtype, self._convert = converter(cards, bitpix, mask=mask)
+        self._source, self._offset, self._stored = source, hdu.offset, STORED[bitpix]
+
+    def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
+        """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image; only these rows are read."""
+        pixels = self._source.pixels(self._offset, self.shape, self._stored, y0, y1)
+        if pixels is not None:
+            return self._convert(pixels[y0:y1, x0:x1])
+        stride = self.shape[1] * self._stored.itemsize
+        raw = self._source.read(self._offset + y0 * stride, (y1 - y0) * stride)
+        return self._convert(np.frombuffer(raw, self._stored).reshape(y1 - y0, self.shape[1])[:, x0:x1])

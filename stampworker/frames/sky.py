@@ -1,0 +1,107 @@
+"""The celestial WCS of a frame: its cards verbatim, and the astropy WCS made of them alone.
+
+Both come from the same cards, so what a stamp carries (these cards, CRPIX moved) is what the frame's positions were
+computed with. Linear, SIP, TPV, TNX and every projection of WCSLIB measure from CRPIX and survive the move. Lookup
+tables (CPDIS, DQ, D2IMDIS, -TAB) do not and live in other HDUs: a frame that has them has no usable WCS here, and says
+why; its pixels serve alerts that give x, y.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+
+import numpy as np
+from astropy.io import fits
+from astropy.wcs import WCS
+from astropy.wcs import WcsError as AstropyWcsError
+
+from stampworker.frames.header import Hdu, describe, parse_real, parse_text, split_cards
+
+_TEXT = re.compile(r"CTYPE[12]|CUNIT[12]|RADESYS|RADECSYS|WAT[12]_\d{3}")
+_REAL = re.compile(
+    r"(CRVAL|CRPIX|CDELT|CROTA)[12]|(CD|PC)[12]_[12]|PC00[12]00[12]|PV[12]_\d{1,2}|LONPOLE|LATPOLE|EQUINOX|EPOCH"
+    r"|[AB]P?_(ORDER|DMAX)|[AB]P?_\d_\d"
+)
+_LOOKUP = re.compile(r"(CPDIS|CQDIS|DP|DQ|CPERR|CQERR|DVERR|D2IMDIS|D2IMARR|AXISCORR)\d?")
+# Warnings are silenced for the whole process while a WCS is made; one at a time, so that the filters are put back.
+_LOCK = threading.Lock()
+
+
+def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
+    """Return the cards of the celestial WCS, verbatim, and what is wrong with them.
+
+    Parameters
+    ----------
+    hdu : Hdu
+        An image.
+
+    Returns
+    -------
+    cards : list of str, 80 characters each
+        Of the primary WCS's first two axes, in the header's order.
+    problem : str or None
+        Why they make no usable WCS.
+    """
+    cards: list[str] = []
+    problem = None
+    seen: set[str] = set()
+    for card in split_cards(hdu.cards):
+        keyword = card[:8].rstrip().decode("latin-1")
+        if card[8:9] != b"=" or keyword in seen:
+            continue
+        text, real = _TEXT.fullmatch(keyword), _REAL.fullmatch(keyword)
+        if _LOOKUP.fullmatch(keyword):
+            problem = problem or f"{keyword}: lookup-table distortions cannot be carried by a stamp"
+        if not (text or real):
+            continue
+        seen.add(keyword)
+        value = card[9:]
+        if (parse_text(value) if text else parse_real(value)) is None and not (text is None and _empty(value)):
+            problem = problem or f"{keyword} is {describe(value)}, wanted a {'string' if text else 'number'}"
+        cards.append(card.decode("latin-1"))
+    if not cards:
+        problem = problem or "the header has no WCS"
+    if hdu.plane != hdu.axes[-2:]:
+        problem = problem or f"the plane is not the first two axes of shape {hdu.axes}"
+    linear = [parse_real(hdu.values[keyword]) for keyword in seen if keyword.startswith("CD") and "_" in keyword]
+    if linear and not any(linear):  # which WCSLIB takes for the unit matrix
+        problem = problem or "singular WCS: every CDi_j is 0"
+    return cards, problem
+
+
+def _empty(value: bytes) -> bool:
+    return not value.split(b"/")[0].strip()
+
+
+def make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str | None]:
+    """Return the celestial WCS that the cards give, or None and why there is none.
+
+    Parameters
+    ----------
+    cards : list of str
+        See `wcs_cards`.
+    shape : tuple of int
+        (ny, nx) of the image.
+
+    Returns
+    -------
+    wcs : astropy.wcs.WCS or None
+    problem : str or None
+    """
+    header = fits.Header.fromstring("NAXIS   =                    2".ljust(80) + "".join(cards))
+    try:
+        with _LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wcs = WCS(header)
+            wcs.wcs.set()
+    except (AstropyWcsError, ValueError, KeyError, TypeError, MemoryError, fits.VerifyError) as exc:
+        return None, f"unreadable WCS: {str(exc).strip().splitlines()[-1] if str(exc).strip() else type(exc).__name__}"
+    if not wcs.has_celestial or wcs.wcs.lng < 0 or any("-TAB" in ctype for ctype in wcs.wcs.ctype):
+        return None, f"no celestial WCS: CTYPE {', '.join(wcs.wcs.ctype)}"
+    matrix = wcs.pixel_scale_matrix
+    if not (np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 0):
+        return None, f"singular WCS: matrix {matrix.tolist()}"
+    wcs.array_shape = shape
+    return wcs, None

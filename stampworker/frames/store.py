@@ -1,0 +1,441 @@
+"""Frames by URL: what may be read, what is kept open, what each gives."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from urllib.parse import quote, unquote, urlsplit
+
+import numpy as np
+from astropy.io import fits
+
+from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames.budget import Budget
+from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
+from stampworker.frames.plain import PlainImage
+from stampworker.frames.sky import make_wcs, wcs_cards
+from stampworker.frames.sources import GZIP_MAGIC, GzipFile, Source, open_file
+from stampworker.frames.tiles import TiledImage
+
+if TYPE_CHECKING:
+    from astropy.wcs import WCS
+    from numpy.typing import NDArray
+
+    from stampworker.config import FrameSettings
+
+log = logging.getLogger(__name__)
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_ASCII = bytes(c if 32 <= c < 127 else ord("?") for c in range(256))
+_TABLE_CARDS = ("TFIELDS", "THEAP", "PCOUNT", "GCOUNT", "BITPIX", "NAXIS", "CHECKSUM", "DATASUM", "SIMPLE", "XTENSION")
+_TABLE_INDEXED = ("TTYPE", "TFORM", "TUNIT", "TDIM", "TNULL", "TSCAL", "TZERO", "TDISP")
+
+
+class Pixels(Protocol):
+    """What reads the pixels of one HDU."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+
+    def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
+        """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image."""
+        ...
+
+
+class Frame:
+    """One plane of pixels with its header; slicing reads only what is sliced.
+
+    Made by `FrameStore.open`. It stays readable as long as it is referred to, also when the store has closed.
+
+    Attributes
+    ----------
+    url : str
+        Absolute, without credentials, the fragment kept.
+    shape : tuple of int
+        (ny, nx).
+    dtype : dtype
+        float32 or float64; an integer for a mask. Native byte order.
+    resampled : bool
+        False: the pixels are the file's.
+    """
+
+    ndim = 2
+    resampled = False
+
+    def __init__(self, url: str, hdu: Hdu, pixels: Pixels) -> None:
+        self.url = url
+        self.shape = pixels.shape
+        self.dtype = pixels.dtype
+        self._ny, self._nx = pixels.shape
+        self._read = pixels.read
+        self._hdu = hdu
+        self._lock = threading.Lock()
+        self._header: fits.Header | None = None
+        self._sky: tuple[WCS | None, list[str], str | None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Frame {self.url} {self.shape} {self.dtype}>"
+
+    def __getitem__(self, index: tuple[slice, slice]) -> NDArray[Any]:
+        """Return ``frame[y0:y1, x0:x1]``: a new C-contiguous array of the frame's dtype, cut at the frame's edges.
+
+        Raises
+        ------
+        FrameCorrupt
+            A tile of a compressed frame cannot be decoded.
+        FrameUnavailable
+            The file cannot be read, or shrank since it was opened.
+        """
+        rows, columns = index
+        y0, y1, y_step = rows.indices(self._ny)
+        x0, x1, x_step = columns.indices(self._nx)
+        if y_step != 1 or x_step != 1:
+            raise ValueError(f"a frame is sliced with steps of 1, not {y_step}, {x_step}")
+        if y1 <= y0 or x1 <= x0:
+            return np.empty((max(y1 - y0, 0), max(x1 - x0, 0)), self.dtype)
+        return self._read(y0, y1, x0, x1)
+
+    @property
+    def bunit(self) -> str | None:
+        """BUNIT of the header."""
+        return parse_text(self._hdu.values.get("BUNIT", b"")) or None
+
+    @property
+    def header(self) -> fits.Header:
+        """The image's header; what is not printable in it reads as ``?``. Shared: copy before a change."""
+        with self._lock:
+            if self._header is None:
+                self._header = _header(self._hdu)
+            return self._header
+
+    @property
+    def wcs(self) -> WCS | None:
+        """Celestial WCS, None where there is no usable one (`wcs_problem` says why). Shared: copy before a change."""
+        return self._celestial()[0]
+
+    @property
+    def wcs_problem(self) -> str | None:
+        """Why there is no usable WCS; None where there is one."""
+        return self._celestial()[2]
+
+    def wcs_cards(self) -> list[str]:
+        """Return the celestial WCS's cards as in the header, 80 characters each; none without a usable WCS."""
+        return list(self._celestial()[1])
+
+    def _celestial(self) -> tuple[WCS | None, list[str], str | None]:
+        with self._lock:
+            if self._sky is None:
+                cards, problem = wcs_cards(self._hdu)
+                wcs = None
+                if problem is None:
+                    wcs, problem = make_wcs(cards, self.shape)
+                if problem is not None:
+                    log.info("%s: no usable WCS: %s", self.url, problem)
+                self._sky = wcs, cards if wcs is not None else [], problem
+            return self._sky
+
+
+def _header(hdu: Hdu) -> fits.Header:
+    """Return the image's header for astropy, the cards of a compression table translated to the image's."""
+    raw = hdu.cards.translate(_ASCII)
+    if hdu.kind != "tiled":
+        return fits.Header.fromstring(raw + b"END".ljust(CARD))
+    cards = [card for card in split_cards(raw) if not _of_table(card[:8].rstrip().decode())]
+    head = [("XTENSION", "'IMAGE   '"), ("BITPIX", hdu.values["ZBITPIX"].split(b"/")[0].decode("latin-1").strip())]
+    head += [("NAXIS", str(len(hdu.axes)))] + [(f"NAXIS{i + 1}", str(n)) for i, n in enumerate(reversed(hdu.axes))]
+    first = [f"{name:8}= {value:>20}".ljust(CARD).encode() for name, value in head]
+    return fits.Header.fromstring(b"".join(first + cards) + b"END".ljust(CARD))
+
+
+def _of_table(keyword: str) -> bool:
+    base = keyword.rstrip("0123456789")
+    if keyword in _TABLE_CARDS or base == "NAXIS" or base in _TABLE_INDEXED:
+        return True
+    compression = ("ZIMAGE", "ZCMPTYPE", "ZMASKCMP", "ZQUANTIZ", "ZBLANK", "ZSCALE", "ZZERO", "ZTENSION", "ZSIMPLE")
+    more = ("ZBITPIX", "ZEXTEND", "ZBLOCKED", "ZPCOUNT", "ZGCOUNT", "ZHECKSUM", "ZDATASUM", "ZDITHER")
+    return keyword in compression or base in (*more, "ZNAXIS", "ZTILE", "ZNAME", "ZVAL")
+
+
+class _File:
+    """An open file: its bytes, its HDUs as far as they were asked for, and its frames."""
+
+    def __init__(self, path: str, signature: tuple[int, ...]) -> None:
+        self.path = path
+        self.signature = signature
+        self.lock = threading.Lock()
+        self.frames: dict[tuple[str, bool], Frame] = {}
+        self.source: Source | None = None
+        self._walked: list[Hdu] = []
+        self._rest: Iterator[Hdu] | None = None
+
+    def load(self, url: str, settings: FrameSettings, budget: Budget) -> Source:
+        """Open the file, once."""
+        if self.source is None:
+            source = _open_local(self.path, url)
+            if source.read(0, min(2, source.size)) == GZIP_MAGIC:
+                source = GzipFile(source, url, budget, settings.max_decompressed_bytes)
+            self.source = source
+            self._rest = walk(source, url, settings.max_header_bytes)
+        return self.source
+
+    def hdus(self) -> Iterator[Hdu]:
+        """Yield the HDUs, reading headers only as far as needed."""
+        yield from self._walked
+        for hdu in self._rest or ():
+            self._walked.append(hdu)
+            yield hdu
+
+
+def _open_local(path: str, url: str) -> Source:
+    try:
+        # A pipe would block open for ever; regular files do not know O_NONBLOCK.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise _sorted(exc, url) from exc
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise FrameCorrupt(url, "a directory, wanted a FITS file")
+        if not stat.S_ISREG(found.st_mode):
+            raise FrameRefused(url, "neither file nor directory, wanted a FITS file")
+        if found.st_size == 0:
+            raise FrameCorrupt(url, "the file is empty, wanted FITS")
+        return open_file(fd, url)
+    finally:
+        os.close(fd)
+
+
+def _sorted(exc: OSError, url: str) -> FrameMissing | FrameUnavailable:
+    if exc.errno in _GONE:
+        return FrameMissing(url, f"no such file ({exc.strerror})")
+    return FrameUnavailable(url, f"cannot be opened: {exc.strerror}")
+
+
+class FrameStore:
+    """Opens frames and keeps a bounded number of them open.
+
+    Parameters
+    ----------
+    settings : FrameSettings
+        Roots and limits.
+    allowed_files : iterable of Path
+        Files that may be read wherever they lie.
+    base : Path, optional
+        Where relative paths start; by default at the first root.
+
+    Notes
+    -----
+    Threads may share a store. ``with`` closes it. What was opened is kept by last use: at most ``max_open_frames``
+    files, one descriptor each, and ``cache_bytes`` of decompressed data. A file that was replaced or rewritten is
+    opened again.
+    """
+
+    def __init__(
+        self, settings: FrameSettings, *, allowed_files: Iterable[Path] = (), base: Path | None = None
+    ) -> None:
+        self._settings = settings
+        self._roots = [os.path.realpath(root) for root in map(_local_root, settings.frame_roots) if root is not None]
+        self._allowed = {os.path.realpath(path) for path in allowed_files}
+        start = base if base is not None else (self._roots[0] if self._roots else None)
+        self._base = None if start is None else Path(start).absolute()
+        self._budget = Budget(settings.cache_bytes)
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._known: dict[tuple[str, bool], tuple[_File, Path, Frame]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of every file; frames still referred to stay readable."""
+        with self._lock:
+            self._closed = True
+            self._files.clear()
+            self._known.clear()
+
+    def trim(self) -> None:
+        """Forget decompressed data that was not used since the last call; call it once a batch."""
+        self._budget.trim()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Decompressed data held now, bytes."""
+        return self._budget.held
+
+    def open(self, url: str, *, mask: bool = False) -> Frame:
+        """Return the frame at a URL or path.
+
+        Parameters
+        ----------
+        url : str
+            ``file:`` URL or path, with an optional fragment: EXTNAME in any case, ``NAME,ver`` or a number. Without
+            one: the first HDU that holds a 2-D image.
+        mask : bool
+            The plane is a mask: integers stay integers.
+
+        Returns
+        -------
+        frame : Frame
+
+        Raises
+        ------
+        FrameMissing
+            There is no such file.
+        FrameRefused
+            It lies outside the roots, or above a limit.
+        FrameUnavailable
+            It cannot be read now: permission, input/output error.
+        FrameCorrupt
+            It is not FITS, is cut off, or has no such 2-D image.
+        """
+        known = self._recall(url, mask)
+        if known is not None:
+            return known
+        given, fragment = split_fragment(url)
+        path = self._path(given, url)
+        shown = "file://" + quote(str(path)) + (f"#{quote(fragment, safe=',')}" if fragment else "")
+        resolved = self._contained(path, shown)
+        file = self._file(resolved, shown)
+        try:
+            with file.lock:
+                frame = file.frames.get((fragment, mask))
+                if frame is None:
+                    frame = self._load(file, shown, fragment, mask)
+                    file.frames[fragment, mask] = frame
+        except BaseException:
+            if not file.frames:
+                self._forget(file)
+            raise
+        with self._lock:
+            if self._files.get(resolved) is file:
+                self._known[url, mask] = file, path, frame
+        return frame
+
+    def _recall(self, url: str, mask: bool) -> Frame | None:
+        """Return a frame that is open already, unless its file has changed."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("this FrameStore is closed")
+            known = self._known.get((url, mask))
+            if known is None:
+                return None
+            file, path, frame = known
+            self._files.move_to_end(file.path)
+        try:
+            same = _signature(path.stat()) == file.signature
+        except OSError:  # opening it says what is wrong
+            same = False
+        if same:
+            return frame
+        self._forget(file)
+        return None
+
+    def _load(self, file: _File, url: str, fragment: str, mask: bool) -> Frame:
+        source = file.load(url.partition("#")[0], self._settings, self._budget)
+        hdu = find(file.hdus(), fragment, url)
+        settings = self._settings
+        if max(hdu.axes) > settings.max_axis:
+            raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({settings.max_axis})")
+        if hdu.offset + hdu.size > source.size:
+            raise FrameCorrupt(
+                url,
+                f"truncated: the data of {hdu}, shape {hdu.axes}, end at byte {hdu.offset + hdu.size}, "
+                f"the file at {source.size}",
+            )
+        if hdu.kind == "image":
+            return Frame(url, hdu, PlainImage(source, hdu, url, mask=mask))
+        limit = settings.max_decompressed_bytes
+        return Frame(url, hdu, TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit))
+
+    def _path(self, given: str, url: str) -> Path:
+        """Return the absolute path, as named, of a URL or path without fragment."""
+        parts = urlsplit(given)
+        if (parts.scheme and "://" in given) or parts.scheme == "file":
+            if parts.scheme != "file":
+                raise FrameRefused(_without_credentials(url), f"scheme {parts.scheme!r}, wanted file: or a path")
+            if parts.netloc not in ("", "localhost"):
+                raise FrameRefused(_without_credentials(url), f"file on host {parts.hostname!r}, wanted a local one")
+            given = unquote(parts.path)
+        if "\0" in given or not given:
+            raise FrameRefused(ascii(url), "not a path")
+        if self._base is None and not Path(given).is_absolute():
+            raise FrameRefused(url, "a relative path, and no frame root is configured (frame_roots)")
+        # Not normpath: "link/.." is the parent of what the link points to.
+        return Path(self._base or "/", given)
+
+    def _contained(self, path: Path, url: str) -> str:
+        """Return the path with symlinks resolved; refuse it outside the roots."""
+        resolved = os.path.realpath(path)
+        if resolved in self._allowed or any(_beneath(resolved, root) for root in self._roots):
+            return resolved
+        roots = ", ".join(self._roots) or "none configured"
+        where = "" if resolved == str(path) else f" (it resolves to {resolved})"
+        raise FrameRefused(url, f"outside the frame roots{where}; frame_roots: {roots}")
+
+    def _file(self, resolved: str, url: str) -> _File:
+        """Return the open file of a path, or a new one that is to be loaded."""
+        try:
+            signature = _signature(Path(resolved).stat())
+        except OSError as exc:
+            raise _sorted(exc, url) from exc
+        with self._lock:
+            file = self._files.get(resolved)
+            if file is None or file.signature != signature:
+                if file is not None:
+                    self._drop(file)
+                file = self._files[resolved] = _File(resolved, signature)
+            self._files.move_to_end(resolved)
+            while len(self._files) > self._settings.max_open_frames:
+                self._drop(next(iter(self._files.values())))
+        return file
+
+    def _forget(self, file: _File) -> None:
+        with self._lock:
+            self._drop(file)
+
+    def _drop(self, file: _File) -> None:
+        """Take a file out of the store; the caller holds the lock."""
+        if self._files.get(file.path) is file:
+            del self._files[file.path]
+        for key in [key for key, (other, _, _) in self._known.items() if other is file]:
+            del self._known[key]
+
+
+def split_fragment(url: str) -> tuple[str, str]:
+    """Return a URL or path without its fragment, and the fragment decoded."""
+    given, _, fragment = url.partition("#")
+    return given, unquote(fragment)
+
+
+def _signature(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _local_root(root: str) -> str | None:
+    parts = urlsplit(root)
+    if parts.scheme == "file":
+        return unquote(parts.path)
+    return None if "://" in root else root
+
+
+def _beneath(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _without_credentials(url: str) -> str:
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return "<unreadable URL>"
