@@ -8,7 +8,7 @@ image=$1
 shift
 packages=$(IFS=,; echo "$*")
 
-command -v mmdebstrap >/dev/null || ./packages.sh "mmdebstrap, which makes images" mmdebstrap
+command -v mmdebstrap >/dev/null || ./packages.sh "mmdebstrap (it makes images)" mmdebstrap
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -30,7 +30,7 @@ if [ -s "$work/sources.list" ]; then
 fi
 echo "stampworker: making the image $image ($PRETTY_NAME with $*)" >&2
 if ! mmdebstrap --variant=minbase --include="$packages" --aptopt="$work/apt.conf" \
-    --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/apt/sources.list"' \
+    --customize-hook='rm -f "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/*' \
     "$VERSION_CODENAME" "$work/rootfs.tar" "${sources[@]}" >"$work/log" 2>&1; then
     tail -n 20 "$work/log" >&2
     echo "stampworker: mmdebstrap failed; see above." >&2

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 image=$1
 version=$2
 
-command -v mvn >/dev/null || ../packages.sh "Maven, which fetches Kafka's jars" maven
+command -v mvn >/dev/null || ../packages.sh "Maven (it fetches Kafka's jars)" maven
 java=
 for candidate in openjdk-17-jre-headless openjdk-21-jre-headless openjdk-25-jre-headless; do
     if apt-cache show "$candidate" >/dev/null 2>&1; then
