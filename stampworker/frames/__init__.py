@@ -4,6 +4,7 @@ A `FrameStore` opens frames by URL or path and keeps a bounded number of them; a
 reads only what is sliced; `on_grid` brings a frame onto the grid of another.
 """
 
+from stampworker.frames.grid import Kind, Regridded, on_grid
 from stampworker.frames.store import Frame, FrameStore
 
-__all__ = ["Frame", "FrameStore"]
+__all__ = ["Frame", "FrameStore", "Kind", "Regridded", "on_grid"]

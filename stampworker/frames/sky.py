@@ -71,6 +71,21 @@ def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
     return cards, problem
 
 
+def is_celestial_card(keyword: str) -> bool:
+    """Say whether a card belongs to the primary WCS's first two axes."""
+    return any(pattern.fullmatch(keyword) for pattern in (_TEXT, _REAL, _LOOKUP))
+
+
+def lookup_cards(hdu: Hdu) -> list[bytes]:
+    """Return the celestial WCS's cards where lookup tables are among them, else nothing."""
+    cards = [card for card in split_cards(hdu.cards) if is_celestial_card(card[:8].rstrip().decode("latin-1"))]
+    tables = any(
+        _LOOKUP.fullmatch(card[:8].rstrip().decode("latin-1")) or (card.startswith(b"CTYPE") and b"-TAB" in card)
+        for card in cards
+    )
+    return cards if tables else []
+
+
 def _empty(value: bytes) -> bool:
     return not value.split(b"/")[0].strip()
 

@@ -21,7 +21,7 @@ from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUn
 from stampworker.frames.budget import Budget
 from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
 from stampworker.frames.plain import PlainImage
-from stampworker.frames.sky import make_wcs, wcs_cards
+from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
 from stampworker.frames.sources import GZIP_MAGIC, GzipFile, Source, open_file
 from stampworker.frames.tiles import TiledImage
 
@@ -129,6 +129,10 @@ class Frame:
     def wcs_cards(self) -> list[str]:
         """Return the celestial WCS's cards as in the header, 80 characters each; none without a usable WCS."""
         return list(self._celestial()[1])
+
+    def lookup_cards(self) -> list[bytes]:
+        """Return the WCS's cards where lookup-table distortions are among them, else nothing."""
+        return lookup_cards(self._hdu)
 
     def _celestial(self) -> tuple[WCS | None, list[str], str | None]:
         with self._lock:
