@@ -1,1 +1,63 @@
-"""Stream worker for real-time astronomical alerts."""
+"""Stream worker for real-time astronomical alerts.
+
+Candidate alerts in, Avro packets with FITS stamps and the metrics of the adjusted template out.
+"""
+
+import os
+
+# Parallel workers, not parallel linear algebra: the matrices are small, and workers share the machine. It must be said
+# before numpy is loaded; who has set it otherwise is obeyed.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+from importlib.metadata import version
+
+from stampworker.alerts import Alert
+from stampworker.config import Settings
+from stampworker.enrich import Reject, enrich_table, make_packets
+from stampworker.errors import (
+    AlertError,
+    ConfigError,
+    FrameCorrupt,
+    FrameError,
+    FrameMismatch,
+    FrameMissing,
+    FrameRefused,
+    FrameUnavailable,
+    ProducerFenced,
+    PublishError,
+    StampworkerError,
+    TransactionAborted,
+    UnknownSchema,
+)
+from stampworker.frames import Frame, FrameStore
+from stampworker.packets import Packet, Stamp
+from stampworker.worker import Worker
+
+__version__ = version("stampworker")
+
+__all__ = [
+    "Alert",
+    "AlertError",
+    "ConfigError",
+    "Frame",
+    "FrameCorrupt",
+    "FrameError",
+    "FrameMismatch",
+    "FrameMissing",
+    "FrameRefused",
+    "FrameStore",
+    "FrameUnavailable",
+    "Packet",
+    "ProducerFenced",
+    "PublishError",
+    "Reject",
+    "Settings",
+    "Stamp",
+    "StampworkerError",
+    "TransactionAborted",
+    "UnknownSchema",
+    "Worker",
+    "enrich_table",
+    "make_packets",
+]

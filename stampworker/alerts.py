@@ -6,7 +6,7 @@ import io
 import json
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import fastavro
 import numpy as np
-from astropy.table import Row, Table
+from astropy.table import MaskedColumn, Row, Table
 from fastavro.schema import SchemaParseException
 
 from stampworker.config import PLANES, nearest
@@ -245,6 +245,23 @@ def from_table(
         except AlertError as exc:
             made.append(AlertError(str(exc), exc.alert_id or alert_id))
     return made
+
+
+def masked_column(values: Sequence[Any], kind: type | None = None) -> MaskedColumn:
+    """Return scalars as a table's column, masked where they are None.
+
+    Parameters
+    ----------
+    values : sequence
+        Scalars or None.
+    kind : type, optional
+        Of the column; by default the values' own, float where integers and floats mix, else text.
+    """
+    if kind is None:
+        kinds = {type(value) for value in values if value is not None}
+        kind = kinds.pop() if len(kinds) == 1 else float if kinds == {int, float} else str
+    missing = [value is None for value in values]
+    return MaskedColumn([kind() if value is None else kind(value) for value in values], mask=missing)
 
 
 def _row_ids(table: Table, names: Mapping[str, str], source: str) -> list[str]:

@@ -134,6 +134,8 @@ class WorkerSettings(_Section):
     """... at this many bytes of alerts, ..."""
     batch_s: float = Field(0.5, gt=0)
     """... or this long after its first alert, seconds."""
+    transaction_timeout_s: float = Field(10.0, ge=1, le=900)
+    """The broker aborts a transaction that stays open for longer, seconds; a crash may block readers so long."""
     deadline_s: float = Field(60.0, gt=0, le=240)
     """Longest time for publishing and committing one batch, seconds; below the group's poll interval of 300 s."""
 

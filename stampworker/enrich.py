@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from astropy.table import MaskedColumn, Table
+from astropy.table import Table
 from astropy.wcs import NoConvergence
 from numpy.typing import NDArray
 
-from stampworker.alerts import Alert, from_table
+from stampworker.alerts import Alert, from_table, masked_column
 from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings
 from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact
 from stampworker.errors import AlertError, FrameError, FrameMismatch
-from stampworker.frames import Frame, FrameStore, on_grid
+from stampworker.frames import Frame, FrameStore, Kind, on_grid
 from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
 
 log = logging.getLogger(__name__)
 
+_KINDS: dict[str, Kind] = {"mask": "mask", "error": "error", "variance": "variance"}
 _VERSION = version("stampworker")
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 # The normal approximation to a position is lost far outside any detector; and a section's corner must be an integer.
@@ -122,13 +123,11 @@ def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Pa
 
 
 def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings) -> _FrameSet:
-    kinds = {"mask": "mask", "error": "error", "variance": "error"}
     science = store.open(urls["science"])
     planes = {"science": science}
     for plane, url in urls.items():
         if plane != "science":
-            kind = kinds.get(plane, "image")
-            planes[plane] = on_grid(store.open(url, mask=kind == "mask"), science, kind=kind)
+            planes[plane] = on_grid(store.open(url, mask=plane == "mask"), science, kind=_KINDS.get(plane, "image"))
     return _FrameSet(planes, _writers(planes, settings.gzip), _gain(science))
 
 
@@ -156,7 +155,7 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
     x, y = _position(alert, frames.science)
     radius = math.ceil(settings.enrich.radius)
     x1, y1 = math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
-    others = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
+    others: dict[str, Any] = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
     cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **others)
     if "mask" in cutout:
         _mask_off_frame(cutout["mask"], x1, y1, frames.science.shape)
@@ -313,18 +312,11 @@ def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
     out["packetId"] = [p.packet_id if p else "" for p in packets]
     for name in METRICS:
         kind: type = {"adjust_df": int, "adjust_bound": str}.get(name, float)
-        out[name] = _masked([p.metrics.get(name) if p else None for p in packets], kind)
-    out["adjust_status"] = _masked([p.adjust_status if p else None for p in packets], str)
-    out["adjust_artefact"] = _masked([p.adjust_artefact if p else None for p in packets], bool)
+        out[name] = masked_column([p.metrics.get(name) if p else None for p in packets], kind)
+    out["adjust_status"] = masked_column([p.adjust_status if p else None for p in packets], str)
+    out["adjust_artefact"] = masked_column([p.adjust_artefact if p else None for p in packets], bool)
     out["reject"] = [f"{type(r.error).__name__}: {r.error}" if isinstance(r, Reject) else "" for r in listed]
     return out
-
-
-def _masked(values: Sequence[Any], kind: type) -> MaskedColumn:
-    missing = [value is None for value in values]
-    return MaskedColumn(
-        [kind() if value is None else kind(value) for value in values], mask=missing, dtype=kind or None
-    )
 
 
 def enrich_table(

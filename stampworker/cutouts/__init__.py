@@ -1,6 +1,17 @@
 """Cutouts: crop, write, load, adjust and downscale."""
 
 from stampworker.cutouts.adjust import adjust_cutout
+from stampworker.cutouts.crop import crop_image, crop_image_centered, downscale_image, get_cutout
+from stampworker.cutouts.files import load_cutout, write_cutout
 from stampworker.cutouts.verdict import is_artefact
 
-__all__ = ["adjust_cutout", "is_artefact"]
+__all__ = [
+    "adjust_cutout",
+    "crop_image",
+    "crop_image_centered",
+    "downscale_image",
+    "get_cutout",
+    "is_artefact",
+    "load_cutout",
+    "write_cutout",
+]

@@ -1,0 +1,369 @@
+"""The command line: the only reader of arguments and environment.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from astropy.table import Table, vstack
+from tqdm import tqdm
+
+import stampworker
+from stampworker import archive, config, demo, simulate, viewer
+from stampworker.alerts import Alert, encode
+from stampworker.config import PLANES, Settings
+from stampworker.cutouts import write_cutout
+from stampworker.cutouts.adjust import CORE
+from stampworker.enrich import Reject, enrich_mixed, file_url, local_file, results_table
+from stampworker.errors import AlertError, ConfigError, StampworkerError
+from stampworker.frames import FrameStore
+from stampworker.kafka import Record, check_topics, publish_all
+from stampworker.packets import Packet
+from stampworker.packets import encode as encode_packet
+from stampworker.replay import parse_bound, replay
+from stampworker.worker import Totals, Worker
+
+log = logging.getLogger("stampworker")
+
+# Alerts that are worked on together: enough to group them by frame, few enough to show progress.
+_CHUNK = 256
+_TABLE_FORMATS = {".ecsv": "ascii.ecsv", ".vot": "votable", ".xml": "votable", ".fits": "fits", ".csv": "ascii.csv"}
+# A worker that was told to end and hangs in its client is ended after its deadline and this long.
+_GRACE_S = 30.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the console command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        By default those of the process.
+
+    Returns
+    -------
+    code : int
+        The exit code.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        settings = _settings(args)
+        logging.basicConfig(
+            level=settings.log.level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        )
+        code: int = args.command(args, settings)
+    except ConfigError as exc:
+        print(f"stampworker: {exc}", file=sys.stderr)
+        return 2
+    except (StampworkerError, OSError, ValueError) as exc:
+        log.debug("failed", exc_info=True)
+        print(f"stampworker: {type(exc).__name__}: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stampworker: stopped", file=sys.stderr)
+        return 1
+    return code
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    flags: dict[str, object] = {}
+    for text in args.set or ():
+        name, mark, value = text.partition("=")
+        if not mark or "." not in name:
+            raise ConfigError(f"--set: found {text!r}, wanted section.key=value")
+        flags[name] = value
+    for name in ("worker.slot", "worker.group", "enrich.radius", "frames.frame_roots", "log.level"):
+        value = getattr(args, name.partition(".")[2], None)
+        if value is not None:
+            flags[name] = value
+    path = args.config or os.environ.get("STAMPWORKER_CONFIG")
+    return config.load(Path(path) if path else None, os.environ, flags)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------
+
+
+def _enrich(args: argparse.Namespace, settings: Settings) -> int:
+    files = [Path(name) for name in args.alerts]
+    table_frames = {plane: getattr(args, plane) for plane in PLANES if getattr(args, plane)}
+    options = archive.TableOptions(
+        {plane: file_url(path) for plane, path in table_frames.items()}, _columns(args.columns), args.pixel_origin
+    )
+    if table_frames and not any(archive.is_table(path) for path in files):
+        raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
+    _check_table_format(args.table)
+    roots = settings.frames.frame_roots or tuple(str(path.resolve().parent) for path in files)
+    frames = settings.frames.model_copy(update={"frame_roots": roots})
+    read = [archive.read_alerts(path, options, settings.alerts.schema_folder) for path in files]
+    to = _empty_folder(args.to)
+    results: list[Packet | Reject] = []
+    with FrameStore(frames, allowed_files=[local_file(path) for path in table_frames.values()]) as store:
+        for chunk in _chunks([alert for alerts, _ in read for alert in alerts]):
+            made = enrich_mixed(chunk, store, settings)
+            _write_results(to, made, args.cutouts)
+            results += made if args.table else [r for r in made if isinstance(r, Reject)]
+    if args.table:
+        _write_table(Path(args.table), [table for _, table in read], results)
+    total = sum(len(alerts) for alerts, _ in read)
+    return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
+
+
+def _report(args: argparse.Namespace, total: int, rejects: Sequence[Reject], to: Path) -> int:
+    kinds = Counter(type(reject.error).__name__ for reject in rejects)
+    counts = {"alerts": total, "packets": total - len(rejects), "rejects": len(rejects)}
+    if args.json:
+        print(json.dumps({**counts, "errors": kinds}))
+        return 0
+    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {to}")
+    for name, count in kinds.most_common():
+        first = next(reject.error for reject in rejects if type(reject.error).__name__ == name)
+        print(f"  {count} {name}, such as: {first}")
+    return 0
+
+
+def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) -> None:
+    with (to / "rejects.jsonl").open("a", encoding="utf-8") as rejects:
+        for result in results:
+            if isinstance(result, Reject):
+                rejects.write(json.dumps(result.to_record(), ensure_ascii=False) + "\n")
+                continue
+            (to / f"{result.packet_id}.avro").write_bytes(encode_packet(result))
+            if cutouts:
+                write_cutout(result.to_cutout(), to / f"{result.packet_id}.fits")
+
+
+def _check_table_format(name: str | None) -> None:
+    if name is not None and Path(name).suffix not in _TABLE_FORMATS:
+        raise ConfigError(f"--table: found {name!r}, wanted a name that ends in {', '.join(_TABLE_FORMATS)}")
+
+
+def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet | Reject]) -> None:
+    made, start = [], 0
+    for table in tables:
+        made.append(results_table(table, results[start : start + len(table)]))
+        start += len(table)
+    joined = vstack(made, metadata_conflicts="silent") if len(made) > 1 else made[0]
+    joined.write(path, format=_TABLE_FORMATS[path.suffix], overwrite=True)
+
+
+def _run(args: argparse.Namespace, settings: Settings) -> int:
+    if not settings.frames.frame_roots:
+        raise ConfigError("frames.frame_roots: found nothing, wanted the folders that alerts may name frames of")
+    worker = Worker(settings, drained=args.drain)
+    _stop_on_signals(worker, settings)
+    return _totals(args, worker.run())
+
+
+def _replay(args: argparse.Namespace, settings: Settings) -> int:
+    if not settings.frames.frame_roots:
+        raise ConfigError("frames.frame_roots: found nothing, wanted the folders that alerts may name frames of")
+    run = args.run or datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    totals = replay(
+        settings,
+        args.topic,
+        args.to_topic,
+        run=run,
+        start=parse_bound(args.start) if args.start else None,
+        end=parse_bound(args.end) if args.end else None,
+        on_worker=lambda worker: _stop_on_signals(worker, settings),
+    )
+    return _totals(args, totals)
+
+
+def _totals(args: argparse.Namespace, totals: Totals) -> int:
+    values = vars(totals)
+    print(json.dumps(values) if args.json else ", ".join(f"{value} {name}" for name, value in values.items()))
+    return 0
+
+
+def _stop_on_signals(worker: Worker, settings: Settings) -> None:
+    """Finish the batch at the first SIGTERM or SIGINT, and drop it at the second."""
+
+    def handle(number: int, _frame: object) -> None:
+        if worker.stopping:
+            raise KeyboardInterrupt
+        log.info("%s: finishing the batch", signal.Signals(number).name)
+        worker.stop()
+        watchdog = threading.Timer(settings.worker.deadline_s + _GRACE_S, os._exit, (1,))
+        watchdog.daemon = True
+        watchdog.start()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+def _publish(args: argparse.Namespace, settings: Settings) -> int:
+    topic = args.topic or settings.worker.input_topic[0]
+    alerts = [alert for name in args.alerts for alert in archive.read_alerts(Path(name))[0]]
+    for alert in alerts:
+        if isinstance(alert, AlertError):
+            raise alert
+    check_topics(settings, [topic] if settings.worker.guarantee == "exactly-once" else [])
+    records = (Record(topic, alert.key.encode(), encode(alert)) for alert in alerts if isinstance(alert, Alert))
+    publish_all(settings, records)
+    print(json.dumps({"alerts": len(alerts)}) if args.json else f"{len(alerts)} alerts to {topic}")
+    return 0
+
+
+def _show(args: argparse.Namespace, _settings: Settings) -> int:
+    packet = Packet.read_file(args.packet)
+    if args.json:
+        record = packet.to_record()
+        stamps = {name: stamp.data.shape for name, stamp in packet.stamps.items()}
+        kept = {k: v for k, v in record.items() if not k.startswith("cutout")}
+        print(json.dumps({**kept, "stamps": stamps}, ensure_ascii=False))
+    else:
+        print(viewer.describe(packet))
+    if args.png:
+        viewer.picture([packet], args.png)
+    return 0
+
+
+def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
+    night = simulate.simulate(
+        args.directory,
+        frames=args.frames,
+        size=args.size,
+        candidates=args.candidates,
+        seed=args.seed,
+        progress=not args.json,
+    )
+    counts = {"directory": str(night.directory), "alerts": len(night.truth)}
+    print(json.dumps(counts) if args.json else f"{counts['alerts']} alerts in {night.directory}")
+    return 0
+
+
+def _demo(args: argparse.Namespace, settings: Settings) -> int:
+    return demo.run(Path(args.directory), candidates=args.candidates, seed=args.seed, settings=settings)
+
+
+def _config(_args: argparse.Namespace, settings: Settings) -> int:
+    print(config.describe(settings))
+    return 0
+
+
+# -- arguments --------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stampworker", description="Stamps and artefact metrics for astronomical alerts, exactly once."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"stampworker {stampworker.__version__} (fit: {CORE} core)"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_enrich(commands)
+    run = _add(commands, "run", _run, "consume alerts and publish packets until stopped")
+    run.add_argument("--drain", action="store_true", help="end where the topic ends now")
+    _worker_flags(run)
+    _add_replay(commands)
+    publish = _add(commands, "publish", _publish, "send the alerts of files to a topic")
+    publish.add_argument("alerts", nargs="+", metavar="ALERTS", help="JSON or Avro files")
+    publish.add_argument("--topic", help="by default the first of worker.input_topic")
+    show = _add(commands, "show", _show, "print a packet, and draw its stamps")
+    show.add_argument("packet", metavar="PACKET", help="an Avro file")
+    show.add_argument("--png", metavar="FILE", help="write a picture of the stamps")
+    sim = _add(commands, "simulate", _simulate, "write a small survey night with known truth")
+    sim.add_argument("directory", metavar="DIR", help="a folder that is empty or absent")
+    sim.add_argument("--frames", type=int, default=1, help="pointings (%(default)s)")
+    sim.add_argument("--size", type=int, default=1024, help="side of a frame, pixels (%(default)s)")
+    sim.add_argument("--candidates", type=int, default=60, help="of all frames together (%(default)s)")
+    sim.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    show_demo = _add(commands, "demo", _demo, "run the worker on a simulated night and an embedded broker")
+    show_demo.add_argument("directory", nargs="?", default="demo", metavar="DIR", help="where it writes (%(default)s)")
+    show_demo.add_argument("--candidates", type=int, default=60, help="(%(default)s)")
+    show_demo.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    _add(commands, "config", _config, "print the effective configuration, secrets masked")
+    return parser
+
+
+def _add(commands: Any, name: str, command: Callable[..., int], what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.set_defaults(command=command)
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML; or STAMPWORKER_CONFIG")
+    parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")
+    parser.add_argument("--level", metavar="LEVEL", help="of the log: DEBUG, INFO, WARNING, ERROR")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _worker_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--slot", type=int, help="number of this worker in its group")
+    parser.add_argument("--group", help="consumer group")
+    _frame_flags(parser)
+
+
+def _frame_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frame-root",
+        dest="frame_roots",
+        action="append",
+        metavar="DIR",
+        help="frames are read beneath this folder only; repeatable",
+    )
+    parser.add_argument("--radius", type=float, help="half-size of a stamp, pixels")
+
+
+def _add_enrich(commands: Any) -> None:
+    parser = _add(commands, "enrich", _enrich, "make packets of the alerts of files, without Kafka")
+    parser.add_argument("alerts", nargs="+", metavar="ALERTS", help="JSON, Avro, or a table (ECSV, VOTable, FITS, CSV)")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a folder that is empty or absent")
+    parser.add_argument("--table", metavar="FILE", help="write one row a candidate: its columns and the metrics")
+    parser.add_argument("--cutouts", action="store_true", help="write cutouts as FITS files, too")
+    _frame_flags(parser)
+    table = parser.add_argument_group("tables of candidates")
+    for plane in PLANES:
+        table.add_argument(f"--{plane}", metavar="FILE", help=f"the {plane} frame of every row; FILE#HDU names an HDU")
+    table.add_argument("--columns", metavar="x=X_IMAGE,...", help="columns by other names")
+    table.add_argument("--pixel-origin", type=int, choices=(0, 1), default=0, help="of x and y in the table")
+
+
+def _add_replay(commands: Any) -> None:
+    parser = _add(commands, "replay", _replay, "send a retained topic through the worker again, into another topic")
+    parser.add_argument("topic", metavar="TOPIC")
+    parser.add_argument("--to-topic", required=True, metavar="TOPIC")
+    parser.add_argument("--from", dest="start", metavar="WHEN", help="offset or ISO time to begin at")
+    parser.add_argument("--until", dest="end", metavar="WHEN", help="offset or ISO time to end before")
+    parser.add_argument("--run", metavar="NAME", help="name of the replay; the same name goes on with it")
+    _worker_flags(parser)
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    columns = {}
+    for part in (text or "").split(","):
+        our, mark, its = part.partition("=")
+        if part and not mark:
+            raise ConfigError(f"--columns: found {part!r}, wanted name=COLUMN")
+        if mark:
+            columns[our.strip()] = its.strip()
+    return columns
+
+
+def _empty_folder(name: str) -> Path:
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--to: {name} is there and not empty, wanted a folder that is empty or absent")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _chunks(alerts: Sequence[Alert | AlertError]) -> Iterator[Sequence[Alert | AlertError]]:
+    with tqdm(total=len(alerts), unit="alert", disable=None, leave=False) as bar:
+        for start in range(0, len(alerts), _CHUNK):
+            chunk = alerts[start : start + _CHUNK]
+            yield chunk
+            bar.update(len(chunk))

@@ -1,0 +1,350 @@
+"""Kafka clients: how they are built, what their errors mean, and how a batch is published.
+
+Two promises, one interface (`Publisher`):
+
+- `ExactlyOnce`: records and next offsets in one transaction;
+- `AtLeastOnce`: records first, then offsets, for brokers without transactions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
+
+from stampworker.config import Settings
+from stampworker.errors import ConfigError, ProducerFenced, PublishError, TransactionAborted
+
+log = logging.getLogger(__name__)
+_client_log = logging.getLogger("stampworker.librdkafka")
+
+Headers = list[tuple[str, str | bytes | None]]
+
+_FENCED = (KafkaError._FENCED, KafkaError.PRODUCER_FENCED)
+_CONTACT_S = 15.0
+_LEAST_CALL_S = 1.0
+# The promise hangs on these; a user's value for them would break it silently.
+_OURS = (
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "enable.partition.eof",
+    "group.id",
+    "isolation.level",
+    "transactional.id",
+    "transaction.timeout.ms",
+    "enable.idempotence",
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record to publish."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = field(default_factory=list)
+
+
+class RecordTooLarge(PublishError):
+    """A record is larger than its topic takes.
+
+    Parameters
+    ----------
+    problem : str
+    place : int
+        Of the record among those that were to be published.
+    """
+
+    def __init__(self, problem: str, place: int) -> None:
+        super().__init__(problem)
+        self.place = place
+
+
+def consumer(settings: Settings, **callbacks: Any) -> Consumer:
+    """Build the consumer of a worker: it commits nothing by itself and reports the ends of partitions.
+
+    Raises
+    ------
+    ConfigError
+        librdkafka refuses a property.
+    """
+    ours = {
+        "group.id": settings.worker.group,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "earliest",
+        "partition.assignment.strategy": "cooperative-sticky",
+    }
+    if settings.kafka.get("group.protocol") == "consumer":
+        del ours["partition.assignment.strategy"]  # the broker assigns
+    return cast(Consumer, _build(Consumer, settings, ours | callbacks))
+
+
+def producer(settings: Settings, *, transactional: bool, largest: int | None = None) -> Producer:
+    """Build the producer of a worker, for records of up to ``largest`` bytes; see `consumer`."""
+    ours: dict[str, Any] = {"enable.idempotence": True, "linger.ms": 5}
+    if largest is not None:
+        ours["message.max.bytes"] = largest
+    if transactional:
+        ours["transactional.id"] = settings.worker.transactional_id()
+        ours["transaction.timeout.ms"] = int(settings.worker.transaction_timeout_s * 1000)
+    return cast(Producer, _build(Producer, settings, ours))
+
+
+def admin(settings: Settings) -> AdminClient:
+    """Build an admin client; see `consumer`."""
+    return cast(AdminClient, _build(AdminClient, settings, {}))
+
+
+def _build(client: Callable[..., Any], settings: Settings, ours: Mapping[str, Any]) -> Any:
+    for name in _OURS:
+        if name in settings.kafka:
+            raise ConfigError(f"kafka: {name!r} is the worker's own to set, found {settings.kafka[name]!r}")
+    try:
+        return client({**ours, **settings.kafka}, logger=_client_log)
+    except KafkaException as exc:
+        raise ConfigError(f"kafka: {exc.args[0].str()}") from exc
+
+
+def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
+    """Return the number of partitions of each topic.
+
+    Raises
+    ------
+    ConfigError
+        No broker answers, or a topic does not exist.
+    """
+    servers = settings.kafka["bootstrap.servers"]
+    try:
+        known = admin(settings).list_topics(timeout=_CONTACT_S).topics
+    except KafkaException as exc:
+        raise ConfigError(f"kafka: no answer from {servers} within {_CONTACT_S:g} s: {exc.args[0].str()}") from exc
+    for topic in topics:
+        if topic not in known:
+            raise ConfigError(f"kafka: found no topic {topic!r} at {servers}; create it first")
+    return {topic: len(known[topic].partitions) for topic in topics}
+
+
+def message_limit(settings: Settings, topic: str) -> int | None:
+    """Return ``max.message.bytes`` of a topic, or None where the broker does not tell."""
+    resource = ConfigResource(ResourceType.TOPIC, topic)
+    try:
+        entries = admin(settings).describe_configs([resource], request_timeout=_CONTACT_S)[resource].result()
+    except KafkaException as exc:
+        log.warning("topic %s: the broker does not tell its limits: %s", topic, exc.args[0].str())
+        return None
+    return int(entries["max.message.bytes"].value)
+
+
+def publish_all(settings: Settings, records: Iterable[Record]) -> None:
+    """Publish records outside of any transaction, and wait until the broker has them.
+
+    Raises
+    ------
+    PublishError
+        A record was not delivered.
+    """
+    deadline = time.monotonic() + settings.worker.deadline_s
+    failed: list[KafkaError] = []
+
+    def delivered(error: KafkaError | None, _message: object) -> None:
+        if error is not None:
+            failed.append(error)
+
+    to = producer(settings, transactional=False)
+    try:
+        for place, record in enumerate(records):
+            _produce(to, record, place, deadline, delivered)
+    except KafkaException as exc:
+        raise PublishError(exc.args[0].str()) from exc
+    left = to.flush(settings.worker.deadline_s)
+    if left or failed:
+        reason = failed[0].str() if failed else f"no answer within {settings.worker.deadline_s:g} s"
+        raise PublishError(f"{left + len(failed)} records not delivered: {reason}")
+
+
+class Publisher(Protocol):
+    """Publishes batches; `publish` returns when the batch is committed."""
+
+    def start(self) -> None:
+        """Make ready; called once, before any publishing."""
+
+    def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
+        """Publish records and commit the next offsets to read.
+
+        Raises
+        ------
+        TransactionAborted
+            Nothing of it counts: read again from the last commit.
+        RecordTooLarge
+            One record is too large. Nothing of the batch counts.
+        ProducerFenced
+            Another worker has this worker's slot.
+        PublishError
+            Publishing cannot go on.
+        """
+
+    def close(self) -> None:
+        """Let go of the broker."""
+
+
+class ExactlyOnce:
+    """Records and offsets in one transaction.
+
+    Parameters
+    ----------
+    settings : Settings
+    largest : int, optional
+        Bytes of the largest record that the topics take.
+    """
+
+    def __init__(self, settings: Settings, largest: int | None = None) -> None:
+        self._settings = settings
+        self._largest = largest
+        self._producer = producer(settings, transactional=True, largest=largest)
+
+    def start(self) -> None:
+        """Take the transactional id: a worker that held it is fenced, and what it left open is aborted."""
+        self._until(self._producer.init_transactions, time.monotonic() + self._settings.worker.deadline_s)
+
+    def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
+        """See `Publisher.publish`."""
+        deadline = time.monotonic() + self._settings.worker.deadline_s
+        try:
+            # Begin a transaction and publish packets and rejects.
+            self._producer.begin_transaction()
+            for place, record in enumerate(records):
+                _produce(self._producer, record, place, deadline)
+            # Add the next offsets, with the group's metadata as it was when the batch was read.
+            self._until(lambda s: self._producer.send_offsets_to_transaction(list(offsets), metadata, s), deadline)
+            # Commit.
+            self._until(self._producer.commit_transaction, deadline)
+        except RecordTooLarge:
+            self._abort(deadline)
+            raise
+        except KafkaException as exc:
+            self._after(exc.args[0], deadline)
+
+    def close(self) -> None:
+        """Let go of the broker; what is open is aborted by the broker, or by the next worker in this slot."""
+        self._producer.purge()
+        self._producer.flush(_LEAST_CALL_S)
+
+    def _until(self, call: Callable[[float], object], deadline: float) -> None:
+        """Repeat one call while its error is retriable, until it answers or the deadline has passed."""
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                call(max(left, _LEAST_CALL_S))
+            except KafkaException as exc:
+                if not exc.args[0].retriable() or left <= 0:
+                    raise
+                log.warning("%s; trying again for %.0f s", exc.args[0].str(), left)
+            else:
+                return
+
+    def _after(self, error: KafkaError, deadline: float) -> None:
+        """Turn a failed transaction into the one exception that says what to do now."""
+        if error.code() in _FENCED or (error.fatal() and error.code() == KafkaError.INVALID_PRODUCER_EPOCH):
+            who = self._settings.worker.transactional_id()
+            raise ProducerFenced(f"another worker took the transactional id {who!r}: {error.str()}") from None
+        if error.fatal():
+            raise PublishError(f"the producer cannot go on: {error.str()}")
+        if error.txn_requires_abort():
+            self._abort(deadline)
+        else:
+            # Whether it was committed is not known: a new producer under the same id ends it one way or the other.
+            self._replace(deadline)
+        raise TransactionAborted(error.str())
+
+    def _abort(self, deadline: float) -> None:
+        try:
+            self._until(self._producer.abort_transaction, deadline)
+        except KafkaException as exc:
+            if exc.args[0].code() in _FENCED:
+                self._after(exc.args[0], deadline)
+            self._replace(deadline)
+
+    def _replace(self, deadline: float) -> None:
+        log.warning("making a new producer for %s", self._settings.worker.transactional_id())
+        self._producer.purge()
+        self._producer = producer(self._settings, transactional=True, largest=self._largest)
+        try:
+            self._until(self._producer.init_transactions, max(deadline, time.monotonic() + _CONTACT_S))
+        except KafkaException as exc:
+            raise PublishError(f"no new producer: {exc.args[0].str()}") from exc
+
+
+class AtLeastOnce:
+    """Records first, then the offsets: a crash in between publishes a batch twice.
+
+    Parameters
+    ----------
+    settings : Settings
+    reader : Consumer
+        Commits the offsets.
+    largest : int, optional
+        Bytes of the largest record that the topics take.
+    """
+
+    def __init__(self, settings: Settings, reader: Consumer, largest: int | None = None) -> None:
+        self._settings = settings
+        self._consumer = reader
+        self._producer = producer(settings, transactional=False, largest=largest)
+
+    def start(self) -> None:
+        """Nothing to do."""
+
+    def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
+        """See `Publisher.publish`; ``metadata`` is not used."""
+        deadline = time.monotonic() + self._settings.worker.deadline_s
+        failed: list[KafkaError] = []
+
+        def delivered(error: KafkaError | None, _message: object) -> None:
+            if error is not None:
+                failed.append(error)
+
+        for place, record in enumerate(records):
+            _produce(self._producer, record, place, deadline, delivered)
+        left = self._producer.flush(max(deadline - time.monotonic(), _LEAST_CALL_S))
+        if left or failed:
+            self._producer.purge()
+            reason = failed[0].str() if failed else f"{left} records not delivered"
+            raise TransactionAborted(f"not published: {reason}")
+        try:
+            self._consumer.commit(offsets=list(offsets), asynchronous=False)
+        except KafkaException as exc:
+            raise TransactionAborted(f"offsets not committed: {exc.args[0].str()}") from exc
+
+    def close(self) -> None:
+        """Let go of the broker."""
+        self._producer.flush(_LEAST_CALL_S)
+
+
+def _produce(
+    to: Producer, record: Record, place: int, deadline: float, delivered: Callable[..., None] | None = None
+) -> None:
+    while True:
+        try:
+            to.produce(record.topic, record.value, record.key, headers=record.headers, on_delivery=delivered)
+        except BufferError:
+            # The client's queue is full: the transaction is unharmed, and polling makes room.
+            if time.monotonic() > deadline:
+                raise TransactionAborted("the producer's queue stayed full until the deadline") from None
+            to.poll(0.1)
+        except KafkaException as exc:
+            if exc.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                raise
+            size = len(record.value or b"")
+            raise RecordTooLarge(f"topic {record.topic!r}: found {size} bytes: {exc.args[0].str()}", place) from exc
+        else:
+            to.poll(0)
+            return

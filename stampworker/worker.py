@@ -1,0 +1,489 @@
+"""The worker: alerts from Kafka in, packets to Kafka out.
+
+The promise, exactly once:
+
+1. Poll a batch and make its packets. The group's metadata is captured with the batch.
+2. Begin a transaction and publish packets and rejects.
+3. Add the next offsets, with the group's metadata.
+4. Commit.
+
+A rebalance or an error before step 4 aborts the transaction; then every assigned partition is set back to its committed
+offset, and the batch is read again. Steps 2 to 4 run in a thread of their own, while the next batch goes through
+step 1; when the transaction aborts, that next batch is thrown away with it, because it lies behind the one that is
+read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from stampworker.alerts import Alert, decode
+from stampworker.config import Settings
+from stampworker.enrich import Reject, make_packets
+from stampworker.errors import AlertError, PublishError, TransactionAborted
+from stampworker.frames import FrameStore
+from stampworker.kafka import (
+    AtLeastOnce,
+    ExactlyOnce,
+    Publisher,
+    Record,
+    RecordTooLarge,
+    check_topics,
+    consumer,
+    message_limit,
+)
+from stampworker.packets import STAMP_FIELDS, Packet, encode
+from stampworker.schema import PACKET
+
+log = logging.getLogger(__name__)
+
+Place = tuple[str, int]
+"""Topic and partition."""
+
+ERRORS_PREFIX = "stampworker.errors."
+HEADERS_PREFIX = "stampworker."
+
+# A poll is this long at most, so that signals are answered promptly.
+_SLICE_S = 0.2
+_CALL_S = 10.0
+_SEEK_S = 5.0
+_STAGES = {  # stage of a reject: what was at work, for the header class.name
+    "decode": "stampworker.alerts.decode",
+    "frames": "stampworker.frames.FrameStore",
+    "enrich": "stampworker.enrich.make_packets",
+    "publish": "stampworker.kafka.Publisher",
+}
+
+
+@dataclass
+class Totals:
+    """What a worker has done; ``alerts = packets + rejects`` at every commit."""
+
+    alerts: int = 0
+    packets: int = 0
+    rejects: int = 0
+    batches: int = 0
+    aborts: int = 0
+
+
+@dataclass
+class _Batch:
+    """Alerts as read, and what it takes to commit them."""
+
+    messages: list[Message] = field(default_factory=list)
+    next_offsets: dict[Place, int] = field(default_factory=dict)
+    size_bytes: int = 0
+    started: float = 0.0
+    metadata: object = None
+    results: list[Packet | Reject] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    poll_s: float = 0.0
+    enrich_s: float = 0.0
+
+    def add(self, message: Message) -> None:
+        if not self.messages:
+            self.started = time.monotonic()
+        self.messages.append(message)
+        self.size_bytes += len(message.value() or b"")
+        # A committed offset names the next record to read, hence the + 1.
+        self.next_offsets[_place(message)] = _offset(message) + 1
+
+    def offsets(self) -> list[TopicPartition]:
+        return [TopicPartition(topic, partition, offset) for (topic, partition), offset in self.next_offsets.items()]
+
+
+class Worker:
+    """Reads alerts, enriches them and publishes packets until it is stopped, or until the input ends.
+
+    Parameters
+    ----------
+    settings : Settings
+    drained : bool, optional
+        End where the partitions ended when they were assigned first.
+    ends : mapping of (topic, partition) to int, optional
+        Offsets at which to end instead, not included.
+    replay : str, optional
+        Name of a replay, for the packets' header.
+    on_batch : callable, optional
+        Called with the `Totals` after each commit.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        drained: bool = False,
+        ends: Mapping[Place, int] | None = None,
+        replay: str | None = None,
+        on_batch: Callable[[Totals], None] | None = None,
+    ) -> None:
+        self.totals = Totals()
+        self._settings = settings
+        self._drained = drained or ends is not None
+        self._ends: dict[Place, int] = dict(ends or {})
+        self._ends_given = ends is not None
+        self._replay = replay
+        self._on_batch = on_batch
+        self._stop = threading.Event()
+        self._assigned: set[Place] = set()
+        self._seen_assignment = False
+        self._ended: set[Place] = set()
+        self._first: dict[Place, int] = {}
+        self._behind = False  # what was polled since the last commit must be read again
+        self._pending: tuple[_Batch, Future[float]] | None = None
+        self._failure: Exception | None = None
+        self._consumer: Consumer
+        self._publisher: Publisher
+
+    def stop(self) -> None:
+        """Let the worker finish its batch and end; safe from any thread and from a signal handler."""
+        self._stop.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stop.is_set()
+
+    def run(self) -> Totals:
+        """Run the loop.
+
+        Returns
+        -------
+        totals : Totals
+
+        Raises
+        ------
+        ConfigError
+            The broker or a topic is not there, or librdkafka refuses a property.
+        ProducerFenced
+            Another worker took this worker's slot.
+        PublishError
+            Publishing cannot go on.
+        """
+        self._connect()
+        try:
+            with FrameStore(self._settings.frames) as store, ThreadPoolExecutor(1, "publish") as thread:
+                while not self._finished():
+                    self._turn(store, thread)
+                self._settle()
+            self._raise_failure()
+        finally:
+            # Committed first, closed after: closing hands the partitions on.
+            self._consumer.close()
+            self._publisher.close()
+        return self.totals
+
+    def _connect(self) -> None:
+        worker = self._settings.worker
+        transactional = worker.guarantee == "exactly-once"
+        outputs = [worker.packet_topic, worker.reject_topic] if transactional else []
+        check_topics(self._settings, [*worker.input_topic, *outputs])
+        self._consumer = consumer(self._settings)
+        self._publisher = ExactlyOnce(self._settings) if transactional else AtLeastOnce(self._settings, self._consumer)
+        self._publisher.start()
+        self._consumer.subscribe(
+            list(worker.input_topic), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+        log.info("group %s slot %s: %s", worker.group, worker.slot_number(), worker.guarantee)
+
+    def _turn(self, store: FrameStore, thread: ThreadPoolExecutor) -> None:
+        """Read and enrich one batch while the last one commits; then hand it to the publisher."""
+        batch = self._poll_batch()
+        if batch.messages and not self._behind:
+            started = time.monotonic()
+            batch.results = self._enrich(batch.messages, store)
+            batch.records = self._records(batch)
+            batch.enrich_s = time.monotonic() - started
+        self._settle()
+        self._raise_failure()
+        if self._behind:
+            self._rewind()
+        elif batch.messages:
+            self._pending = batch, thread.submit(self._publish, batch)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def _poll_batch(self) -> _Batch:
+        """Poll until the batch is full by count, bytes or time, the input ends, or nothing comes."""
+        batch, limits, began = _Batch(), self._settings.worker, time.monotonic()
+        while not self._stop.is_set() and not self._behind:
+            message = self._consumer.poll(_SLICE_S)
+            if message is not None and self._take(message):
+                batch.add(message)
+            now = time.monotonic()
+            if batch.messages:
+                if len(batch.messages) >= limits.batch_count or batch.size_bytes >= limits.batch_bytes:
+                    break
+                if now - batch.started >= limits.batch_s or self._input_ended():
+                    break
+            elif now - began >= _SLICE_S or self._input_ended():
+                break
+        # Captured now, never refreshed: with the metadata of a later generation the offsets of a batch that another
+        # worker reads again would be accepted.
+        batch.metadata = self._consumer.consumer_group_metadata()
+        batch.poll_s = time.monotonic() - began
+        return batch
+
+    def _take(self, message: Message) -> bool:
+        """Tell whether a polled message is an alert to work on."""
+        error = message.error()
+        if error is not None:
+            self._polled_error(message, error)
+            return False
+        place = _place(message)
+        self._first.setdefault(place, _offset(message))
+        if not self._drained:
+            return True
+        end = self._end(place)
+        if _offset(message) + 1 >= end:
+            self._ended.add(place)
+        return _offset(message) < end
+
+    def _polled_error(self, message: Message, error: KafkaError) -> None:
+        if error.code() == KafkaError._PARTITION_EOF:
+            # Commit markers take offsets too, so the last alert may lie well before the end; only this event tells.
+            if self._drained and _offset(message) >= self._end(_place(message)):
+                self._ended.add(_place(message))
+        elif error.fatal():
+            raise PublishError(f"the consumer cannot go on: {error.str()}")
+        else:
+            log.warning("%s: %s", message.topic() or "consumer", error.str())
+
+    def _end(self, place: Place) -> int:
+        if place not in self._ends:
+            if self._ends_given:
+                return 0  # not part of the range
+            low_high = self._consumer.get_watermark_offsets(TopicPartition(*place), timeout=_CALL_S)
+            self._ends[place] = low_high[1]
+        return self._ends[place]
+
+    def _input_ended(self) -> bool:
+        return self._drained and self._seen_assignment and self._assigned <= self._ended
+
+    def _finished(self) -> bool:
+        if self._behind or self._failure is not None:
+            return False
+        return self._stop.is_set() or (self._input_ended() and self._pending is None)
+
+    # -- enriching ----------------------------------------------------------------------------------------------
+
+    def _enrich(self, messages: Sequence[Message], store: FrameStore) -> list[Packet | Reject]:
+        folder = self._settings.alerts.schema_folder
+        decoded: list[Alert | Reject] = []
+        for message in messages:
+            try:
+                decoded.append(decode(message.value() or b"", folder))
+            except AlertError as exc:
+                decoded.append(Reject(exc.alert_id, "decode", exc))
+        made = iter(make_packets([a for a in decoded if isinstance(a, Alert)], store, self._settings))
+        return [a if isinstance(a, Reject) else next(made) for a in decoded]
+
+    def _records(self, batch: _Batch) -> list[Record]:
+        return [self._record(m, result) for m, result in zip(batch.messages, batch.results, strict=True)]
+
+    def _record(self, message: Message, result: Packet | Reject) -> Record:
+        worker = self._settings.worker
+        if isinstance(result, Reject):
+            log.warning(
+                "reject topic=%s partition=%d offset=%d alert=%s stage=%s error=%s: %s",
+                *(*_place(message), message.offset(), result.alert_id, result.stage, type(result.error).__name__),
+                result.error,
+            )
+            headers = [*(message.headers() or []), *_error_headers(message, result)]
+            return Record(worker.reject_topic, message.key(), message.value(), headers)
+        headers = [
+            (HEADERS_PREFIX + "schema", " ".join(PACKET)),
+            (HEADERS_PREFIX + "version", result.worker_version),
+            (HEADERS_PREFIX + "input.topic", message.topic()),
+            (HEADERS_PREFIX + "input.partition", str(message.partition())),
+            (HEADERS_PREFIX + "input.offset", str(message.offset())),
+        ]
+        if self._replay is not None:
+            headers.append((HEADERS_PREFIX + "replay", self._replay))
+        return Record(worker.packet_topic, result.key.encode(), encode(result), headers)
+
+    # -- publishing ---------------------------------------------------------------------------------------------
+
+    def _publish(self, batch: _Batch) -> float:
+        """Publish and commit one batch, in the publisher's thread; return the seconds that it took."""
+        started = time.monotonic()
+        while True:
+            try:
+                self._publisher.publish(batch.records, batch.offsets(), batch.metadata)
+            except RecordTooLarge as exc:
+                self._set_aside(batch, exc)
+            else:
+                return time.monotonic() - started
+
+    def _set_aside(self, batch: _Batch, exc: RecordTooLarge) -> None:
+        """Replace a packet that its topic refuses by a reject."""
+        result = batch.results[exc.place]
+        if isinstance(result, Reject):
+            raise PublishError(f"not even the reject can be published: {exc}") from exc
+        batch.results[exc.place] = Reject(result.alert_id, "publish", exc)
+        batch.records[exc.place] = self._record(batch.messages[exc.place], batch.results[exc.place])
+
+    def _settle(self) -> None:
+        """Wait for the batch that is being published; note whether it must be read again."""
+        if self._pending is None:
+            return
+        batch, future = self._pending
+        self._pending = None
+        try:
+            publish_s = future.result()
+        except TransactionAborted as exc:
+            self.totals.aborts += 1
+            self._behind = True
+            log.warning("aborted batch of %d alerts, reading it again: %s", len(batch.messages), exc)
+        except PublishError as exc:
+            self._failure = exc
+        else:
+            self._count(batch, publish_s)
+
+    def _count(self, batch: _Batch, publish_s: float) -> None:
+        rejects = sum(isinstance(result, Reject) for result in batch.results)
+        self.totals.alerts += len(batch.messages)
+        self.totals.packets += len(batch.messages) - rejects
+        self.totals.rejects += rejects
+        self.totals.batches += 1
+        log.info(
+            "batch alerts=%d packets=%d rejects=%d bytes_in=%d bytes_out=%d poll_s=%.3f enrich_s=%.3f publish_s=%.3f",
+            *(len(batch.messages), len(batch.messages) - rejects, rejects, batch.size_bytes),
+            *(sum(len(r.value or b"") for r in batch.records), batch.poll_s, batch.enrich_s, publish_s),
+        )
+        if self._on_batch is not None:
+            self._on_batch(self.totals)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # -- assignment ---------------------------------------------------------------------------------------------
+
+    def _on_assign(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        self._seen_assignment = True
+        places = {(p.topic, p.partition) for p in partitions}
+        self._assigned |= places
+        self._forget(places)
+        log.info("assigned %s", _listed(places))
+
+    def _on_revoke(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        # The generation is still ours inside this callback, so what is being published can be committed now, and the
+        # next owner starts behind it. What was polled since belongs to the next owner.
+        self._settle()
+        self._unassign(partitions)
+        log.info("revoked %s", _listed({(p.topic, p.partition) for p in partitions}))
+
+    def _on_lost(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        self._unassign(partitions)
+        log.warning("lost %s", _listed({(p.topic, p.partition) for p in partitions}))
+
+    def _unassign(self, partitions: Sequence[TopicPartition]) -> None:
+        places = {(p.topic, p.partition) for p in partitions}
+        self._assigned -= places
+        self._forget(places)
+        self._behind = True
+
+    def _forget(self, places: set[Place]) -> None:
+        self._ended -= places
+        for place in places:
+            self._first.pop(place, None)
+
+    def _rewind(self) -> None:
+        """Set every assigned partition back to its committed offset, or to where reading began."""
+        self._behind = False
+        self._ended.clear()
+        wanted = [TopicPartition(*place) for place in sorted(self._assigned)]
+        for found in self._committed(wanted):
+            place = found.topic, found.partition
+            if found.offset == OFFSET_INVALID:
+                if place not in self._first:
+                    continue  # nothing was read of it
+                found.offset = self._first[place]
+            self._seek(found)
+
+    def _committed(self, wanted: list[TopicPartition]) -> list[TopicPartition]:
+        deadline = time.monotonic() + self._settings.worker.deadline_s
+        while wanted:
+            try:
+                return self._consumer.committed(wanted, timeout=_CALL_S)
+            except KafkaException as exc:
+                if time.monotonic() > deadline:
+                    raise PublishError(f"committed offsets cannot be read: {exc.args[0].str()}") from exc
+                log.warning("committed offsets: %s; trying again", exc.args[0].str())
+                time.sleep(_SLICE_S)
+        return []
+
+    def _seek(self, to: TopicPartition) -> None:
+        deadline = time.monotonic() + _SEEK_S
+        while True:
+            try:
+                self._consumer.seek(to)
+            except KafkaException as exc:
+                # Between assignment and the first fetch a partition cannot be set back yet.
+                if exc.args[0].code() != KafkaError._STATE or time.monotonic() > deadline:
+                    raise PublishError(f"{to.topic} {to.partition} cannot be set back: {exc.args[0].str()}") from exc
+                time.sleep(_SLICE_S / 10)
+            else:
+                return
+
+
+def _largest(settings: Settings, topics: Sequence[str]) -> int | None:
+    """Return the bytes of the largest record that every topic takes; warn where a packet may be larger."""
+    limits = {topic: message_limit(settings, topic) for topic in topics}
+    known = {topic: limit for topic, limit in limits.items() if limit is not None}
+    side = 2 * math.ceil(settings.enrich.radius) + 1
+    packet = len(STAMP_FIELDS) * side**2 * 4
+    for topic, limit in known.items():
+        if packet > limit and not settings.enrich.gzip:
+            log.warning(
+                "topic %s takes %d bytes; a packet of radius %g may have %d",
+                topic,
+                limit,
+                settings.enrich.radius,
+                packet,
+            )
+    return min(known.values(), default=None)
+
+
+def _place(message: Message) -> Place:
+    return str(message.topic()), int(message.partition() or 0)
+
+
+def _offset(message: Message) -> int:
+    offset = message.offset()
+    if offset is None:
+        raise PublishError(f"the consumer gave a record of {message.topic()} without an offset")
+    return offset
+
+
+def _listed(places: set[Place]) -> str:
+    return ", ".join(f"{topic} {partition}" for topic, partition in sorted(places)) or "nothing"
+
+
+def _error_headers(message: Message, reject: Reject) -> list[tuple[str, Any]]:
+    """Say why an alert was rejected, in the manner of Kafka Connect's dead-letter headers."""
+    error = reject.error
+    values = {
+        "topic": message.topic(),
+        "partition": message.partition(),
+        "offset": message.offset(),
+        "timestamp": message.timestamp()[1],
+        "stage": reject.stage,
+        "class.name": _STAGES[reject.stage],
+        "exception.class.name": f"{type(error).__module__}.{type(error).__name__}",
+        "exception.message": error,
+        "exception.stacktrace": "".join(traceback.format_exception(error)),
+        "attempt": 1,
+    }
+    return [(ERRORS_PREFIX + name, str(value)) for name, value in values.items()]
