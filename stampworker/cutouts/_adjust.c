@@ -1,0 +1,1011 @@
+/* The fit of adjust.py in C: the same search for the same minimum, several times faster.
+ *
+ * fit_numpy() in adjust.py is the specification, and a test holds the two to the same answer; what the formulas mean is said
+ * there. Here is what differs:
+ *
+ * - The Gram matrix of the moved coefficient planes is needed only where two planes meet in one cell of the spline, up to three
+ *   pixels apart. It is kept by lag: gram[a][b + 3][j][k] belongs to the planes (j, k) and (j + a, k + b), and is the correlation
+ *   of the weights with one product plane, c[y][x] c[y + a][x + b].
+ * - Sums run in eight lanes in a fixed order, and the compiler may not fuse multiplication and addition (-ffp-contract=off):
+ *   every clone below, SSE2 to AVX-512, gives the same bits, so the same input gives the same packet on any x86-64 machine.
+ *
+ * No state is kept between calls, and the interpreter's lock is released during the fit.
+ */
+#ifndef AT_ONCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86
+#endif
+#if defined(X86) && defined(__gnu_linux__) && !defined(__clang__) && !defined(ONE_CLONE)
+#define HOT __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define HOT
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef ptrdiff_t Index;
+typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
+
+/* The constants of adjust.py. */
+static const double HUGE_VALUE = 1e50, FLAT = 1e-6, STEP = 0.25, CLOSE = 1e-7, LONGEST_STEP = 0.5;
+enum { FILL_LAYERS = 3, MOST_STEPS = 50, MOST_HALVINGS = 40, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3 };
+enum { LANES = 8, BLOCK = 16, HORIZON = 32 }; /* BLOCK columns of a product and its weights stay in the first-level cache */
+enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
+
+typedef struct {
+    Correlate *correlate;
+    Index ny, nx;         /* of the planes */
+    Index y0, x0, h, w;   /* the fitted box */
+    Index stride;         /* of the padded coefficients */
+    int reach, count;     /* count = 2 reach + 1 planes on an axis */
+    double max_shift, max_scale;
+    int fit_bg, normalize;
+    Index slab;           /* rows of the box that one lane holds */
+    double *image, *template, *err, *scratch, *scratch2, *padded, *weight, *weighted, *residual;
+    double *planes, *weights, *weights_image, *product; /* interleaved */
+    unsigned char *bad_image, *bad_template, *undefined;
+    double *gram, *projection, *sums;
+    double image_square, image_sum, weight_sum, image_mean, template_mean;
+} Work;
+
+typedef struct {
+    double u, v, chi2, scale, gu, gv, huu, huv, hvv, square, slope_u, slope_v, sum, sum_u, sum_v;
+    int free;
+} Value;
+
+typedef struct {
+    int failure, at_bound;
+    Index npix;
+    double bg, tbg, dx, dy, scale, chi2_0, chi2, errors[4];
+} Result;
+
+static inline double smaller(double a, double b) { return a < b ? a : b; }
+static inline double larger(double a, double b) { return a > b ? a : b; }
+static inline int usable(double err) { return err > 1 / HUGE_VALUE && err < HUGE_VALUE; }
+
+/* ---- Backgrounds ---------------------------------------------------------------------------------------------------- */
+
+static void sort(double *a, Index n)
+{
+    for (Index i = 1; i < n; i++) {
+        double value = a[i];
+        Index j = i;
+        for (; j > 0 && a[j - 1] > value; j--)
+            a[j] = a[j - 1];
+        a[j] = value;
+    }
+}
+
+HOT static Index count_below(const double *a, Index n, double limit)
+{
+    Index count = 0;
+    for (Index i = 0; i < n; i++)
+        count += a[i] < limit;
+    return count;
+}
+
+/* The k-th smallest of n values, which are overwritten. A sorted sample brackets it, and what lies within the bracket is kept,
+ * until there is no more than can be sorted. Limits are closed; nextafter leaves a value itself out, so each pass drops one. */
+static double kth(double *a, Index n, Index k)
+{
+    enum { SAMPLE = 32, MARGIN = 6 };
+    while (n > SAMPLE) {
+        double sample[SAMPLE];
+        for (Index i = 0; i < SAMPLE; i++)
+            sample[i] = a[i * n / SAMPLE];
+        sort(sample, SAMPLE);
+        Index middle = k * SAMPLE / n;
+        double low = sample[middle < MARGIN ? 0 : middle - MARGIN];
+        double high = sample[middle + MARGIN < SAMPLE ? middle + MARGIN : SAMPLE - 1];
+        Index below = count_below(a, n, low), upto = count_below(a, n, nextafter(high, INFINITY));
+        if (below <= k && k < upto && upto - below == n) { /* nothing would be dropped: split at the middle of the sample */
+            low = high = sample[middle];
+            below = count_below(a, n, low), upto = count_below(a, n, nextafter(high, INFINITY));
+        }
+        if (k < below)
+            high = nextafter(low, -INFINITY), low = -INFINITY;
+        else if (k >= upto)
+            low = nextafter(high, INFINITY), high = INFINITY, k -= upto;
+        else if (low == high)
+            return low;
+        else
+            k -= below;
+        Index kept = 0;
+        for (Index i = 0; i < n; i++) {
+            double value = a[i];
+            a[kept] = value;
+            kept += (value >= low) & (value <= high);
+        }
+        n = kept;
+    }
+    sort(a, n);
+    return a[k];
+}
+
+/* Sums run in eight lanes, so that they are the same whatever the machine's vectors. */
+INLINE double total(const double lanes[LANES])
+{
+    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+/* Sum of a[i] b[i]. */
+HOT static double dot(const double *restrict a, const double *restrict b, Index n)
+{
+    double lanes[LANES] = {0};
+    Index i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] += a[i + lane] * b[i + lane];
+    for (; i < n; i++)
+        lanes[i % LANES] += a[i] * b[i];
+    return total(lanes);
+}
+
+HOT static double sum(const double *a, Index n)
+{
+    double lanes[LANES] = {0};
+    Index i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] += a[i + lane];
+    for (; i < n; i++)
+        lanes[i % LANES] += a[i];
+    return total(lanes);
+}
+
+/* 2.5 median - 1.5 mean of the good values. */
+static double background(const double *plane, const unsigned char *bad, Index size, double *values, double *copy)
+{
+    Index n = 0;
+    if (!bad)
+        values = (double *)plane, n = size;
+    else
+        for (Index i = 0; i < size; i++) {
+            values[n] = plane[i];
+            n += !bad[i];
+        }
+    memcpy(copy, values, (size_t)n * sizeof(double));
+    Index half = (n - 1) / 2;
+    double median = kth(copy, n, half), next = INFINITY;
+    if (n % 2 == 0) { /* the mean of the two in the middle */
+        if (count_below(values, n, nextafter(median, INFINITY)) > half + 1)
+            next = median;
+        else
+            for (Index i = 0; i < n; i++)
+                if (values[i] > median)
+                    next = smaller(next, values[i]);
+        median = (median + next) / 2;
+    }
+    return 2.5 * median - 1.5 * (sum(values, n) / (double)n);
+}
+
+/* ---- Pixels --------------------------------------------------------------------------------------------------------- */
+
+/* Mark values that cannot be used; whether there is any. */
+static int mark_bad(const double *plane, const unsigned char *mask, Index size, unsigned char *bad)
+{
+    int any = 0;
+    for (Index i = 0; i < size; i++) {
+        bad[i] = !(fabs(plane[i]) < HUGE_VALUE) | (mask && mask[i]);
+        any |= bad[i];
+    }
+    return any;
+}
+
+/* 1 / err² in the box, 0 for pixels that leave the fit; how many stay. */
+HOT static Index weigh(Work *s, int any_bad_template)
+{
+    for (Index y = 0; y < s->h; y++) {
+        const double *restrict err = s->err + (y + s->y0) * s->nx + s->x0;
+        const unsigned char *restrict bad = s->bad_image + (y + s->y0) * s->nx + s->x0;
+        double *restrict weight = s->weight + y * s->w;
+        for (Index x = 0; x < s->w; x++) {
+            int use = (err[x] > 1 / HUGE_VALUE) & (err[x] < HUGE_VALUE) & !bad[x];
+            weight[x] = use ? 1 / (err[x] * err[x]) : 0;
+        }
+    }
+    if (any_bad_template)
+        for (Index y = 0; y < s->ny; y++)
+            for (Index x = 0; x < s->nx; x++) {
+                if (!s->bad_template[y * s->nx + x])
+                    continue;
+                Index bottom = y - s->reach - s->y0, left = x - s->reach - s->x0, edge = 2 * s->reach + 1;
+                for (Index j = bottom < 0 ? 0 : bottom; j < bottom + edge && j < s->h; j++)
+                    for (Index i = left < 0 ? 0 : left; i < left + edge && i < s->w; i++)
+                        s->weight[j * s->w + i] = 0;
+            }
+    Index count = 0;
+    for (Index i = 0; i < s->h * s->w; i++)
+        count += s->weight[i] > 0;
+    return count;
+}
+
+/* Whether the template is constant wherever the fit reads it; the first row or two tell, as a rule. */
+static int is_flat(const Work *s)
+{
+    double low = INFINITY, high = -INFINITY;
+    for (Index y = s->y0 - s->reach; y < s->y0 + s->h + s->reach; y++) {
+        for (Index x = s->x0 - s->reach; x < s->x0 + s->w + s->reach; x++) {
+            if (y < 0 || x < 0 || y >= s->ny || x >= s->nx || s->bad_template[y * s->nx + x])
+                continue;
+            low = smaller(low, s->template[y * s->nx + x]);
+            high = larger(high, s->template[y * s->nx + x]);
+        }
+        if (high - low > FLAT * larger(fabs(low), fabs(high)))
+            return 0;
+    }
+    return 1;
+}
+
+/* Fill bad pixels of the template with the mean of the known ones around them, ring by ring, the rest with a value. */
+static void fill(Work *s, double value)
+{
+    enum { UNKNOWN = 1, NEW = 2 };
+    unsigned char *state = (unsigned char *)s->scratch; /* 0 known; the marks of bad pixels are needed later */
+    Index size = s->ny * s->nx;
+    memcpy(state, s->bad_template, (size_t)size);
+    for (int layer = 0; layer < FILL_LAYERS; layer++) {
+        for (Index at = 0; at < size; at++) {
+            if (state[at] != UNKNOWN)
+                continue;
+            Index y = at / s->nx, x = at % s->nx, count = 0;
+            double total = 0;
+            for (Index j = y ? y - 1 : 0; j <= y + 1 && j < s->ny; j++)
+                for (Index i = x ? x - 1 : 0; i <= x + 1 && i < s->nx; i++)
+                    if (!state[j * s->nx + i]) {
+                        total += s->template[j * s->nx + i];
+                        count++;
+                    }
+            if (count) {
+                s->template[at] = total / (double)count;
+                state[at] = NEW;
+            }
+        }
+        for (Index at = 0; at < size; at++)
+            if (state[at] == NEW)
+                state[at] = 0;
+    }
+    for (Index at = 0; at < size; at++)
+        if (state[at])
+            s->template[at] = value;
+}
+
+/* ---- The spline ----------------------------------------------------------------------------------------------------- */
+
+/* Cubic B-spline coefficients down the columns of a plane whose edges are mirrored, but for the gain of 6: one recursion down
+ * and one up. Both begin with the sum over the mirrored signal, of which HORIZON terms are all that counts: z³² = 5e-19. */
+HOT static void prefilter(double *restrict a, Index rows, Index columns)
+{
+    const double z = sqrt(3.0) - 2;
+    if (rows < 2)
+        return;
+    Index horizon = rows < HORIZON ? rows : HORIZON;
+    double start[HORIZON], once = z / (1 - pow(z, 2.0 * (double)rows));
+    for (Index i = 0; i < horizon; i++)
+        start[i] = once * (pow(z, (double)i) + pow(z, 2.0 * (double)rows - 1 - (double)i));
+    for (Index x = 0; x < columns; x++)
+        a[x] *= 1 + start[0];
+    for (Index y = 1; y < horizon; y++)
+        for (Index x = 0; x < columns; x++)
+            a[x] += start[y] * a[y * columns + x];
+    for (Index y = 1; y < rows; y++)
+        for (Index x = 0; x < columns; x++)
+            a[y * columns + x] += z * a[(y - 1) * columns + x];
+    double *last = a + (rows - 1) * columns;
+    for (Index x = 0; x < columns; x++)
+        last[x] *= z / (z - 1);
+    for (Index y = rows - 2; y >= 0; y--)
+        for (Index x = 0; x < columns; x++)
+            a[y * columns + x] = z * (a[(y + 1) * columns + x] - a[y * columns + x]);
+}
+
+static void transpose(const double *restrict from, double *restrict to, Index rows, Index columns)
+{
+    for (Index y0 = 0; y0 < rows; y0 += LANES)
+        for (Index x = 0; x < columns; x++)
+            for (Index y = y0; y < y0 + LANES && y < rows; y++)
+                to[x * rows + y] = from[y * columns + x];
+}
+
+/* Index of an axis continued by mirroring about the outer edges of the outermost pixels. */
+static Index mirrored(Index i, Index size)
+{
+    i = ((i % (2 * size)) + 2 * size) % (2 * size);
+    return i < size ? i : 2 * size - 1 - i;
+}
+
+/* Coefficients of the template less its background, with `reach` more pixels on each side. */
+static void make_coefficients(Work *s, double tbg)
+{
+    Index size = s->ny * s->nx;
+    double gain = (s->ny > 1 ? 6.0 : 1.0) * (s->nx > 1 ? 6.0 : 1.0), *a = s->scratch, *b = s->scratch2;
+    for (Index i = 0; i < size; i++) {
+        s->template[i] -= tbg;
+        a[i] = gain * s->template[i];
+    }
+    prefilter(a, s->ny, s->nx);
+    transpose(a, b, s->ny, s->nx);
+    prefilter(b, s->nx, s->ny);
+    transpose(b, a, s->nx, s->ny);
+    for (Index y = 0; y < s->ny + 2 * s->reach; y++) {
+        const double *from = a + mirrored(y - s->reach, s->ny) * s->nx;
+        double *to = s->padded + y * s->stride;
+        memcpy(to + s->reach, from, (size_t)s->nx * sizeof(double));
+        for (Index x = 0; x < s->reach; x++) {
+            to[x] = from[mirrored(x - s->reach, s->nx)];
+            to[s->reach + s->nx + x] = from[mirrored(s->nx + x, s->nx)];
+        }
+    }
+}
+
+/* First of the four planes that a move by `at` needs, their weights and two derivatives. */
+static int taps(double at, int reach, double weights[3][4])
+{
+    double cell = smaller(floor(at), reach - 2), f = at - cell, g = 1 - f;
+    const double all[3][4] = {
+        {g * g * g / 6, (4 - 3 * f * f * (2 - f)) / 6, (4 - 3 * g * g * (2 - g)) / 6, f * f * f / 6},
+        {-g * g / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f * f / 2},
+        {g, 3 * f - 2, 3 * g - 2, f},
+    };
+    memcpy(weights, all, sizeof all);
+    return (int)cell - 1 + reach;
+}
+
+/* ---- The quadratic form --------------------------------------------------------------------------------------------- */
+
+/* The file reads itself once for each width of vectors: the part at its end makes a correlate_N of N doubles at a time. */
+#define AT_ONCE 2
+#define TARGET
+#include "_adjust.c"
+#ifdef X86
+#define AT_ONCE 4
+#define TARGET __attribute__((target("avx2")))
+#include "_adjust.c"
+#define AT_ONCE 8
+#define TARGET __attribute__((target("avx512f")))
+#include "_adjust.c"
+#endif
+
+/* The widest that this machine has, or the one wanted; NULL where that cannot be had. */
+static Correlate *choose_correlate(int at_once)
+{
+#ifdef X86
+    if ((at_once == 0 || at_once == 8) && __builtin_cpu_supports("avx512f"))
+        return correlate_8;
+    if ((at_once == 0 || at_once == 4) && __builtin_cpu_supports("avx2"))
+        return correlate_4;
+#endif
+    return at_once == 0 || at_once == 2 ? correlate_2 : NULL;
+}
+
+/* out[y][x] = a[y][x] b[y][x] */
+HOT static void multiply(const double *restrict a, const double *restrict b, Index stride, double *restrict out, Index out_stride,
+                         Index rows, Index width)
+{
+    for (Index y = 0; y < rows; y++)
+        for (Index x = 0; x < width; x++)
+            out[y * out_stride + x] = a[y * stride + x] * b[y * stride + x];
+}
+
+/* Lay rows out so that the eight lanes of a vector hold the same place of eight slabs of rows: then a plane moved in x or y is read
+ * at whole vectors. Each slab has as many rows more as the planes move; rows that do not exist are 0. */
+static void interleave(const double *from, Index stride, Index available, Index slab, Index rows, Index columns, double *to)
+{
+    for (int lane = 0; lane < LANES; lane++)
+        for (Index y = 0; y < rows; y++) {
+            const double *line = from + (lane * slab + y) * stride;
+            double *out = to + y * columns * LANES + lane;
+            if (lane * slab + y < available)
+                for (Index x = 0; x < columns; x++)
+                    out[x * LANES] = line[x];
+            else
+                for (Index x = 0; x < columns; x++)
+                    out[x * LANES] = 0;
+        }
+}
+
+INLINE double *gram_at(const Work *s, int a, int b, Index j, Index k)
+{
+    return s->gram + ((a * 7 + b + 3) * s->count + j) * s->count + k;
+}
+
+/* The image less its background in the box, times the weights, and sums. The weighted means leave both sides where an offset is
+ * fitted. */
+HOT static void prepare_sums(Work *s, double bg)
+{
+    const Index size = s->h * s->w;
+    const double *restrict weight = s->weight;
+    double *restrict residual = s->residual, *restrict weighted = s->weighted, template_sum = 0;
+    const double *near = s->padded + (s->y0 + s->reach) * s->stride + s->x0 + s->reach;
+    for (Index y = 0; y < s->h; y++) {
+        const double *restrict image = s->image + (y + s->y0) * s->nx + s->x0;
+        for (Index x = 0; x < s->w; x++)
+            residual[y * s->w + x] = image[x] - bg;
+    }
+    s->weight_sum = sum(weight, size);
+    if (s->fit_bg) {
+        for (Index y = 0; y < s->h; y++)
+            template_sum += dot(weight + y * s->w, near + y * s->stride, s->w);
+        s->image_mean = dot(weight, residual, size) / s->weight_sum;
+        s->template_mean = template_sum / s->weight_sum;
+        for (Index i = 0; i < size; i++)
+            residual[i] -= s->image_mean;
+        for (Index i = 0; i < (s->ny + 2 * s->reach) * s->stride; i++)
+            s->padded[i] -= s->template_mean;
+    }
+    for (Index i = 0; i < size; i++)
+        weighted[i] = weight[i] * residual[i];
+    s->image_sum = sum(weighted, size);
+    s->image_square = dot(weighted, residual, size);
+}
+
+static void make_form(Work *s)
+{
+    int count = s->count;
+    Index slab = s->slab, rows = slab + count - 1, columns = s->w + count - 1, first = s->y0 * s->stride + s->x0;
+    interleave(s->padded + first, s->stride, s->ny + 2 * s->reach - s->y0, slab, rows, columns, s->planes);
+    interleave(s->weight, s->w, s->h, slab, slab, s->w, s->weights);
+    interleave(s->weighted, s->w, s->h, slab, slab, s->w, s->weights_image);
+    const Index wide = BLOCK + count - 1;
+    for (Index x = 0; x < s->w; x += BLOCK) {
+        Index width = x + BLOCK < s->w ? BLOCK : s->w - x;
+        const double *planes = s->planes + x * LANES, *weights = s->weights + x * LANES, *image = s->weights_image + x * LANES;
+        s->correlate(image, s->w, planes, columns, slab, width, count, count, s->projection, count);
+        if (s->fit_bg)
+            s->correlate(weights, s->w, planes, columns, slab, width, count, count, s->sums, count);
+        for (int a = 0; a < 4; a++)
+            for (int b = a ? -3 : 0; b < 4; b++) {
+                int left = b < 0 ? -b : 0, right = b > 0 ? b : 0, nk = count - left - right;
+                multiply(planes + left * LANES, planes + (a * columns + right) * LANES, columns * LANES, s->product, wide * LANES,
+                         rows - a, (width + nk - 1) * LANES);
+                s->correlate(weights, s->w, s->product, wide, slab, width, count - a, nk, gram_at(s, a, b, 0, left), count);
+            }
+    }
+    for (int b = 1; b < 4; b++) /* a = 0 holds each pair twice */
+        for (int j = 0; j < count; j++)
+            for (int k = b; k < count; k++)
+                *gram_at(s, 0, -b, j, k) = *gram_at(s, 0, b, j, k - b);
+    if (!s->fit_bg)
+        return;
+    for (int a = 0; a < 4; a++) /* what remains after the best offset */
+        for (int b = -3; b < 4; b++)
+            for (int j = 0; j + a < count; j++)
+                for (int k = b < 0 ? -b : 0; k < count && k + b < count; k++)
+                    *gram_at(s, a, b, j, k) -= s->sums[j * count + k] * (s->sums[(j + a) * count + k + b] / s->weight_sum);
+    for (int i = 0; i < count * count; i++)
+        s->projection[i] -= s->sums[i] * (s->image_sum / s->weight_sum);
+    s->image_square -= s->image_sum * s->image_sum / s->weight_sum;
+}
+
+/* ---- The search ----------------------------------------------------------------------------------------------------- */
+
+/* chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale. */
+static Value evaluate(const Work *s, double u, double v)
+{
+    double X[3][4], Y[3][4], pairs[3][4][4], tt[6] = {0}, p[6] = {0}, sums[3] = {0}; /* 1, u, v, uu, uv, vv */
+    int column = taps(u, s->reach, X), row = taps(v, s->reach, Y);
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            pairs[0][i][j] = X[0][i] * X[0][j];
+            pairs[1][i][j] = X[1][i] * X[0][j] + X[0][i] * X[1][j];
+            pairs[2][i][j] = X[2][i] * X[0][j] + 2 * X[1][i] * X[1][j] + X[0][i] * X[2][j];
+        }
+    for (int a = 0; a < 4; a++)
+        for (int t = 0; t + a < 4; t++) {
+            double h[3] = {0}, twice = a ? 2 : 1; /* planes (j, k), (j + a, k') stand for the pair the other way round too */
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++) {
+                    double gram = *gram_at(s, a, j - i, row + t, column + i);
+                    h[0] += pairs[0][i][j] * gram;
+                    h[1] += pairs[1][i][j] * gram;
+                    h[2] += pairs[2][i][j] * gram;
+                }
+            double y0 = twice * Y[0][t] * Y[0][t + a], y1 = twice * (Y[1][t] * Y[0][t + a] + Y[0][t] * Y[1][t + a]);
+            double y2 = twice * (Y[2][t] * Y[0][t + a] + 2 * Y[1][t] * Y[1][t + a] + Y[0][t] * Y[2][t + a]);
+            tt[0] += y0 * h[0], tt[1] += y0 * h[1], tt[2] += y1 * h[0];
+            tt[3] += y0 * h[2], tt[4] += y1 * h[1], tt[5] += y2 * h[0];
+        }
+    for (int t = 0; t < 4; t++) {
+        const double *q = s->projection + (row + t) * s->count + column, *sum = s->sums + (row + t) * s->count + column;
+        for (int i = 0; i < 4; i++) {
+            p[0] += Y[0][t] * X[0][i] * q[i], p[1] += Y[0][t] * X[1][i] * q[i], p[2] += Y[1][t] * X[0][i] * q[i];
+            p[3] += Y[0][t] * X[2][i] * q[i], p[4] += Y[1][t] * X[1][i] * q[i], p[5] += Y[2][t] * X[0][i] * q[i];
+            sums[0] += Y[0][t] * X[0][i] * sum[i], sums[1] += Y[0][t] * X[1][i] * sum[i];
+            sums[2] += Y[1][t] * X[0][i] * sum[i];
+        }
+    }
+    double low = 1 / s->max_scale, high = s->max_scale, best = tt[0] > 0 ? p[0] / tt[0] : high;
+    double scale = smaller(larger(best, low), high);
+    Value value = {.u = u, .v = v, .scale = scale, .square = tt[0], .free = low < best && best < high};
+    value.chi2 = s->image_square - scale * (2 * p[0] - scale * tt[0]);
+    value.gu = scale * (scale * tt[1] - 2 * p[1]), value.gv = scale * (scale * tt[2] - 2 * p[2]);
+    value.huu = scale * (scale * tt[3] - 2 * p[3]);
+    value.huv = scale * (scale * tt[4] - 2 * p[4]);
+    value.hvv = scale * (scale * tt[5] - 2 * p[5]);
+    if (value.free) {
+        double su = (p[1] - scale * tt[1]) / tt[0], sv = (p[2] - scale * tt[2]) / tt[0];
+        value.slope_u = su, value.slope_v = sv;
+        value.huu -= 2 * tt[0] * su * su, value.huv -= 2 * tt[0] * su * sv, value.hvv -= 2 * tt[0] * sv * sv;
+    }
+    value.sum = sums[0], value.sum_u = sums[1], value.sum_v = sums[2];
+    return value;
+}
+
+/* Newton's step among the shifts that are not held by a bound, downhill also where the curvature is negative. */
+static void step(const Value *here, double max_shift, double *du, double *dv)
+{
+    double gu = here->gu, gv = here->gv, huu = here->huu, huv = here->huv, hvv = here->hvv;
+    if (fabs(here->u) >= max_shift && gu * here->u <= 0)
+        gu = 0, huu = 1, huv = 0;
+    if (fabs(here->v) >= max_shift && gv * here->v <= 0)
+        gv = 0, hvv = 1, huv = 0;
+    double spread = sqrt((huu - hvv) * (huu - hvv) + 4 * huv * huv), smallest = (huu + hvv - spread) / 2;
+    double size = larger(fabs(smallest), fabs(smallest + spread));
+    if (smallest <= 1e-9 * size) {
+        double raised = larger(-2 * smallest, 1e-3 * size);
+        huu += raised, hvv += raised;
+    }
+    double determinant = huu * hvv - huv * huv;
+    *du = *dv = 0;
+    if (!(determinant > 0))
+        return;
+    *du = (huv * gv - hvv * gu) / determinant, *dv = (huv * gu - huu * gv) / determinant;
+    double excess = larger(fabs(*du), fabs(*dv)) / LONGEST_STEP;
+    if (excess > 1)
+        *du /= excess, *dv /= excess;
+}
+
+/* Newton's method inside the box, from a point of the grid. */
+static Value polish(const Work *s, double u, double v)
+{
+    Value here = evaluate(s, u, v), there;
+    for (int n = 0; n < MOST_STEPS; n++) {
+        double du, dv;
+        int halvings = 0;
+        step(&here, s->max_shift, &du, &dv);
+        for (;; du /= 2, dv /= 2) {
+            u = smaller(larger(here.u + du, -s->max_shift), s->max_shift);
+            v = smaller(larger(here.v + dv, -s->max_shift), s->max_shift);
+            there = evaluate(s, u, v);
+            if (there.chi2 <= here.chi2)
+                break;
+            if (++halvings == MOST_HALVINGS)
+                return here; /* nothing lower but for rounding */
+        }
+        double moved = larger(fabs(u - here.u), fabs(v - here.v));
+        here = there;
+        if (moved < CLOSE)
+            break;
+    }
+    return here;
+}
+
+/* How far below a point of the grid the minimum between its points may lie: the mean rise to its neighbours on each axis. */
+static double possible_drop(const double *chi2, Index n, Index row, Index column)
+{
+    double here = chi2[row * n + column], drop = 0;
+    for (int axis = 0; axis < 2; axis++) {
+        Index at = axis ? column : row, apart = axis ? 1 : n;
+        double rise = 0;
+        int neighbours = 0;
+        if (at > 0)
+            rise += chi2[row * n + column - apart] - here, neighbours++;
+        if (at + 1 < n)
+            rise += chi2[row * n + column + apart] - here, neighbours++;
+        drop += neighbours ? rise / neighbours : 0;
+    }
+    return drop;
+}
+
+static int is_local_minimum(const double *chi2, Index n, Index row, Index column)
+{
+    for (Index j = row ? row - 1 : 0; j <= row + 1 && j < n; j++)
+        for (Index i = column ? column - 1 : 0; i <= column + 1 && i < n; i++)
+            if (chi2[j * n + i] < chi2[row * n + column])
+                return 0;
+    return 1;
+}
+
+/* chi2 on the grid: the form is contracted in x for each column of points, then in y for each point. */
+static void fill_grid(const Work *s, const double *points, Index n, double *chi2)
+{
+    double X[3][4], Y[3][4], rows[4][MOST_PLANES], cross[MOST_PLANES];
+    for (Index i = 0; i < n; i++) {
+        int column = taps(points[i], s->reach, X);
+        for (int j = 0; j < s->count; j++) {
+            for (int a = 0; a < 4 && j + a < s->count; a++) {
+                double sum = 0;
+                for (int k = 0; k < 4; k++)
+                    for (int l = 0; l < 4; l++)
+                        sum += X[0][k] * X[0][l] * *gram_at(s, a, l - k, j, column + k);
+                rows[a][j] = sum;
+            }
+            cross[j] = 0;
+            for (int k = 0; k < 4; k++)
+                cross[j] += X[0][k] * s->projection[j * s->count + column + k];
+        }
+        for (Index r = 0; r < n; r++) {
+            int row = taps(points[r], s->reach, Y);
+            double square = 0, p = 0;
+            for (int t = 0; t < 4; t++) {
+                p += Y[0][t] * cross[row + t];
+                for (int a = 0; t + a < 4; a++)
+                    square += (a ? 2 : 1) * Y[0][t] * Y[0][t + a] * rows[a][row + t];
+            }
+            double scale = smaller(larger(p / larger(square, 2.2250738585072014e-308), 1 / s->max_scale), s->max_scale);
+            chi2[r * n + i] = s->image_square - scale * (2 * p - scale * square);
+        }
+    }
+}
+
+/* The global minimum: each local minimum of the grid is polished that may get below the best point of the grid. */
+static Value lowest(const Work *s, double *grid)
+{
+    Index n = 2 * (Index)ceil(s->max_shift / STEP) + 1;
+    double *points = grid, *chi2 = grid + n, bottom = INFINITY;
+    for (Index i = 0; i < n; i++)
+        points[i] = n > 1 ? -s->max_shift + 2 * s->max_shift * (double)i / (double)(n - 1) : 0;
+    fill_grid(s, points, n, chi2);
+    for (Index i = 0; i < n * n; i++)
+        bottom = smaller(bottom, chi2[i]);
+    Value best = {.chi2 = INFINITY};
+    for (Index row = 0; row < n; row++)
+        for (Index column = 0; column < n; column++)
+            if (is_local_minimum(chi2, n, row, column) &&
+                chi2[row * n + column] - possible_drop(chi2, n, row, column) <= bottom) {
+                Value found = polish(s, points[column], points[row]);
+                if (found.chi2 < best.chi2)
+                    best = found;
+            }
+    return best;
+}
+
+/* ---- The result ----------------------------------------------------------------------------------------------------- */
+
+/* The image less everything, into s->scratch. */
+HOT static void subtract(const Work *s, const Value *best, double constant)
+{
+    double X[3][4], Y[3][4];
+    int column = taps(best->u, s->reach, X), row = taps(best->v, s->reach, Y);
+    for (Index y = 0; y < s->ny; y++) {
+        const double *restrict from = s->padded + (y + row) * s->stride, *restrict image = s->image + y * s->nx;
+        double *restrict line = s->scratch2, *restrict after = s->scratch + y * s->nx;
+        const Index apart = s->stride;
+        for (Index x = 0; x < s->nx + 2 * s->reach; x++)
+            line[x] = Y[0][0] * from[x] + Y[0][1] * from[x + apart] + Y[0][2] * from[x + 2 * apart] + Y[0][3] * from[x + 3 * apart];
+        line += column;
+        for (Index x = 0; x < s->nx; x++) {
+            double moved = X[0][0] * line[x] + X[0][1] * line[x + 1] + X[0][2] * line[x + 2] + X[0][3] * line[x + 3];
+            after[x] = image[x] - constant - best->scale * moved;
+        }
+    }
+}
+
+/* chi2 before and after, over the fitted pixels. */
+HOT static void sum_squares(const Work *s, double bg, Result *result)
+{
+    double *restrict line = s->scratch2, *restrict square = s->scratch2 + s->w;
+    for (Index y = 0; y < s->h; y++) {
+        const Index at = (y + s->y0) * s->nx + s->x0;
+        const double *restrict image = s->image + at, *restrict template = s->template + at, *restrict after = s->scratch + at;
+        const double *weight = s->weight + y * s->w;
+        for (Index x = 0; x < s->w; x++) {
+            double before = image[x] - bg - template[x];
+            line[x] = before * before;
+            square[x] = after[x] * after[x];
+        }
+        result->chi2_0 += dot(weight, line, s->w);
+        result->chi2 += dot(weight, square, s->w);
+    }
+}
+
+/* One sigma of dx, dy, scale and bg from the curvature; NaN where there is none. */
+static void find_errors(const Work *s, const Value *best, Result *result)
+{
+    int free_u = !(result->at_bound & 1), free_v = !(result->at_bound & 2), free_scale = !(result->at_bound & 4);
+    double huu = best->huu, huv = best->huv, hvv = best->hvv, determinant = huu * hvv - huv * huv;
+    double cuu = 0, cuv = 0, cvv = 0, *errors = result->errors;
+    errors[0] = errors[1] = errors[2] = errors[3] = NAN;
+    if ((free_u && !(huu > 0)) || (free_v && !(hvv > 0)) || (free_u && free_v && !(determinant > 1e-12 * huu * hvv)))
+        return;
+    if (free_u && free_v)
+        cuu = 2 * hvv / determinant, cuv = -2 * huv / determinant, cvv = 2 * huu / determinant;
+    else if (free_u)
+        cuu = 2 / huu;
+    else if (free_v)
+        cvv = 2 / hvv;
+    double own = free_scale ? 1 / best->square : 0, su = best->slope_u, sv = best->slope_v;
+    if (free_u)
+        errors[0] = sqrt(cuu);
+    if (free_v)
+        errors[1] = sqrt(cvv);
+    if (free_scale)
+        errors[2] = sqrt(own + su * su * cuu + 2 * su * sv * cuv + sv * sv * cvv);
+    if (s->fit_bg) {
+        double by_scale = -s->template_mean - best->sum / s->weight_sum;
+        double by_u = by_scale * su - best->scale * best->sum_u / s->weight_sum;
+        double by_v = by_scale * sv - best->scale * best->sum_v / s->weight_sum;
+        errors[3] = sqrt(1 / s->weight_sum + by_scale * by_scale * own + by_u * by_u * cuu + 2 * by_u * by_v * cuv +
+                         by_v * by_v * cvv);
+    }
+}
+
+/* Divide by err, blank what is undefined, and write. */
+static void finish(const Work *s, const unsigned char *undefined, void *adjusted, Index item)
+{
+    for (Index i = 0; i < s->ny * s->nx; i++) {
+        double value = s->scratch[i];
+        if (s->normalize)
+            value = usable(s->err[i]) ? value / s->err[i] : NAN;
+        if (undefined && undefined[i])
+            value = NAN;
+        if (item == sizeof(float))
+            ((float *)adjusted)[i] = (float)value;
+        else
+            ((double *)adjusted)[i] = value;
+    }
+}
+
+/* ---- The whole fit -------------------------------------------------------------------------------------------------- */
+
+static void span(Index size, double inner, Index *first, Index *length)
+{
+    *first = 0, *length = size;
+    if (!(inner > 0) || inner >= (double)size)
+        return;
+    *first = (Index)ceil(((double)(size - 1) - inner) / 2);
+    *length = (Index)floor(((double)(size - 1) + inner) / 2) + 1 - *first;
+}
+
+static void widen(const Py_buffer *from, double *to, Index size)
+{
+    if (from->itemsize == sizeof(double))
+        memcpy(to, from->buf, (size_t)size * sizeof(double));
+    else
+        for (Index i = 0; i < size; i++)
+            to[i] = ((const float *)from->buf)[i];
+}
+
+/* All memory of a fit is one block; NULL where there is none. */
+static void *allocate(Work *s)
+{
+    Index size = s->ny * s->nx, n = 2 * (Index)ceil(s->max_shift / STEP) + 1, squared = (Index)s->count * s->count;
+    Index h = s->h > 0 ? s->h : 0, w = s->w > 0 ? s->w : 0, rows = s->slab + s->count, line = s->nx + 2 * s->reach;
+    const Index planes = rows * (w + s->count) * LANES, weights = (s->slab + 1) * w * LANES, product = rows * (BLOCK + s->count) * LANES;
+    const Index scratch = size > n * n + n ? size : n * n + n, padded = (s->ny + 2 * s->reach) * s->stride;
+    struct {
+        double **place;
+        Index size;
+    } parts[] = {{&s->planes, planes}, {&s->weights, weights}, {&s->weights_image, weights},
+                 {&s->product, product}, {&s->gram, 28 * squared}, {&s->projection, squared}, {&s->sums, squared},
+                 {&s->weight, h * w}, {&s->weighted, h * w}, {&s->residual, h * w}, {&s->padded, padded}, {&s->image, size}, {&s->template, size},
+                 {&s->err, size}, {&s->scratch, scratch}, {&s->scratch2, size > 2 * line ? size : 2 * line}};
+    const int count = sizeof parts / sizeof parts[0];
+    Index total = LANES;
+    for (int i = 0; i < count; i++)
+        total += parts[i].size;
+    char *block = malloc((size_t)total * sizeof(double) + 3 * (size_t)size);
+    if (!block)
+        return NULL;
+    double *next = (double *)(block + (64 - (uintptr_t)block % 64) % 64);
+    for (int i = 0; i < count; i++)
+        *parts[i].place = next, next += parts[i].size;
+    s->bad_image = (unsigned char *)next, s->bad_template = s->bad_image + size, s->undefined = s->bad_template + size;
+    memset(s->gram, 0, (size_t)(30 * squared) * sizeof(double)); /* with projection and sums */
+    return block;
+}
+
+static void fit(Work *s, const unsigned char *mask, void *adjusted, Index item, Result *result)
+{
+    Index size = s->ny * s->nx;
+    int any_image = mark_bad(s->image, mask, size, s->bad_image);
+    int any_template = mark_bad(s->template, mask, size, s->bad_template), any = any_image | any_template;
+    result->failure = TOO_FEW_PIXELS;
+    result->npix = s->h > 0 && s->w > 0 ? weigh(s, any_template) : 0;
+    if (result->npix < (s->fit_bg ? 5 : 4))
+        return;
+    result->failure = NO_SIGNAL;
+    if (is_flat(s))
+        return;
+    result->failure = FITTED;
+    result->bg = background(s->image, any_image ? s->bad_image : NULL, size, s->scratch, s->scratch2);
+    result->tbg = background(s->template, any_template ? s->bad_template : NULL, size, s->scratch, s->scratch2);
+    for (Index i = 0; any && i < size; i++) {
+        s->undefined[i] = !(fabs(s->image[i]) < HUGE_VALUE) | !(fabs(s->template[i]) < HUGE_VALUE);
+        if (s->undefined[i])
+            s->image[i] = 0; /* of weight 0; NaN would spread */
+    }
+    if (any_template)
+        fill(s, result->tbg);
+    make_coefficients(s, result->tbg);
+    prepare_sums(s, result->bg);
+    make_form(s);
+    Value best = lowest(s, s->scratch);
+    double offset = 0;
+    if (s->fit_bg)
+        offset = s->image_mean - best.scale * s->template_mean + (s->image_sum - best.scale * best.sum) / s->weight_sum;
+    subtract(s, &best, result->bg + offset + best.scale * s->template_mean);
+    sum_squares(s, result->bg, result);
+    result->at_bound = (fabs(best.u) >= s->max_shift) | (fabs(best.v) >= s->max_shift) << 1 | !best.free << 2;
+    find_errors(s, &best, result);
+    result->bg += offset;
+    result->dx = 0 - best.u, result->dy = 0 - best.v, result->scale = best.scale;
+    finish(s, any ? s->undefined : NULL, adjusted, item);
+}
+
+/* ---- Python --------------------------------------------------------------------------------------------------------- */
+
+enum { IMAGE, TEMPLATE, ERR, ADJUSTED, MASK, BUFFERS };
+
+/* Views of the arrays; 0 and an exception where one is not what adjust.py promises. */
+static int view(PyObject *const objects[BUFFERS], Py_buffer views[BUFFERS])
+{
+    for (int i = 0; i < BUFFERS; i++) {
+        if (i == MASK && objects[i] == Py_None)
+            continue;
+        int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (i == ADJUSTED ? PyBUF_WRITABLE : 0);
+        if (PyObject_GetBuffer(objects[i], &views[i], flags) < 0)
+            return 0;
+        const Py_buffer *v = &views[i];
+        int floats = v->format && (!strcmp(v->format, "f") || !strcmp(v->format, "d"));
+        if (v->ndim != 2 || v->len == 0 || v->shape[0] != views[0].shape[0] || v->shape[1] != views[0].shape[1] ||
+            (i == MASK ? v->itemsize != 1 : !floats)) {
+            PyErr_SetString(PyExc_ValueError, "wanted contiguous planes of one shape, float32 or float64, and a mask of bytes");
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static void run(const Py_buffer views[BUFFERS], double inner, Work *s, Result *result)
+{
+    s->ny = views[IMAGE].shape[0], s->nx = views[IMAGE].shape[1];
+    span(s->ny, inner, &s->y0, &s->h);
+    span(s->nx, inner, &s->x0, &s->w);
+    s->reach = (int)larger(ceil(s->max_shift), 1) + 1, s->count = 2 * s->reach + 1;
+    s->slab = (s->h + LANES - 1) / LANES, s->stride = s->nx + 2 * s->reach;
+    void *block = allocate(s);
+    if (!block) {
+        result->failure = NO_MEMORY;
+        return;
+    }
+    widen(&views[IMAGE], s->image, s->ny * s->nx);
+    widen(&views[TEMPLATE], s->template, s->ny * s->nx);
+    widen(&views[ERR], s->err, s->ny * s->nx);
+    fit(s, views[MASK].obj ? views[MASK].buf : NULL, views[ADJUSTED].buf, views[ADJUSTED].itemsize, result);
+    free(block);
+}
+
+static PyObject *adjust_fit(PyObject *module, PyObject *args)
+{
+    PyObject *objects[BUFFERS], *answer = NULL;
+    Py_buffer views[BUFFERS];
+    Work work;
+    Result r;
+    double inner;
+    int at_once = 0;
+    (void)module;
+    memset(views, 0, sizeof views);
+    memset(&work, 0, sizeof work);
+    memset(&r, 0, sizeof r);
+    if (!PyArg_ParseTuple(args, "OOOOdddppO|i", &objects[IMAGE], &objects[TEMPLATE], &objects[ERR], &objects[MASK], &inner,
+                          &work.max_shift, &work.max_scale, &work.fit_bg, &work.normalize, &objects[ADJUSTED], &at_once))
+        return NULL;
+    if (!(work.max_shift >= 0 && work.max_shift <= LARGEST_SHIFT && work.max_scale >= 1 && inner >= 0))
+        PyErr_SetString(PyExc_ValueError, "max_shift, max_scale or inner is out of range");
+    else if (!(work.correlate = choose_correlate(at_once)))
+        PyErr_SetString(PyExc_ValueError, "this machine has no vectors of that width");
+    else if (view(objects, views)) {
+        Py_BEGIN_ALLOW_THREADS
+        run(views, inner, &work, &r);
+        Py_END_ALLOW_THREADS
+        const char *failures[] = {"", "no_signal", "too_few_pixels"};
+        if (r.failure == NO_MEMORY)
+            PyErr_NoMemory();
+        else if (r.failure != FITTED)
+            answer = Py_BuildValue("(sn)", failures[r.failure], (Py_ssize_t)r.npix);
+        else
+            answer = Py_BuildValue("(sniddddddddddd)", "", (Py_ssize_t)r.npix, r.at_bound, r.bg, r.tbg, r.dx, r.dy, r.scale, r.chi2_0,
+                                   r.chi2, r.errors[0], r.errors[1], r.errors[2], r.errors[3]);
+    }
+    for (int i = 0; i < BUFFERS; i++)
+        if (views[i].obj)
+            PyBuffer_Release(&views[i]);
+    return answer;
+}
+
+static PyMethodDef methods[] = {
+    {"fit", adjust_fit, METH_VARARGS,
+     "fit(image, template, err, mask, inner, max_shift, max_scale, fit_bg, normalize, adjusted)\n--\n\n"
+     "The fields of adjust.Fit, as fit_numpy returns them; fills `adjusted`."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_adjust", .m_size = 0, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__adjust(void) { return PyModuleDef_Init(&module); }
+
+/* ---- Read once for each width of vectors ------------------------------------------------------------------------------ */
+
+#else
+#define JOIN(name, n) name##_##n
+#define NAME(name, n) JOIN(name, n)
+#define Vector NAME(Vector, AT_ONCE)
+typedef double Vector __attribute__((vector_size(8 * AT_ONCE), may_alias));
+
+/* One row of the plane meets rows of weights: sum[j][k] += weight[x - j wide] plane[x + k]. */
+TARGET INLINE void NAME(meet, AT_ONCE)(const int j0, const int j1, const int nk, const double *weight, Index wide,
+                                       const double *plane, Index width, Vector sum[2][3])
+{
+    for (Index x = 0; x < width; x++)
+#pragma GCC unroll 3
+        for (int k = 0; k < nk; k++) {
+            Vector value = *(const Vector *)(plane + (x + k) * LANES);
+#pragma GCC unroll 2
+            for (int j = j0; j < j1; j++)
+                sum[j][k] += *(const Vector *)(weight + (x - j * wide) * LANES) * value;
+        }
+}
+
+/* out[j][k] += sum over y and x of weight[y][x] plane[y + j][x + k], for nj <= 2 and nk <= 3: six sums stay in registers and
+ * share five loads. Vectors narrower than the lanes take several turns; the sums are the same to the last bit. */
+TARGET INLINE void NAME(tile, AT_ONCE)(const int nj, const int nk, const double *weight, Index wide, const double *plane,
+                                       Index stride, Index rows, Index width, double *out, Index out_stride)
+{
+    double lanes[2][3][LANES];
+    for (int lane = 0; lane < LANES; lane += AT_ONCE) {
+        const double *w = weight + lane, *p = plane + lane;
+        Vector sum[2][3] = {{{0}}};
+        NAME(meet, AT_ONCE)(0, 1, nk, w, wide, p, width, sum); /* the first row meets only j = 0, the last only j = 1 */
+        for (Index row = 1; row < rows; row++)
+            NAME(meet, AT_ONCE)(0, nj, nk, w + row * wide * LANES, wide, p + row * stride * LANES, width, sum);
+        if (nj == 2)
+            NAME(meet, AT_ONCE)(1, 2, nk, w + rows * wide * LANES, wide, p + rows * stride * LANES, width, sum);
+#pragma GCC unroll 2
+        for (int j = 0; j < nj; j++)
+#pragma GCC unroll 3
+            for (int k = 0; k < nk; k++)
+                memcpy(&lanes[j][k][lane], &sum[j][k], sizeof(Vector));
+    }
+    for (int j = 0; j < nj; j++)
+        for (int k = 0; k < nk; k++) {
+            const double *l = lanes[j][k];
+            out[j * out_stride + k] += ((l[0] + l[4]) + (l[1] + l[5])) + ((l[2] + l[6]) + (l[3] + l[7]));
+        }
+}
+
+/* out[j][k] += sum over y and x of weight[y][x] plane[y + j][x + k] for all j < nj and k < nk; interleaved planes, whose strides
+ * count groups of lanes. */
+TARGET static void NAME(correlate, AT_ONCE)(const double *weight, Index wide, const double *plane, Index stride, Index rows,
+                                            Index width, int nj, int nk, double *out, Index out_stride)
+{
+    for (int j = 0; j < nj; j += 2)
+        for (int k = 0; k < nk;) {
+            int two = nj - j > 1, three = nk - k == 3 || nk - k > 4;
+            const double *p = plane + (j * stride + k) * LANES;
+            double *o = out + j * out_stride + k;
+            if (two && three)
+                NAME(tile, AT_ONCE)(2, 3, weight, wide, p, stride, rows, width, o, out_stride);
+            else if (two)
+                NAME(tile, AT_ONCE)(2, 2, weight, wide, p, stride, rows, width, o, out_stride);
+            else if (three)
+                NAME(tile, AT_ONCE)(1, 3, weight, wide, p, stride, rows, width, o, out_stride);
+            else
+                NAME(tile, AT_ONCE)(1, 2, weight, wide, p, stride, rows, width, o, out_stride);
+            k += three ? 3 : 2;
+        }
+}
+
+#undef Vector
+#undef NAME
+#undef JOIN
+#undef TARGET
+#undef AT_ONCE
+#endif

@@ -1,0 +1,3 @@
+from typing import Any
+
+def fit(*args: Any) -> tuple[Any, ...]: ...
