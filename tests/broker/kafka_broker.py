@@ -143,6 +143,7 @@ class KafkaBroker(DockerContainer):
             record = Record(item) if isinstance(item, bytes) else item
             send(producer, topic, record, sent)
         assert producer.flush(30) == 0, f"records to {topic} are not acknowledged after 30 s"
+        producer.close()
         return sent
 
     @contextmanager
