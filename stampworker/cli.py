@@ -241,8 +241,9 @@ def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
         seed=args.seed,
         progress=not args.json,
     )
-    counts = {"directory": str(night.directory), "alerts": len(night.truth)}
-    print(json.dumps(counts) if args.json else f"{counts['alerts']} alerts in {night.directory}")
+    count = len(archive.read_alerts(night.alerts)[0])
+    counts = {"directory": str(night.directory), "alerts": count}
+    print(json.dumps(counts) if args.json else f"{count} alerts in {night.directory}")
     return 0
 
 
