@@ -52,7 +52,7 @@ def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
         if card[8:9] != b"=" or keyword in seen:
             continue
         text, real = _TEXT.fullmatch(keyword), _REAL.fullmatch(keyword)
-        if _LOOKUP.fullmatch(keyword):
+        if _is_lookup(card):
             problem = problem or f"{keyword}: lookup-table distortions cannot be carried by a stamp"
         if not (text or real):
             continue
@@ -79,11 +79,12 @@ def is_celestial_card(keyword: str) -> bool:
 def lookup_cards(hdu: Hdu) -> list[bytes]:
     """Return the celestial WCS's cards where lookup tables are among them, else nothing."""
     cards = [card for card in split_cards(hdu.cards) if is_celestial_card(card[:8].rstrip().decode("latin-1"))]
-    tables = any(
-        _LOOKUP.fullmatch(card[:8].rstrip().decode("latin-1")) or (card.startswith(b"CTYPE") and b"-TAB" in card)
-        for card in cards
-    )
-    return cards if tables else []
+    return cards if any(map(_is_lookup, cards)) else []
+
+
+def _is_lookup(card: bytes) -> bool:
+    keyword = card[:8].rstrip().decode("latin-1")
+    return _LOOKUP.fullmatch(keyword) is not None or (re.match(rb"CTYPE[12] *= *'[^']*-TAB", card) is not None)
 
 
 def _empty(value: bytes) -> bool:
@@ -113,10 +114,10 @@ def make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str 
             wcs.wcs.set()
     except (AstropyWcsError, ValueError, KeyError, TypeError, MemoryError, fits.VerifyError) as exc:
         return None, f"unreadable WCS: {str(exc).strip().splitlines()[-1] if str(exc).strip() else type(exc).__name__}"
-    if not wcs.has_celestial or wcs.wcs.lng < 0 or any("-TAB" in ctype for ctype in wcs.wcs.ctype):
+    if not wcs.has_celestial or wcs.wcs.lng < 0:
         return None, f"no celestial WCS: CTYPE {', '.join(wcs.wcs.ctype)}"
     matrix = wcs.pixel_scale_matrix
-    if not (np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 0):
+    if not (np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-9 * np.sum(matrix**2)):
         return None, f"singular WCS: matrix {matrix.tolist()}"
     wcs.array_shape = shape
     return wcs, None

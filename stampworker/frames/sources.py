@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from isal import isal_zlib
+from isal.igzip_lib import IsalError
 
 from stampworker.errors import FrameCorrupt, FrameRefused, FrameUnavailable
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from stampworker.frames.budget import Budget
 
+# isal's type stubs call the class an instance.
+INFLATE_ERRORS: tuple[type[Exception], ...] = (IsalError, zlib.error)  # type: ignore[assignment]
 GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 16
 _INFLATE_STEP = 1 << 20
@@ -264,7 +267,7 @@ def inflate(packed: Source, url: str, limit: int) -> bytearray:
             stream = isal_zlib.decompressobj(wbits=31)
         try:
             part = stream.decompress(pending, min(_INFLATE_STEP, limit + 1 - len(data)))
-        except zlib.error as exc:
+        except INFLATE_ERRORS as exc:
             raise FrameCorrupt(url, f"damaged gzip stream after {len(data)} decompressed bytes: {exc}") from exc
         if not (part or pending or stream.eof):
             raise FrameCorrupt(url, f"the gzip stream ends early, after {packed.size} bytes ({len(data)} decompressed)")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from isal import isal_zlib
 from stampworker.errors import FrameCorrupt, FrameRefused
 from stampworker.frames.header import Cards, Hdu, bitpix_of, parse_text
 from stampworker.frames.scaling import STORED, converter
+from stampworker.frames.sources import INFLATE_ERRORS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -181,7 +181,7 @@ class TiledImage:
     def _run(self, codec: Decode, stream: NDArray[np.uint8], index: int) -> NDArray[Any]:
         try:
             return codec(stream, self._shape_of(index))
-        except (ValueError, zlib.error, _CodecError) as exc:
+        except (ValueError, *INFLATE_ERRORS, _CodecError) as exc:
             raise FrameCorrupt(self._url, f"{self._place}: {self._where(index)}: {exc}") from exc
 
     def _values(self, index: int, stored: NDArray[Any], stream: NDArray[np.uint8]) -> NDArray[Any]:

@@ -1,0 +1,305 @@
+"""What may be read, what is kept, what happens to files that change: the store."""
+
+import gzip
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Write
+
+from stampworker.config import FrameSettings
+from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames import FrameStore, sources
+
+ALL = (slice(0, 61), slice(0, 83))
+
+
+@pytest.fixture
+def tree(tmp_path: Path, write: Write, pixels: np.ndarray) -> Path:
+    """root/a.fits inside, secret.fits outside, and links between them."""
+    root = tmp_path / "root"
+    (root / "night").mkdir(parents=True)
+    secret = write("secret.fits", pixels)
+    (root / "a.fits").write_bytes(secret.read_bytes())
+    (tmp_path / "rootless.fits").write_bytes(secret.read_bytes())
+    (root / "out.fits").symlink_to(secret)
+    (root / "away").symlink_to(tmp_path)
+    (root / "night" / "in.fits").symlink_to("../a.fits")
+    return root
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("../secret.fits", "night/../../secret.fits", "out.fits", "away/secret.fits", "file://ROOT/../secret.fits"),
+        *("ROOT/../secret.fits", "TMP/secret.fits", "file://TMP/secret.fits", "file://ROOT/%2e%2e/secret.fits"),
+        *("TMP/rootless.fits", "../none.fits", "/etc/hostname", "/dev/zero", "away/../secret.fits"),
+    ],
+)
+def test_outside_the_roots(tree: Path, url: str) -> None:
+    """Parents, links out of a root and neighbours whose names begin alike are refused, whether there or not."""
+    with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
+        url = url.replace("ROOT", str(tree)).replace("TMP", str(tree.parent))
+        with pytest.raises(FrameRefused, match=f"outside the frame roots.*frame_roots: {tree}"):
+            store.open(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["a.fits", "night/in.fits", "night/../a.fits", "away/root/a.fits", "file://ROOT/a.fits"]
+)
+def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
+    """What lies beneath a root after links are resolved is read."""
+    with FrameStore(FrameSettings(frame_roots=("/nowhere", str(tree))), base=tree) as store:
+        np.testing.assert_array_equal(store.open(url.replace("ROOT", str(tree)))[ALL], pixels)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://user:pass@example.org/a.fits", "http://example.org/a.fits: scheme 'http', wanted file:"),
+        ("s3://bucket/a.fits", "scheme 's3'"),
+        ("ftp://x/a", "scheme 'ftp'"),
+        ("file://elsewhere/a.fits", "file on host 'elsewhere'"),
+        ("a\0.fits", "not a path"),
+        ("", "not a path"),
+        ("file://", "not a path"),
+    ],
+)
+def test_other_schemes(tree: Path, url: str, problem: str) -> None:
+    """Other schemes and hosts are refused, without credentials in the message."""
+    with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
+        with pytest.raises(FrameRefused, match=problem) as caught:
+            store.open(url)
+        assert "pass" not in str(caught.value)
+
+
+def test_without_roots(tree: Path, pixels: np.ndarray) -> None:
+    """Without roots only files named by a flag are read; relative paths start at the base, else at the first root."""
+    with FrameStore(FrameSettings(), allowed_files=[tree / "a.fits"]) as store:
+        np.testing.assert_array_equal(store.open(str(tree / "a.fits"))[ALL], pixels)
+        with pytest.raises(FrameRefused, match="frame_roots: none configured"):
+            store.open(str(tree.parent / "secret.fits"))
+        with pytest.raises(FrameRefused, match="a relative path, and no frame root is configured"):
+            store.open("a.fits")
+    with FrameStore(FrameSettings(frame_roots=("/nowhere", str(tree.parent))), base=tree) as store:
+        assert store.open("a.fits").url == (tree / "a.fits").as_uri()
+        assert store.open("../secret.fits").shape == (61, 83)
+    with FrameStore(FrameSettings(frame_roots=(str(tree.parent), str(tree)))) as store:
+        assert store.open("root/a.fits").url == (tree / "a.fits").as_uri()
+
+
+def test_url_is_quoted(tmp_path: Path, write: Write, store: FrameStore, pixels: np.ndarray) -> None:
+    """Blanks and signs in a name survive as a file: URL that opens the same frame."""
+    path = write("a b%20[1].fits", pixels)
+    frame = store.open(str(path) + "#0")
+    assert frame.url == path.as_uri() + "#0"
+    np.testing.assert_array_equal(store.open(frame.url)[ALL], pixels)
+
+
+def test_things_that_are_no_files(tmp_path: Path, store: FrameStore) -> None:
+    """A directory, a pipe, a link to itself and a name of 300 characters do not hang; each says what it is."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FrameCorrupt, match="a directory, wanted a FITS file"):
+        store.open(str(tmp_path))
+    with pytest.raises(FrameRefused, match="pipe: neither file nor directory"):
+        store.open("pipe")
+    for name in ("loop", "x" * 300, "none.fits", "loop/a.fits"):
+        with pytest.raises(FrameMissing, match="no such file"):
+            store.open(name)
+
+
+def test_permission_denied(write: Write, store: FrameStore, pixels: np.ndarray) -> None:
+    """A file that may not be read is unavailable: the permission may come."""
+    path = write("a.fits", pixels)
+    path.chmod(0)
+    path.parent.chmod(0o755)
+    for parent in path.parents[1:4]:
+        if parent.stat().st_uid == os.getuid() and parent.name.startswith("pytest"):
+            parent.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(FrameUnavailable, match=r"a\.fits: cannot be opened: Permission denied"):
+            store.open(str(path))
+    finally:
+        os.seteuid(user)
+
+
+def descriptors(folder: Path) -> int:
+    """Count the descriptors of this process that lead into a folder."""
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            count += str(link.readlink()).startswith(str(folder))
+        except FileNotFoundError:
+            continue
+    return count
+
+
+def test_open_files_are_bounded(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
+    """At most max_open_frames descriptors are held, the same file needs one, and close gives all back."""
+    paths = [write(f"{i}.fits", pixels + i) for i in range(12)]
+    with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_open_frames=4)) as store:
+        for _ in range(2):
+            for i, path in enumerate(paths):
+                np.testing.assert_array_equal(store.open(str(path))[ALL], pixels + i)
+                assert descriptors(tmp_path) <= 5
+        kept = store.open(str(paths[-1]))
+        assert store.open(str(paths[-1])) is kept
+        assert store.open(paths[-1].as_uri()) is kept
+        assert store.open(str(paths[-1]) + "#0") is not kept
+        assert descriptors(tmp_path) == 4
+    del kept
+    assert descriptors(tmp_path) == 0
+    with pytest.raises(ValueError, match="this FrameStore is closed"):
+        store.open(str(paths[0]))
+
+
+def test_evicted_frames_stay_readable(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
+    """A frame that the store has let go of, or outlives it, still gives its pixels."""
+    paths = [write(f"{i}.fits", pixels + i) for i in range(3)]
+    with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_open_frames=1)) as store:
+        frames = [store.open(str(path)) for path in paths]
+    for i, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame[ALL], pixels + i)
+
+
+def test_failed_opens_leave_nothing(tmp_path: Path, store: FrameStore) -> None:
+    """A hundred corrupt files hold no descriptor."""
+    for i in range(100):
+        (tmp_path / f"{i}.fits").write_bytes(b"SIMPLE  = " + bytes(3000))
+        with pytest.raises(FrameCorrupt, match=r"BITPIX|END card"):
+            store.open(f"{i}.fits")
+    assert descriptors(tmp_path) == 0
+
+
+def test_gzip_is_bounded(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
+    """Decompressed files are kept within cache_bytes, decompressed again when needed; a bomb is refused."""
+    raw = [write(f"{i}.fits", pixels + i).read_bytes() for i in range(4)]
+    for i, data in enumerate(raw):
+        (tmp_path / f"{i}.gz").write_bytes(gzip.compress(data))
+    settings = FrameSettings(frame_roots=(str(tmp_path),), cache_bytes=2 * len(raw[0]) + 9)
+    with FrameStore(settings) as store:
+        frames = [store.open(f"{i}.gz") for i in range(4)]
+        for i in (0, 1, 2, 3, 0, 3):
+            np.testing.assert_array_equal(frames[i][ALL], pixels + i)
+            assert 0 < store.cached_bytes <= 2 * len(raw[0])
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(raw[0] + bytes(20_000_000)))
+    with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_decompressed_bytes=1_000_000)) as store:
+        with pytest.raises(FrameRefused, match=r"bomb\.gz: decompresses to more than the 1000000 bytes allowed"):
+            store.open("bomb.gz")
+        np.testing.assert_array_equal(store.open("1.gz")[ALL], pixels + 1)
+
+
+def test_limits(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
+    """A header or an axis above its limit is refused, and the message names the setting."""
+    path = write("a.fits", pixels, **{f"KEY{i}": "x" * 60 for i in range(400)})
+    store = FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_header_bytes=5760))
+    with pytest.raises(FrameRefused, match=r"a\.fits: HDU 0: header above 5760 bytes \(max_header_bytes\)"):
+        store.open(str(path))
+    store = FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_axis=80))
+    with pytest.raises(FrameRefused, match=r"shape \(61, 83\), above max_axis \(80\)"):
+        store.open(str(path))
+
+
+def test_replaced_file_is_read_again(write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
+    """A file replaced by another, or removed, is noticed at the next open; the old frame keeps the old pixels."""
+    path = write("a.fits", pixels)
+    old = store.open("a.fits")
+    write("b.fits", pixels + 1).replace(path)
+    np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels + 1)
+    np.testing.assert_array_equal(old[ALL], pixels)
+    path.unlink()
+    with pytest.raises(FrameMissing, match="no such file"):
+        store.open("a.fits")
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_file_that_shrinks_while_open(
+    write: Write, store: FrameStore, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    """A file cut while it is open is unavailable, and the process lives; grown back, it is read again."""
+    if not mapped:
+        monkeypatch.setattr(sources, "MappedFile", _unmappable)
+    rng = np.random.default_rng(3)
+    data = rng.normal(size=(500, 400)).astype("f4")
+    path = write("a.fits", data)
+    raw = path.read_bytes()
+    frame = store.open("a.fits")
+    np.testing.assert_array_equal(frame[20:40, 5:9], data[20:40, 5:9])
+    os.truncate(path, 4096)
+    for rows in (slice(400, 430), slice(20, 40)):
+        with pytest.raises(FrameUnavailable, match=r"a\.fits: the file shrank from"):
+            frame[rows, 5:9]
+    with pytest.raises(FrameCorrupt, match="truncated"):
+        store.open("a.fits")
+    path.write_bytes(raw)
+    np.testing.assert_array_equal(store.open("a.fits")[400:430, 5:9], data[400:430, 5:9])
+
+
+def _unmappable(fd: int, url: str) -> None:
+    raise OSError(22, "no map")
+
+
+def test_files_read_by_position(
+    write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file cannot be mapped the pixels are the same, with one descriptor a file."""
+    monkeypatch.setattr(sources, "MappedFile", _unmappable)
+    frame = store.open(str(write("a.fits", pixels)))
+    np.testing.assert_array_equal(frame[ALL], pixels)
+    np.testing.assert_array_equal(frame[3:9, 70:90], pixels[3:9, 70:90])
+    assert descriptors(tmp_path) == 1
+    store.close()
+    del frame
+    assert descriptors(tmp_path) == 0
+
+
+def test_only_the_rows_are_read(
+    write: Write, store: FrameStore, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by position, a section asks for the bytes of its rows and no others."""
+    monkeypatch.setattr(sources, "MappedFile", _unmappable)
+    frame = store.open(str(write("a.fits", pixels)))
+    asked: list[tuple[int, int]] = []
+    read = sources.PositionedFile.read
+
+    def spy(self: sources.PositionedFile, offset: int, length: int) -> bytes:
+        asked.append((offset, length))
+        return read(self, offset, length)
+
+    monkeypatch.setattr(sources.PositionedFile, "read", spy)
+    frame[10:14, 5:9]
+    assert asked == [(2880 + 10 * 83 * 4, 4 * 83 * 4)]
+
+
+def test_threads_share_a_store(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
+    """Threads that open, evict and slice the same frames at once see the right pixels and no error."""
+    for i in range(6):
+        path = write(f"{i}.fits", pixels + i, CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CDELT1=1e-4, CDELT2=1e-4)
+        (tmp_path / f"{i}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    settings = FrameSettings(frame_roots=(str(tmp_path),), max_open_frames=3, cache_bytes=50_000)
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(150):
+            i, y, x = (int(n) for n in rng.integers(0, (6, 50, 70)))
+            frame = store.open(f"{i}.{rng.choice(['fits', 'gz'])}")
+            if not np.array_equal(frame[y : y + 9, x : x + 9], (pixels + i)[y : y + 9, x : x + 9], equal_nan=True):
+                wrong.append((i, y, x))
+            if frame.wcs is None or frame.header["NAXIS1"] != 83:
+                wrong.append(frame.wcs_problem)
+
+    with FrameStore(settings) as store:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert store.open("0.fits") is store.open("0.fits")
