@@ -19,7 +19,7 @@ from fastavro.schema import SchemaParseException
 
 from stampworker.config import PLANES, nearest
 from stampworker.errors import AlertError, UnknownSchema
-from stampworker.schema import ALERT, parsed_schema
+from stampworker.schema import ALERT, parsed_schema, write_container
 
 Scalar = str | int | float | bool
 
@@ -173,10 +173,7 @@ def encode(alert: Alert) -> bytes:
 
     The same alert gives the same bytes: the container's sync marker comes from the content.
     """
-    out = io.BytesIO()
-    marker = uuid.UUID(alert.packet_id()).bytes
-    fastavro.writer(out, parsed_schema(*ALERT), [alert.to_record()], sync_marker=marker)
-    return out.getvalue()
+    return write_container(*ALERT, alert.to_record(), uuid.UUID(alert.packet_id()).bytes)
 
 
 def decode_container(data: bytes) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from astropy.wcs import WCS
 from isal import igzip
 from numpy.typing import NDArray
 
-from stampworker.schema import PACKET, parsed_schema
+from stampworker.schema import PACKET, parsed_schema, write_container
 
 STAMP_FIELDS = {  # plane: field of the schema
     "science": "cutoutScience",
@@ -291,10 +291,7 @@ def encode(packet: Packet) -> bytes:
 
     The same packet gives the same bytes: the container's sync marker is the packet's id.
     """
-    out = io.BytesIO()
-    marker = uuid.UUID(packet.packet_id).bytes
-    fastavro.writer(out, parsed_schema(*PACKET), [packet.to_record()], sync_marker=marker)
-    return out.getvalue()
+    return write_container(*PACKET, packet.to_record(), uuid.UUID(packet.packet_id).bytes)
 
 
 def read_packets(data: bytes) -> list[Packet]:
