@@ -1,7 +1,7 @@
 """Crops and cutouts.
 
-Names, arguments and documented behaviour are those of ``stdpipe.cutouts`` (STDPipe, S. Karpov): code written for it works
-here.
+Names, arguments and documented behaviour are those of ``stdpipe.cutouts`` (STDPipe, S. Karpov): code written for it
+works here.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import datetime
 import math
 import re
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
 import numpy as np
-from astropy.coordinates import Angle
+from astropy.coordinates import Latitude, Longitude
 from astropy.io import fits
 from astropy.table import Row
 from astropy.time import Time
 from astropy.wcs import WCS
 
 _MODES = ("sum", "mean", "and", "or")
+# The primary WCS, alone: alternative ones (CRPIX1A) stay when another primary WCS takes its place.
 _WCS_CARD = re.compile(
-    r"(CTYPE|CUNIT|CRVAL|CRPIX|CDELT|CROTA|CNAME|CRDER|CSYER)\d+$|(CD|PC)\d+_\d+$|P[VS]\d+_\d+$|[AB]P?_(ORDER|DMAX|\d+_\d+)$"
-    r"|(WCSAXES|WCSNAME|LONPOLE|LATPOLE|RADESYS|EQUINOX)$"
+    r"(CTYPE|CUNIT|CRVAL|CRPIX|CDELT|CROTA|CNAME|CRDER|CSYER)\d+|(CD|PC)\d+_\d+|P[VS]\d+_\d+|WAT\d_\d{3}"
+    r"|[AB]P?_(ORDER|DMAX|\d+_\d+)|(CPDIS|CQDIS|CPERR|CQERR|D2IMDIS|D2IMERR)\d|(DP|DQ|D2IM)\d\..+|AXISCORR"
+    r"|WCSAXES|WCSNAME|LONPOLE|LATPOLE|RADESYS|RADECSYS|EQUINOX|EPOCH"
 )
-_LOOKUP_CARD = re.compile(r"(CPDIS|CQDIS|D2IMDIS|DQ|DP)\d")
+_WCS_OF_AXIS = re.compile(r"(?:CTYPE|CRPIX|CRVAL|CDELT)[12]([A-Z]?)|(?:CD|PC)\d+_[12]([A-Z]?)")
+_LOOKUP_CARD = re.compile(r"(CPDIS|CQDIS|D2IMDIS)\d[A-Z]?|AXISCORR")
 
 
 def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fits.Header | None = None) -> Any:
@@ -33,8 +37,9 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     Parameters
     ----------
     data : array_like, shape (ny, nx)
-        One plane: an array, or anything with ``shape``, ``dtype`` and ``data[y0:y1, x0:x1]``, such as a frame that
-        reads only what is sliced.
+        One plane: an array, or anything with ``shape``, ``dtype`` and ``data[y0:y1, x0:x1]``, such as a frame or the
+        ``section`` of a FITS HDU, which read only what is sliced. It is sliced once, and not at all where the rectangle
+        lies off it.
     x1, y1 : int
         Lower-left pixel of the rectangle, 0-based; may be negative.
     width, height : int
@@ -45,11 +50,11 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     Returns
     -------
     cropped : ndarray, shape (height, width)
-        A copy; dtype and units of ``data``. Outside the frame: NaN in float planes, 0 in integer planes, False in
-        boolean planes.
+        A contiguous copy; dtype (byte order included) and units of ``data``. Outside the frame: NaN in float planes, 0
+        in integer planes, False in boolean planes.
     cropped_header : astropy.io.fits.Header
-        Returned only with ``header``: ``CRPIX1`` less ``x1``, ``CRPIX2`` less ``y1``, so each pixel keeps its place on
-        the sky. ``CROP_X1, CROP_X2, CROP_Y1, CROP_Y2`` name the half-open rectangle, 0-based.
+        Returned only with ``header``: ``CRPIX1`` less ``x1``, ``CRPIX2`` less ``y1``, in alternative WCS's too, so each
+        pixel keeps its place on the sky. ``CROP_X1, CROP_X2, CROP_Y1, CROP_Y2`` name the half-open rectangle, 0-based.
 
     Raises
     ------
@@ -62,19 +67,24 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     A&A 395, 1061; Shupe et al. 2005, ASPC 347, 491). It is not for lookup-table distortions (CPDIS, D2IMDIS), whose
     tables are indexed by the pixels of the whole frame; they are refused.
     """
+    if not hasattr(data, "shape"):
+        data = np.asarray(data)
     if len(data.shape) != 2:
         raise ValueError(f"data: found the shape {tuple(data.shape)}, wanted two axes (y, x)")
     if width < 1 or height < 1:
         raise ValueError(f"width, height: found {width}, {height}, wanted at least 1")
+    x1, y1, width, height = index(x1), index(y1), index(width), index(height)
     ny, nx = data.shape
     xa, xb = max(x1, 0), min(x1 + width, nx)
     ya, yb = max(y1, 0), min(y1 + height, ny)
     if xb - xa == width and yb - ya == height:
-        cropped = np.array(data[ya:yb, xa:xb])
+        cropped = np.array(data[ya:yb, xa:xb], order="C")
+    elif xa < xb and ya < yb:
+        inside = data[ya:yb, xa:xb]
+        cropped = _blank(height, width, inside.dtype)
+        cropped[ya - y1 : yb - y1, xa - x1 : xb - x1] = inside
     else:
-        cropped = np.full((height, width), np.nan if data.dtype.kind in "fc" else 0, dtype=data.dtype)
-        if xa < xb and ya < yb:
-            cropped[ya - y1 : yb - y1, xa - x1 : xb - x1] = data[ya:yb, xa:xb]
+        cropped = _blank(height, width, np.dtype(data.dtype))
     if header is None:
         return cropped
     return cropped, _crop_header(header, x1, y1, width, height)
@@ -104,7 +114,7 @@ def crop_image_centered(data: Any, x0: float, y0: float, r0: float, header: fits
     Raises
     ------
     ValueError
-        The position is not finite, or ``r0`` is negative or not finite; and as `crop_image`.
+        The position is masked or not finite, or ``r0`` is negative or not finite; and as `crop_image`.
     """
     x1, y1, side = _square(x0, y0, r0)
     return crop_image(data, x1, y1, side, side, header)
@@ -132,9 +142,9 @@ def get_cutout(
     radius : float
         Half-size, pixels; the cutout is ``2·ceil(radius) + 1`` square with the candidate in its middle pixel.
     header : astropy.io.fits.Header, optional
-        Header of ``image``.
+        Header of ``image``; never modified.
     wcs : astropy.wcs.WCS, optional
-        WCS of ``image``; it wins over the header's.
+        WCS of ``image``, never modified; it takes the place of the header's.
     time : astropy.time.Time, datetime or str, optional
         Time of the observation, for ``meta``.
     filename, name : str, optional
@@ -145,29 +155,34 @@ def get_cutout(
     Returns
     -------
     cutout : dict
-        ``image`` and the further planes; ``header`` and ``wcs`` of the cutout, where they are known; ``meta``, a dict
-        of all fields of the candidate and ``time``, ``filename`` and ``name``.
+        ``image`` and the further planes, all copies; ``header`` and ``wcs`` of the cutout, where given (``wcs`` also
+        where the header has one): both place every pixel where the frame's did; ``meta``, a dict of all fields of the
+        candidate and ``time``, ``filename`` and ``name``.
 
     Raises
     ------
     KeyError
         The candidate has no ``x`` or ``y``.
     ValueError
-        As `crop_image_centered`.
+        A plane's shape is not the image's, ``wcs`` has a lookup-table distortion; and as `crop_image_centered`.
     """
     x1, y1, side = _square(candidate["x"], candidate["y"], radius)
     cutout: dict[str, Any] = {"image": crop_image(image, x1, y1, side, side)}
+    shape = _shape(image)
     for plane, data in kwargs.items():
-        if data is not None and np.ndim(data) == 2:
-            cutout[plane] = crop_image(np.asarray(data) if isinstance(data, list) else data, x1, y1, side, side)
-    if header is not None:
-        cutout["header"] = _crop_header(header, x1, y1, side, side)
+        plane_shape = _shape(data)
+        if len(plane_shape) != 2:
+            continue
+        if plane_shape != shape:
+            raise ValueError(f"{plane}: found the shape {plane_shape}, wanted {shape}, the image's")
+        cutout[plane] = crop_image(data, x1, y1, side, side)
     if wcs is not None:
-        cutout["wcs"] = _shift_wcs(wcs, x1, y1)
-        if header is not None:
-            _replace_wcs(cutout["header"], cutout["wcs"])
-    elif header is not None:
-        cutout["wcs"] = WCS(cutout["header"])
+        cutout["wcs"] = _shift_wcs(wcs, x1, y1, side)
+    if header is not None:
+        whole = header if wcs is None else _replace_wcs(header, wcs)
+        cutout["header"] = _crop_header(whole, x1, y1, side, side)
+        if wcs is None and has_wcs(header):
+            cutout["wcs"] = WCS(cutout["header"])
     cutout["meta"] = _meta(candidate, time, filename, name)
     return cutout
 
@@ -195,7 +210,13 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     Raises
     ------
     ValueError
-        ``image`` is not 2-D, ``scale`` is below 1 or above its sides, or there is no such ``mode``.
+        ``image`` is not 2-D, ``scale`` is not a whole number from 1 to the shorter side, there is no such ``mode`` or
+        it does not suit the dtype, or ``header`` has a lookup-table distortion.
+
+    Notes
+    -----
+    In pixels ``scale`` times as big, CRPIX becomes ``(CRPIX - 0.5) / scale + 0.5``; CD, or else CDELT, grows by
+    ``scale``; and a coefficient of the SIP polynomials of degree n by ``scale``^(n - 1).
     """
     if mode not in _MODES:
         raise ValueError(f"mode: found {mode!r}, wanted one of {', '.join(_MODES)}")
@@ -204,6 +225,8 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
         raise ValueError(f"image: found the shape {data.shape}, wanted two axes (y, x)")
     if scale != int(scale) or not 1 <= scale <= min(data.shape):
         raise ValueError(f"scale: found {scale!r}, wanted a whole number from 1 to {min(data.shape)}")
+    if mode in ("and", "or") and data.dtype.kind not in "biu":
+        raise ValueError(f"mode: found {mode!r} for {data.dtype}, which joins bits of integers or booleans only")
     scale = int(scale)
     ny, nx = data.shape[0] // scale, data.shape[1] // scale
     blocks = data[: ny * scale, : nx * scale].reshape(ny, scale, nx, scale)
@@ -217,55 +240,78 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     return downscaled, _downscale_header(header, scale, nx, ny)
 
 
-def _square(x0: float, y0: float, r0: float) -> tuple[int, int, int]:
+def has_wcs(header: fits.Header) -> bool:
+    """Say whether a header places its pixels anywhere, on the sky or elsewhere."""
+    return any(_WCS_OF_AXIS.fullmatch(name) for name in header)
+
+
+def _shape(data: Any) -> tuple[int, ...]:
+    # A section of a FITS HDU has a shape but no ndim, and numpy would read the whole of it to tell.
+    return tuple(data.shape) if hasattr(data, "shape") else np.shape(data)
+
+
+def _blank(height: int, width: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    return np.full((height, width), np.nan if dtype.kind in "fc" else 0, dtype=dtype)
+
+
+def _square(x0: Any, y0: Any, r0: float) -> tuple[int, int, int]:
     """Return the lower-left pixel and the side of the square around a position; halves are rounded up."""
-    if not (math.isfinite(x0) and math.isfinite(y0)):
+    if x0 is np.ma.masked or y0 is np.ma.masked or not (math.isfinite(x0) and math.isfinite(y0)):
         raise ValueError(f"x, y: found {x0}, {y0}, wanted finite numbers")
     if not (math.isfinite(r0) and r0 >= 0):
         raise ValueError(f"radius: found {r0}, wanted a number that is not negative")
     half = math.ceil(r0)
-    return math.floor(x0 + 0.5) - half, math.floor(y0 + 0.5) - half, 2 * half + 1
+    # In double precision: a half added to a float32 may be rounded to the next pixel.
+    return math.floor(float(x0) + 0.5) - half, math.floor(float(y0) + 0.5) - half, 2 * half + 1
 
 
 def _crop_header(header: fits.Header, x1: int, y1: int, width: int, height: int) -> fits.Header:
     _refuse_lookup_tables(header)
     cropped = header.copy()
     cropped["NAXIS1"], cropped["NAXIS2"] = width, height
-    # CRPIX is 0 by default, so it must be written where the header has a WCS without it.
-    for axis, start in (("1", x1), ("2", y1)):
-        if "CRPIX" + axis in cropped or "CTYPE" + axis in cropped:
-            cropped["CRPIX" + axis] = cropped.get("CRPIX" + axis, 0.0) - start
+    for version in _versions(header):
+        for axis, start in (("1", x1), ("2", y1)):
+            # A WCS without CRPIX has it at 0.
+            cropped[f"CRPIX{axis}{version}"] = cropped.get(f"CRPIX{axis}{version}", 0.0) - start
     cropped["CROP_X1"], cropped["CROP_X2"] = x1, x1 + width
     cropped["CROP_Y1"], cropped["CROP_Y2"] = y1, y1 + height
     return cropped
 
 
+def _versions(header: fits.Header) -> list[str]:
+    """Return the letters of the WCS's of a header; the primary one's is empty."""
+    return sorted({match[1] or match[2] or "" for match in map(_WCS_OF_AXIS.fullmatch, header) if match})
+
+
 def _refuse_lookup_tables(header: fits.Header) -> None:
     for name in header:
-        if _LOOKUP_CARD.match(name):
-            raise ValueError(f"header: found {name}, a lookup-table distortion, which cannot follow a crop")
+        if _LOOKUP_CARD.fullmatch(name):
+            raise ValueError(f"header: found {name}, a lookup-table distortion, which cannot follow a change of pixels")
 
 
-def _shift_wcs(wcs: WCS, x1: int, y1: int) -> WCS:
-    """Return the WCS of the pixels from ``x1, y1`` on."""
+def _shift_wcs(wcs: WCS, x1: int, y1: int, side: int) -> WCS:
+    """Return the WCS of the square of pixels from ``x1, y1`` on."""
     if wcs.cpdis1 is not None or wcs.cpdis2 is not None or wcs.det2im1 is not None or wcs.det2im2 is not None:
-        raise ValueError("wcs: found a lookup-table distortion, which cannot follow a crop")
+        raise ValueError("wcs: found a lookup-table distortion, which cannot follow a change of pixels")
     shifted = wcs.deepcopy()
-    shifted.wcs.crpix = shifted.wcs.crpix - np.array([x1, y1])
+    shift = np.zeros(shifted.naxis)
+    shift[:2] = x1, y1
+    shifted.wcs.crpix = shifted.wcs.crpix - shift
     if shifted.sip is not None:
         # astropy keeps a second copy of CRPIX with the SIP polynomials, which are measured from it.
         sip = shifted.sip
-        shifted.sip = type(sip)(sip.a, sip.b, sip.ap, sip.bp, shifted.wcs.crpix)
+        shifted.sip = type(sip)(sip.a, sip.b, sip.ap, sip.bp, sip.crpix - shift[:2])
     if shifted.pixel_shape is not None:
-        shifted.pixel_shape = None
+        shifted.pixel_shape = (side, side, *shifted.pixel_shape[2:])
     return shifted
 
 
-def _replace_wcs(header: fits.Header, wcs: WCS) -> None:
-    """Write a WCS over the one of a header."""
-    for name in [name for name in header if _WCS_CARD.match(name)]:
-        del header[name]
-    header.update(wcs.to_header(relax=True))
+def _replace_wcs(header: fits.Header, wcs: WCS) -> fits.Header:
+    """Return a copy of a header with another WCS."""
+    replaced = fits.Header([card for card in header.cards if not _WCS_CARD.fullmatch(card.keyword)])
+    # Only these: a WCS also tells dates, which may be those of the frame that it was measured on.
+    replaced.extend((card for card in wcs.to_header(relax=True).cards if _WCS_CARD.fullmatch(card.keyword)), end=True)
+    return replaced
 
 
 def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits.Header:
@@ -273,18 +319,15 @@ def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits
     _refuse_lookup_tables(header)
     out = header.copy()
     out["NAXIS1"], out["NAXIS2"] = nx, ny
-    for axis in ("1", "2"):
-        if "CRPIX" + axis in out or "CTYPE" + axis in out:
-            out["CRPIX" + axis] = (out.get("CRPIX" + axis, 0.0) - 0.5) / scale + 0.5
-    # One of CD and CDELT carries the size of a pixel; where a header has both, CD is what counts.
-    linear = [name for name in out if re.match(r"CD\d_\d$", name)]
-    for name in linear or [name for name in ("CDELT1", "CDELT2") if name in out]:
-        out[name] = out[name] * scale
-    if not linear and "CTYPE1" in out:
-        for name in ("CDELT1", "CDELT2"):
-            out.setdefault(name, float(scale))
-    for name in list(out):
-        power = re.match(r"[AB]P?_(\d+)_(\d+)$", name)
+    for version in _versions(header):
+        for name in (f"CRPIX1{version}", f"CRPIX2{version}"):
+            out[name] = (out.get(name, 0.0) - 0.5) / scale + 0.5
+        # One of CD and CDELT carries the size of a pixel; where a header has both, CD is what counts.
+        sizes = [name for name in out if re.fullmatch(rf"CD\d+_[12]{version}", name)]
+        for name in sizes or [f"CDELT1{version}", f"CDELT2{version}"]:
+            out[name] = out.get(name, 1.0) * scale
+    for name in header:
+        power = re.fullmatch(r"[AB]P?_(\d+)_(\d+)", name)
         if power:
             out[name] = out[name] * float(scale) ** (int(power[1]) + int(power[2]) - 1)
     return out
@@ -298,13 +341,13 @@ def _meta(candidate: Mapping[str, Any] | Row, time: Any, filename: str | None, n
         meta["filename"] = filename
     if name is not None:
         meta["name"] = name
-    elif "name" not in meta and _is_number(meta.get("ra")) and _is_number(meta.get("dec")):
-        meta["name"] = j2000_name(float(meta["ra"]), float(meta["dec"]))
+    elif "name" not in meta and _is_known(meta.get("ra")) and _is_known(meta.get("dec")):
+        meta["name"] = j2000_name(meta["ra"], meta["dec"])
     return meta
 
 
-def _is_number(value: Any) -> bool:
-    return value is not None and not np.ma.is_masked(value) and np.isreal(value) and bool(np.isfinite(value))
+def _is_known(value: Any) -> bool:
+    return value is not None and value is not np.ma.masked and (isinstance(value, str) or bool(np.isfinite(value)))
 
 
 def j2000_name(ra: float, dec: float) -> str:
@@ -315,6 +358,6 @@ def j2000_name(ra: float, dec: float) -> str:
     ra, dec : float
         Degrees, ICRS.
     """
-    hours = Angle(ra, "deg").to_string(unit="hour", sep="", precision=2, pad=True)
-    degrees = Angle(dec, "deg").to_string(unit="deg", sep="", precision=1, pad=True, alwayssign=True)
+    hours = Longitude(ra, "deg").to_string(unit="hour", sep="", precision=2, pad=True)
+    degrees = Latitude(dec, "deg").to_string(unit="deg", sep="", precision=1, pad=True, alwayssign=True)
     return f"J{hours}{degrees}"

@@ -1,75 +1,87 @@
 """Cutouts in files: FITS, a plane per extension, the metadata in the primary header.
 
-The layout is that of STDPipe's ``write_cutout``, so that each reads the other's files. Two cards mark a file as ours::
+The layout is that of STDPipe's ``write_cutout``, so that each reads the other's files. Two cards make a file ours::
 
-    STAMPWRK  the version of these rules
-    SWTYPES   JSON: what each value was before FITS made a string of it
+    STAMPWRK  the version of these rules; adjust_dx is along x
+    SWMETA    JSON: all metadata and the planes' dtypes, exactly
 
-Without them the file is STDPipe's, whose ``adjust_dx`` is the shift along rows: then the two shifts are swapped on
-loading.
+FITS has no type for an array or a time, cuts floats to 20 characters and folds the case of names, hence the JSON. The
+other cards show the metadata to people and to STDPipe. A card that was changed since counts for what it says now.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import datetime
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
 from astropy.time import Time
+from astropy.units import Quantity
 from astropy.wcs import WCS
 
+from stampworker.cutouts.crop import has_wcs
+
 _MARK = "STAMPWRK"
-_TYPES = "SWTYPES"
+_META = "SWMETA"
 _VERSION = 1
-_STRUCTURE = ("SIMPLE", "BITPIX", "NAXIS", "EXTEND", "COMMENT", "HISTORY", "", "CHECKSUM", "DATASUM", _MARK, _TYPES)
+_NOT_PLANES = ("meta", "header", "wcs")
+_KEYWORD = re.compile(r"[A-Za-z0-9_-]+")
+_STRUCTURE = re.compile(
+    r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|PCOUNT|GCOUNT|GROUPS|BSCALE|BZERO|BLANK|EXTNAME|EXTVER|EXTLEVEL|INHERIT"
+    rf"|END|COMMENT|HISTORY|CONTINUE|HIERARCH|CHECKSUM|DATASUM|{_MARK}|{_META}|"
+)
+_SCALING = ("BSCALE", "BZERO", "BLANK", "CHECKSUM", "DATASUM")
 _NUMBERS = {"NaN": math.nan, "Inf": math.inf, "-Inf": -math.inf}
+_ATOMIC_SCALES = ("utc", "tai", "tt", "tcg", "tdb", "tcb")  # ut1 would need tables from the network
+_MAX_SHOWN = 1000  # elements of an array that a card spells out
+_NUMPY_KINDS = "biufcSUmM"
+_NO_CARD = object()
 
 
-def write_cutout(cutout: dict[str, Any], filename: str | Path) -> None:
+def write_cutout(cutout: Mapping[str, Any], filename: str | Path) -> None:
     """Write a cutout to a FITS file; an existing file is replaced.
 
     Parameters
     ----------
     cutout : dict
-        Planes (2-D arrays), ``meta``, and optionally ``header`` and ``wcs``, as `get_cutout` makes it.
+        Planes (2-D arrays), ``meta``, and optionally ``header`` and ``wcs``, as `get_cutout` makes it. What is neither
+        is left out.
     filename : str or Path
         Of the file.
 
     Raises
     ------
     ValueError
-        A value of ``meta`` cannot be kept, or the cutout has no planes.
+        A value of ``meta`` or the dtype of a plane cannot be kept, or the names of two planes differ in case only.
 
     Notes
     -----
-    Boolean planes are stored as 16-bit integers. Values of ``meta`` that FITS has no type for are stored as strings:
-    infinities, NaN, times (ISO), and lists and arrays as a Python literal.
+    ``meta`` keeps values and types: None, bool, int, float, str, bytes, list, tuple, dict, numpy scalars and arrays,
+    masked ones too, Quantity, datetime and Time (its location apart). A masked Time comes back as ``np.ma.masked``.
+    STDPipe reads what FITS can hold; infinities, NaN, times (ISO, UTC) and arrays (a literal) are strings for it.
+    Boolean planes are stored as 16-bit integers. Header and WCS are stored with the planes: without planes they are
+    lost.
     """
-    planes = {k: v for k, v in cutout.items() if k not in ("meta", "header", "wcs") and np.ndim(v) == 2}
-    if not planes:
-        raise ValueError(f"cutout: found no planes among {', '.join(map(repr, cutout)) or 'nothing'}")
+    planes = {name: np.asarray(p) for name, p in cutout.items() if name not in _NOT_PLANES and np.ndim(p) == 2}
+    if len({name.upper() for name in planes}) < len(planes):
+        raise ValueError(f"cutout: found the planes {', '.join(planes)}, wanted names that differ in more than case")
+    meta = cutout.get("meta", {})
     primary = fits.PrimaryHDU()
-    types: dict[str, str] = {}
-    for name, value in cutout.get("meta", {}).items():
-        text, kind = _to_card(name, value)
-        _set(primary.header, name, text)
-        if kind or name != name.lower():
-            types[name] = kind
-    primary.header[_MARK] = (_VERSION, "written by stampworker; adjust_dx is along x")
-    primary.header[_TYPES] = json.dumps(types)
-    header = cutout.get("header")
-    if header is None and cutout.get("wcs") is not None:
-        header = cutout["wcs"].to_header(relax=True)
-    hdus: list[Any] = [primary]
-    for name, plane in planes.items():
-        data = np.asarray(plane)
-        hdus.append(fits.ImageHDU(data.astype(np.uint16) if data.dtype == bool else data, header=header, name=name))
-    fits.HDUList(hdus).writeto(filename, overwrite=True)
+    for card in _cards(meta).values():
+        primary.header.append(card, end=True)
+    primary.header[_MARK] = (_VERSION, "stampworker's; adjust_dx is along x")
+    primary.header[_META] = _to_json(meta, {name: plane.dtype.str for name, plane in planes.items()})
+    header = _plane_header(cutout)
+    hdus = [primary, *(fits.ImageHDU(_storable(n, p), header=header, name=n) for n, p in planes.items())]
+    fits.HDUList(hdus).writeto(filename, overwrite=True, output_verify="silentfix")
 
 
 def load_cutout(filename: str | Path) -> dict[str, Any]:
@@ -83,138 +95,318 @@ def load_cutout(filename: str | Path) -> dict[str, Any]:
     Returns
     -------
     cutout : dict
-        As `stampworker.cutouts.get_cutout` makes it; ``mask`` is boolean. In a file of STDPipe ``adjust_dx`` and
-        ``adjust_dy`` are swapped, so that ``adjust_dx`` is always along x (columns).
+        As `stampworker.cutouts.get_cutout` makes it; planes in native byte order; ``header`` the one of the first
+        plane, absent without planes; ``wcs`` where that header has one. In a file of STDPipe names of metadata are
+        lower case, ``mask`` becomes boolean, and ``adjust_dx`` and ``adjust_dy`` are swapped, so that ``adjust_dx`` is
+        always along x (columns).
 
     Raises
     ------
     OSError
         There is no such file, or it is not FITS.
     ValueError
-        The file was written by a later version of these rules.
+        The file was written by a later version of these rules, or its SWMETA was damaged.
     """
     with fits.open(filename, memmap=False) as hdus:
         head = hdus[0].header
-        version = head.get(_MARK)
-        if version is not None and version > _VERSION:
-            raise ValueError(f"{filename}: found {_MARK} {version}, wanted at most {_VERSION}")
-        cutout: dict[str, Any] = {"meta": _load_meta(head)}
+        kept, dtypes = _from_json(head, filename)
+        cutout: dict[str, Any] = {"meta": _load_meta(head, kept)}
+        names = {name.upper(): name for name in dtypes}
         for hdu in hdus[1:]:
-            if hdu.data is None:
+            if not hdu.is_image or hdu.data is None:
                 continue
-            name = hdu.name.lower()
-            data = np.ascontiguousarray(hdu.data, dtype=hdu.data.dtype.newbyteorder("="))
-            cutout[name] = data.astype(bool) if name == "mask" else data
+            name = names.get(hdu.name.upper(), hdu.name.lower())
+            dtype = dtypes.get(name, np.dtype(bool) if name == "mask" else hdu.data.dtype)
+            cutout[name] = np.ascontiguousarray(hdu.data, dtype=dtype.newbyteorder("="))
             if "header" not in cutout:
                 cutout["header"] = hdu.header.copy()
-    if "header" in cutout:
+    if "header" in cutout and has_wcs(cutout["header"]):
         cutout["wcs"] = WCS(cutout["header"])
-    meta = cutout["meta"]
-    if version is None and {"adjust_dx", "adjust_dy"} <= meta.keys():
-        meta["adjust_dx"], meta["adjust_dy"] = meta["adjust_dy"], meta["adjust_dx"]
     return cutout
 
 
-def _set(header: fits.Header, name: str, value: Any) -> None:
+def _plane_header(cutout: Mapping[str, Any]) -> fits.Header | None:
+    header = cutout.get("header")
+    if header is None:
+        return None if cutout.get("wcs") is None else cutout["wcs"].to_header(relax=True)
+    header = header.copy()
+    for name in _SCALING:  # of the file that it was read from; the planes are what was read
+        header.remove(name, ignore_missing=True, remove_all=True)
+    return header
+
+
+def _storable(name: str, plane: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if plane.dtype == bool:
+        return plane.astype(np.uint16)
+    if plane.dtype == np.float16:
+        return plane.astype(np.float32)
+    if plane.dtype.kind not in "iuf" or plane.dtype.itemsize > 8:
+        raise ValueError(f"{name}: found {plane.dtype}, wanted a dtype that FITS has")
+    return plane
+
+
+# Metadata: the cards, for people and STDPipe
+
+
+def _cards(meta: Mapping[str, Any]) -> dict[str, fits.Card]:
+    """Return a card for each value that a card can show, by name; of names that differ in case the first has one."""
+    cards: dict[str, fits.Card] = {}
+    keywords = set()
+    for name, value in meta.items():
+        if not isinstance(name, str):
+            raise ValueError(f"meta: found the name {name!r}, wanted a string")
+        keyword = name.upper()
+        card = _card(keyword, _plain(keyword, value)) if keyword not in keywords else None
+        if card is not None:
+            cards[name] = card
+            keywords.add(keyword)
+    return cards
+
+
+def _card(keyword: str, plain: Any) -> fits.Card | None:
+    if plain is _NO_CARD or not _KEYWORD.fullmatch(keyword) or _STRUCTURE.fullmatch(keyword):
+        return None
+    card = fits.Card(keyword if len(keyword) <= 8 else f"HIERARCH {keyword}", plain)
     try:
-        keyword = name if len(name) <= 8 and name.isidentifier() else f"HIERARCH {name}"
-        header[keyword] = value
-        str(header.cards[keyword])  # a card that cannot be written is found here, with its name
-    except (ValueError, TypeError) as exc:
-        raise ValueError(f"meta: {name!r} cannot be kept in FITS, found {value!r}: {exc}") from exc
+        str(card)
+    except ValueError:  # longer than a card; only strings with short names may go on in the next
+        return None
+    return card
 
 
-def _to_card(name: str, value: Any) -> tuple[Any, str]:
-    """Return a value as FITS has it, and what it was where that does not tell."""
+def _plain(keyword: str, value: Any) -> Any:
+    """Return a value as STDPipe would write it, or `_NO_CARD` where it could not read that."""
+    if isinstance(value, Quantity):
+        value = value.value
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, bool | int):
-        return value, ""
-    if isinstance(value, float):
-        return (value, "") if math.isfinite(value) else (_spell(value), "float")
+    if isinstance(value, datetime.datetime | Time):
+        return _plain_time(value)
     if isinstance(value, str):
-        plain = value.isascii() and value.isprintable() and value == value.rstrip() and value not in _NUMBERS
-        return (value, "str") if plain and not value.startswith("array(") else (json.dumps(value), "json")
-    if isinstance(value, datetime.datetime):
-        return Time(value).to_value("fits"), "datetime"
-    if isinstance(value, Time):
-        return Time(value, precision=9).to_value("fits"), f"time {value.scale}"
-    if np.ma.isMaskedArray(value) and value.shape == ():
-        return None, ""
+        return value if _is_plain_text(value) and (keyword != "TIME" or _is_time(value)) else _NO_CARD
+    if keyword == "TIME":  # STDPipe makes a Time of whatever is there
+        return _NO_CARD
+    if value is None or value is np.ma.masked:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    if isinstance(value, bool | int | float):
+        return value
+    return _plain_array(value) if isinstance(value, list | tuple | np.ndarray) else _NO_CARD
+
+
+def _plain_time(value: datetime.datetime | Time) -> Any:
+    time = Time(value)
+    if not time.isscalar or time.masked or time.scale not in _ATOMIC_SCALES:
+        return _NO_CARD
+    return Time(time.utc, precision=9).to_value("fits")  # UTC is what STDPipe takes it for
+
+
+def _is_plain_text(value: str) -> bool:
+    printable = value.isascii() and value.isprintable() and value == value.rstrip()
+    return printable and value not in _NUMBERS and not value.startswith("array(")
+
+
+def _is_time(text: str) -> bool:
     try:
-        return _spell_array(np.ma.filled(value)), _array_kind(value)
-    except (TypeError, ValueError) as exc:
-        raise ValueError(f"meta: {name!r} cannot be kept in FITS, found {type(value).__name__}: {exc}") from exc
+        Time(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _spell(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+def _plain_array(value: Any) -> Any:
+    """Write a list or an array as a literal, which STDPipe evaluates."""
+    try:
+        array = np.asarray(np.ma.filled(value))
+    except (ValueError, TypeError):  # rows of different lengths, objects
+        return _NO_CARD
+    if array.dtype.kind not in "biufU" or array.size > _MAX_SHOWN:
+        return _NO_CARD
+    text = f"array({_literal(array.tolist())}, dtype='{array.dtype.str}')"
+    return text if text.isascii() else _NO_CARD
 
 
-def _array_kind(value: Any) -> str:
-    return "list" if isinstance(value, list) else "tuple" if isinstance(value, tuple) else f"array {value.dtype.str}"
+def _literal(item: Any) -> str:
+    if isinstance(item, list):
+        return f"[{', '.join(map(_literal, item))}]"
+    if isinstance(item, float) and not math.isfinite(item):
+        return "np.nan" if math.isnan(item) else "np.inf" if item > 0 else "-np.inf"
+    return repr(item)
 
 
-def _spell_array(value: Any) -> str:
-    """Write a list or an array as the literal ``array([...])``, which STDPipe reads too."""
-    items = np.asarray(value)
-    if items.dtype.kind not in "biufSU":
-        raise TypeError(f"an array of {items.dtype} has no literal")
-    if items.dtype.kind in "SU" and not all(str(item).isascii() for item in items.ravel()):
-        raise ValueError("FITS has ASCII only")
-    return f"array({items.tolist()!r})"
-
-
-def _load_meta(head: fits.Header) -> dict[str, Any]:
-    types: dict[str, str] = json.loads(head.get(_TYPES, "{}"))
-    names = {name.upper(): name for name in types}
-    meta: dict[str, Any] = {}
+def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata: ours as kept, and what STDPipe wrote, or anyone changed, as the cards tell."""
+    ours = {card.keyword.upper(): (name, fits.Card.fromstring(str(card)).value) for name, card in _cards(kept).items()}
+    meta, foreign = dict(kept), set()
     for card in head.cards:
-        if card.keyword in _STRUCTURE or card.keyword.startswith("NAXIS"):
-            continue
-        name = names.get(card.keyword.upper(), card.keyword.lower())
-        value = None if isinstance(card.value, fits.card.Undefined) else card.value
-        meta[name] = _from_card(name, value, types.get(name) if _MARK in head else None)
+        keyword = card.keyword.upper()
+        name, value = ours.get(keyword, (keyword.lower(), _NO_CARD))
+        if not _STRUCTURE.fullmatch(keyword) and card.value != value:
+            meta[name] = _from_plain(keyword, card.value)
+            foreign.add(name)
+    if {"adjust_dx", "adjust_dy"} <= foreign:
+        meta["adjust_dx"], meta["adjust_dy"] = meta["adjust_dy"], meta["adjust_dx"]
     return meta
 
 
-def _from_card(name: str, value: Any, kind: str | None) -> Any:
-    """Undo `_to_card`; without a kind the value's own form tells, as in STDPipe's files."""
+def _from_plain(keyword: str, value: Any) -> Any:
+    """Undo `_plain`, as far as the value's own form tells."""
+    if isinstance(value, fits.card.Undefined):
+        return None
     if not isinstance(value, str):
         return value
-    if kind == "str":
-        return value
-    if kind == "json":
-        return json.loads(value)
-    if kind == "datetime":
-        return Time(value).to_datetime()
-    if kind is not None and kind.startswith("time "):
-        return Time(value, scale=kind.removeprefix("time "))
-    if value in _NUMBERS:
-        return _NUMBERS[value]
+    if keyword == "TIME":
+        return Time(value) if _is_time(value) else value
     if value.startswith("array("):
-        return _read_array(value, kind)
-    return Time(value) if name == "time" else value
+        return _read_array(value)
+    return _NUMBERS.get(value, value)
 
 
-def _read_array(text: str, kind: str | None) -> Any:
-    """Read ``array([...])`` without running it; text that is no such literal is left as it is."""
-    inside = text.removeprefix("array(").rstrip().removesuffix(")")
-    dtype: str | None = None
-    if kind is None and ", dtype=" in inside:  # numpy's own way to print one that is not of the default type
-        inside, _, dtype = inside.rpartition(", dtype=")
+def _read_array(text: str) -> Any:
+    """Read the text of an array without running it; what is not the text of an array is left as it is."""
     try:
-        # A literal has no nan and no inf; the standard library's JSON has both.
-        items = ast.literal_eval(inside) if "nan" not in inside and "inf" not in inside else _with_nan(inside)
-    except (ValueError, SyntaxError):
+        call = ast.parse(text, mode="eval").body
+        if not (isinstance(call, ast.Call) and len(call.args) == 1):
+            return text
+        options: dict[str, Any] = {str(option.arg): _read_node(option.value) for option in call.keywords}
+        shape = options.pop("shape", None)  # as numpy prints an empty array
+        array = np.array(_read_node(call.args[0]), **options)
+        return array if shape is None else array.reshape(shape)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return text
-    if kind == "list":
-        return items
-    if kind == "tuple":
-        return tuple(items)
-    return np.array(items, dtype=kind.removeprefix("array ") if kind else dtype)
 
 
-def _with_nan(inside: str) -> Any:
-    spelled = inside.replace("nan", "NaN").replace("inf", "Infinity")
-    return json.loads(spelled)
+def _read_node(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and node.value is not Ellipsis:
+        return node.value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_read_node(item) for item in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_read_node(node.operand)
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    if name in ("nan", "inf"):
+        return float(name)
+    if name in np.sctypeDict:  # numpy prints dtype=float32
+        return name
+    raise ValueError(f"found {ast.dump(node)}, wanted a number, a string or a list of them")
+
+
+# Metadata: the JSON, exact
+
+
+def _to_json(meta: Mapping[str, Any], dtypes: dict[str, str]) -> str:
+    encoded = {}
+    for name, value in meta.items():
+        try:
+            encoded[name] = _encode(value)
+        except TypeError as exc:
+            raise ValueError(f"meta: {name!r} cannot be kept: {exc}") from exc
+    text = json.dumps({"meta": encoded, "planes": dtypes}, separators=(",", ":"), allow_nan=False)
+    # A string that goes on over several cards may not survive quotes, ampersands and blanks at its joints.
+    for character in "'& ":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _from_json(head: fits.Header, filename: str | Path) -> tuple[dict[str, Any], dict[str, np.dtype[Any]]]:
+    """Return the metadata and the planes' dtypes that a file of ours keeps; nothing of a file of STDPipe."""
+    if _MARK not in head:
+        return {}, {}
+    if head[_MARK] > _VERSION:
+        raise ValueError(f"{filename}: found {_MARK} {head[_MARK]}, wanted at most {_VERSION}")
+    try:
+        document = json.loads(head[_META])
+        meta = {name: _decode(value) for name, value in document["meta"].items()}
+        return meta, {name: _dtype(dtype) for name, dtype in document["planes"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        raise ValueError(f"{filename}: {_META} is damaged: {exc}") from exc
+
+
+def _encode(value: Any) -> Any:
+    """Return a value as JSON has it, or with its type: ``[type, value, ...]``."""
+    if isinstance(value, np.ndarray | np.generic):
+        return _encode_numpy(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else ["float", repr(value)]
+    if isinstance(value, bytes):
+        return ["bytes", base64.b64encode(value).decode()]
+    if isinstance(value, list | tuple):
+        return ["list" if isinstance(value, list) else "tuple", [_encode(item) for item in value]]
+    if isinstance(value, dict):
+        return ["dict", [[_encode(key), _encode(item)] for key, item in value.items()]]
+    if isinstance(value, datetime.datetime):
+        return ["datetime", value.isoformat()]
+    if isinstance(value, Time):
+        return _encode_time(value)
+    raise TypeError(f"found {type(value).__name__}, wanted a number, a string, a time or a list or array of them")
+
+
+def _encode_numpy(value: np.ndarray[Any, Any] | np.generic) -> Any:
+    if value is np.ma.masked:
+        return ["masked"]
+    if isinstance(value, Quantity):
+        return ["quantity", _encode(value.value), value.unit.to_string()]
+    if isinstance(value, np.ma.MaskedArray):
+        return ["masked array", _encode(value.data), _encode(np.ma.getmaskarray(value))]
+    if isinstance(value, np.float64):
+        return ["float64", repr(float(value))]
+    if value.dtype.kind not in _NUMPY_KINDS:
+        raise TypeError(f"found an array of {value.dtype}")
+    kind = "scalar" if isinstance(value, np.generic) else "array"
+    return [kind, value.dtype.str, value.shape, base64.b64encode(value.tobytes()).decode()]
+
+
+def _encode_time(value: Time) -> Any:
+    if value.masked:
+        if value.isscalar:
+            return ["masked"]
+        raise TypeError("found an array of times with masked ones")
+    return ["time", _encode(np.asarray(value.jd1)), _encode(np.asarray(value.jd2)), value.scale, value.format]
+
+
+def _decode(value: Any) -> Any:
+    """Undo `_encode`."""
+    if not isinstance(value, list):
+        return value
+    kind, *parts = value
+    if kind not in _DECODERS:
+        raise ValueError(f"found the type {kind!r}, wanted one of {', '.join(_DECODERS)}")
+    return _DECODERS[kind](*parts)
+
+
+def _decode_array(dtype: str, shape: list[int], text: str) -> np.ndarray[Any, Any]:
+    return np.ndarray(tuple(shape), _dtype(dtype), buffer=base64.b64decode(text)).copy()
+
+
+def _dtype(text: str) -> np.dtype[Any]:
+    """Return a dtype that holds no pointers: an object array made of a file's bytes would follow them."""
+    dtype = np.dtype(text)
+    if dtype.kind not in _NUMPY_KINDS:
+        raise ValueError(f"found the dtype {text!r}, wanted a plain one")
+    return dtype
+
+
+def _decode_time(jd1: Any, jd2: Any, scale: str, form: str) -> Time:
+    time = Time(_decode(jd1), _decode(jd2), format="jd", scale=scale)
+    time.format = form
+    return time
+
+
+_DECODERS: dict[str, Any] = {
+    "float": float,
+    "float64": np.float64,
+    "scalar": lambda *parts: _decode_array(*parts)[()],
+    "array": _decode_array,
+    "masked": lambda: np.ma.masked,
+    "masked array": lambda data, mask: np.ma.MaskedArray(_decode(data), _decode(mask)),
+    "quantity": lambda data, unit: Quantity(_decode(data), unit),
+    "bytes": base64.b64decode,
+    "list": lambda items: [_decode(item) for item in items],
+    "tuple": lambda items: tuple(_decode(item) for item in items),
+    "dict": lambda items: {_decode(key): _decode(item) for key, item in items},
+    "datetime": datetime.datetime.fromisoformat,
+    "time": _decode_time,
+}

@@ -1,0 +1,55 @@
+"""What all tests share: real frames, a seeded frame whose sides differ, and the profile of hypothesis."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+# Shared machines stall for seconds, so no example has a deadline. What CI finds must be found again on the next run.
+# A test that hypothesis repeats may share a fixture that it does not change.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of real alerts and frames beside the checkout."""
+    folder = (Path(__file__).parents[1] / "../shared/data").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real data: found no folder {folder.parent.name}/{folder.name} beside the checkout")
+    return folder
+
+
+class SeededFrame(NamedTuple):
+    """A frame in memory."""
+
+    data: NDArray[np.float32]
+    header: fits.Header
+    wcs: WCS
+
+
+@pytest.fixture
+def frame() -> SeededFrame:
+    """Return a frame of 61 rows and 83 columns, seeded noise, with a rotated TAN WCS whose pixels are not square."""
+    data = np.random.default_rng(20261124).normal(100, 5, (61, 83)).astype(np.float32)
+    header = fits.PrimaryHDU(data).header
+    header["OBJECT"] = "test field"
+    header["DATE-OBS"] = "2026-11-24T01:02:03.456"
+    header["BUNIT"] = "adu"
+    header["CTYPE1"], header["CTYPE2"] = "RA---TAN", "DEC--TAN"
+    header["CUNIT1"], header["CUNIT2"] = "deg", "deg"
+    header["CRVAL1"], header["CRVAL2"] = 150.25, -33.5
+    header["CRPIX1"], header["CRPIX2"] = 40.25, 33.75
+    header["CD1_1"], header["CD1_2"] = -1.4e-4, 0.3e-4
+    header["CD2_1"], header["CD2_2"] = 0.2e-4, 1.5e-4
+    header["RADESYS"] = "ICRS"
+    return SeededFrame(data, header, WCS(header))
