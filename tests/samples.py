@@ -1,0 +1,69 @@
+"""The samples beside the schemas: what they hold, and how they are made.
+
+    python tests/samples.py
+
+writes those of the current versions anew. Do so before a version is released, and never afterwards: a sample is what
+that version wrote. The frames come from `night.py`; their places are replaced by made-up ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from night import alert_record, write_night
+
+from stampworker.alerts import encode as encode_alert
+from stampworker.alerts import from_record
+from stampworker.config import EnrichSettings, FrameSettings, Settings
+from stampworker.enrich import make_packets
+from stampworker.frames import FrameStore
+from stampworker.packets import Packet
+from stampworker.packets import encode as encode_packet
+
+SCHEMAS = Path(__file__).parents[1] / "schemas"
+ALERT_FOLDER = SCHEMAS / "stampworker.alert" / "1.0"
+PACKET_FOLDER = SCHEMAS / "stampworker.packet" / "1.0"
+
+_FIELDS: dict[str, Any] = {
+    "alertId": "20261124-17",
+    "objectId": "J1001-3330",
+    "ra": 150.24981,
+    "dec": -33.50042,
+    "mjd": 61368.25,
+    "mjdScale": "tai",
+    "fwhm": 3.5,
+    "gain": 1.6,
+    "extra": {"snr": 17.25, "band": "r", "visit": 4711, "known": False},
+}
+_PLANES = ("science", "template", "difference", "convolved", "error", "mask")
+
+
+def sample_alert() -> dict[str, Any]:
+    """Return the record of the sample alert."""
+    return alert_record({plane: f"file:///nights/20261124/{plane}.fits" for plane in _PLANES}, **_FIELDS)
+
+
+def sample_packet(folder: Path) -> Packet:
+    """Make the sample packet from frames that are written to a folder: a star that moved, radius 5."""
+    alert = from_record(sample_alert() | {"frames": write_night(folder, planes=_PLANES)})
+    with FrameStore(FrameSettings(frame_roots=(str(folder),))) as store:
+        packet = make_packets([alert], store, Settings(enrich=EnrichSettings(radius=5)))[0]
+    assert isinstance(packet, Packet), packet
+    released = from_record(sample_alert())
+    return dataclasses.replace(packet, packet_id=released.packet_id(), frames=released.frames)
+
+
+def main() -> None:
+    """Write the samples."""
+    (ALERT_FOLDER / "sample.json").write_text(json.dumps(sample_alert(), indent=2) + "\n", encoding="utf-8")
+    (ALERT_FOLDER / "sample.avro").write_bytes(encode_alert(from_record(sample_alert())))
+    with tempfile.TemporaryDirectory() as folder:
+        (PACKET_FOLDER / "sample.avro").write_bytes(encode_packet(sample_packet(Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
