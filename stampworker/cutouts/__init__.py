@@ -3,7 +3,7 @@
 from stampworker.cutouts.adjust import adjust_cutout
 from stampworker.cutouts.crop import crop_image, crop_image_centered, downscale_image, get_cutout
 from stampworker.cutouts.files import load_cutout, write_cutout
-from stampworker.cutouts.verdict import is_artefact
+from stampworker.cutouts.verdict import is_artefact, weigh_point_source
 
 __all__ = [
     "adjust_cutout",
@@ -13,5 +13,6 @@ __all__ = [
     "get_cutout",
     "is_artefact",
     "load_cutout",
+    "weigh_point_source",
     "write_cutout",
 ]

@@ -288,9 +288,12 @@ HOT static void prefilter(double *restrict a, Index rows, Index columns)
     if (rows < 2)
         return;
     Index horizon = rows < HORIZON ? rows : HORIZON;
-    double start[HORIZON], once = z / (1 - pow(z, 2.0 * (double)rows));
+    double start[HORIZON], powers[2 * HORIZON + 1] = {1}; /* pow() of the C library rounds differently from machine to machine */
+    for (Index i = 1; i <= 2 * horizon; i++)
+        powers[i] = z * powers[i - 1];
+    const int shorter = rows <= HORIZON;
     for (Index i = 0; i < horizon; i++)
-        start[i] = once * (pow(z, (double)i) + pow(z, 2.0 * (double)rows - 1 - (double)i));
+        start[i] = z / (1 - powers[2 * horizon]) * (powers[i] + (shorter ? powers[2 * rows - 1 - i] : 0));
     for (Index x = 0; x < columns; x++)
         a[x] *= 1 + start[0];
     for (Index y = 1; y < horizon; y++)

@@ -16,7 +16,7 @@ then polished by Newton's method.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import ceil, floor, isfinite, nan, sqrt
 from typing import Any, NamedTuple
@@ -154,14 +154,14 @@ def adjust_cutout(
     The method is that of ``adjust_cutout`` in STDPipe (S. Karpov, https://github.com/karpov-sv/stdpipe); splines:
     Unser, Aldroubi & Eden 1993, IEEE Trans. Signal Process. 41, 821.
     """
-    image, template, err, mask = _planes(cutout)
+    image, template, err, mask = planes_of(cutout)
     _check(max_shift, max_scale, inner)
     meta = cutout.setdefault("meta", {})
     for key in [key for key in meta if isinstance(key, str) and key.startswith("adjust_")]:
         del meta[key]
     cutout.pop("adjusted", None)
     adjusted = np.empty(image.shape, np.float32 if image.dtype == np.float32 else np.float64)
-    fit = _fit(image, template, err, mask, inner or 0.0, max_shift, max_scale, bool(fit_bg), bool(normalize), adjusted)
+    fit = core(image, template, err, mask, inner or 0.0, max_shift, max_scale, bool(fit_bg), bool(normalize), adjusted)
     if fit.failure:
         meta["adjust_status"] = fit.failure
         _say(verbose, f"no adjustment: {fit.failure}, {fit.npix} usable pixels")
@@ -178,7 +178,7 @@ def adjust_cutout(
     return True
 
 
-def _planes(cutout: dict[str, Any]) -> tuple[Plane, Plane, Plane, Plane | None]:
+def planes_of(cutout: Mapping[str, Any]) -> tuple[Plane, Plane, Plane, Plane | None]:
     """Image, template, err as contiguous native float32 or float64, and the mask as bytes or None."""
     planes: list[Plane] = []
     for name in ("image", "convolved", "err"):
@@ -302,6 +302,14 @@ def fit_numpy(
         after[undefined] = np.nan
     adjusted[:] = after
     return Fit("", npix, at_bound, bg + bg_offset, tbg, 0.0 - best.u, 0.0 - best.v, best.scale, chi2_0, chi2, *errors)
+
+
+def fitted_pixels(
+    image: Plane, template: Plane, err: Plane, mask: NDArray[np.uint8] | None, inner: float, max_shift: float
+) -> tuple[tuple[slice, slice], Floats]:
+    """Return the fitted box as slices (y, x), and 1 / err² in it, 0 for pixels that leave the fit."""
+    image, template, err = (plane.astype(np.float64, copy=False) for plane in (image, template, err))
+    return _weights(err, _good(image, mask), _good(template, mask), inner, _reach(max_shift))
 
 
 class Form(NamedTuple):
@@ -673,5 +681,5 @@ def fit_compiled(*args: Any) -> Fit:
     return Fit(*_compiled(*args))
 
 
-_fit: Callable[..., Fit] = fit_compiled if _compiled else fit_numpy
+core: Callable[..., Fit] = fit_compiled if _compiled else fit_numpy
 CORE = "c" if _compiled else "numpy"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from stampworker.cutouts import is_artefact
+from stampworker.cutouts import adjust_cutout, is_artefact, weigh_point_source
 
 
 def fitted(**changes: float) -> dict[str, Any]:
@@ -48,6 +49,58 @@ def test_thresholds_are_arguments() -> None:
     assert not is_artefact(fitted(), min_scale=1.03)
     assert not is_artefact(fitted(), max_scale=1.01)
     assert not is_artefact(fitted(), needed=460.0)
+
+
+def test_point_source_that_explains_it_better_is_no_artefact() -> None:
+    """Where a point source beats the adjustment clearly, the candidate is a transient."""
+    assert not is_artefact(fitted(point_gain=7.0))
+    assert is_artefact(fitted(point_gain=5.0))
+    assert is_artefact(fitted(point_gain=7.0), point_gain=9.0)
+
+
+def disc(x: float, y: float, width: float) -> Any:
+    """Return a round profile of unit height on 31 × 33 pixels."""
+    yy, xx = np.mgrid[0:31, 0:33]
+    return np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / (2 * width**2))
+
+
+def cutout_of(image: Any, template: Any, **meta: float) -> dict[str, Any]:
+    """Return a cutout with noise of 1 around a background of 20."""
+    noise = np.random.default_rng(8).normal(0, 1, image.shape)
+    return {"image": image + 20 + noise, "convolved": template + 10, "err": np.ones(image.shape), "meta": meta}
+
+
+def test_transient_on_a_galaxy_is_a_point_source() -> None:
+    """A galaxy that moves and brightens imitates a transient on it; a point source at the right place fits better."""
+    galaxy = 300 * disc(17.0, 15.5, 3.5)
+    cutout = cutout_of(galaxy + 12 * disc(16.4, 14.8, 1.3), galaxy, x=716.4, y=14.8)
+    assert adjust_cutout(cutout, max_shift=1, inner=9)
+    assert is_artefact(cutout["meta"], chi2_ratio=0.99)
+    gain = weigh_point_source(cutout, 3.06, max_shift=1, inner=9)
+    assert gain is not None
+    assert gain > 6
+    assert cutout["meta"]["adjust_point_gain"] == gain
+    assert not is_artefact(cutout["meta"], chi2_ratio=0.99)
+    assert gain > (weigh_point_source({**cutout, "meta": {"x": 16.0, "y": 15.0}}, 3.06, max_shift=1, inner=9) or 0)
+
+
+def test_dipole_is_no_point_source() -> None:
+    """The shift of a star is explained by the shift, and stays an artefact."""
+    cutout = cutout_of(300 * disc(16.3, 15.2, 1.5), 300 * disc(16.0, 15.0, 1.5), x=16.0, y=15.0)
+    assert adjust_cutout(cutout, max_shift=1, inner=9)
+    gain = weigh_point_source(cutout, 3.5, max_shift=1, inner=9)
+    assert gain is not None
+    assert gain < -100
+    assert is_artefact(cutout["meta"])
+
+
+def test_no_comparison_without_a_fit() -> None:
+    """A constant template cannot be weighed: None, and nothing stays in meta."""
+    cutout = cutout_of(300 * disc(16.0, 15.0, 1.5), np.zeros((31, 33)), adjust_point_gain=3.0)
+    assert weigh_point_source(cutout, 3.5) is None
+    assert "adjust_point_gain" not in cutout["meta"]
+    with pytest.raises(ValueError, match="fwhm is nan"):
+        weigh_point_source(cutout, float("nan"))
 
 
 def test_no_fit_is_said() -> None:
