@@ -77,7 +77,7 @@ class MappedFile:
         self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         self._length = self._map.size  # asks the file, not the map
         self._seen = bytearray(self.size // _CHUNK + 1)
-        self._images: dict[tuple[int, tuple[int, int], np.dtype[Any]], NDArray[Any]] = {}
+        self._images: dict[int, NDArray[Any]] = {}  # an HDU has one shape and one type
         self._populate(0, 1)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -95,11 +95,11 @@ class MappedFile:
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
     ) -> NDArray[Any] | None:
         """Return the image at ``offset`` as an array over the map; only rows ``first:last`` may be touched."""
-        image = self._images.get((offset, shape, dtype))
+        image = self._images.get(offset)
         if image is None:
             image = np.frombuffer(self._map, dtype, shape[0] * shape[1], offset).reshape(shape)
-            self._images[offset, shape, dtype] = image
-        stride = image.strides[0]
+            self._images[offset] = image
+        stride = shape[1] * dtype.itemsize
         self._touch(offset + first * stride, (last - first) * stride)
         return image
 

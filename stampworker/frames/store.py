@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import stat
 import threading
 from collections import OrderedDict
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _ASCII = bytes(c if 32 <= c < 127 else ord("?") for c in range(256))
+_CARD = re.compile(rb"(?=[A-Z0-9_-]* *= ).{8}= |(COMMENT|HISTORY|CONTINUE|HIERARCH) |        ")
 _TABLE_CARDS = ("TFIELDS", "THEAP", "PCOUNT", "GCOUNT", "BITPIX", "NAXIS", "CHECKSUM", "DATASUM", "SIMPLE", "XTENSION")
 _TABLE_INDEXED = ("TTYPE", "TFORM", "TUNIT", "TDIM", "TNULL", "TSCAL", "TZERO", "TDISP")
 
@@ -149,10 +151,11 @@ class Frame:
 
 def _header(hdu: Hdu) -> fits.Header:
     """Return the image's header for astropy, the cards of a compression table translated to the image's."""
-    raw = hdu.cards.translate(_ASCII)
+    # astropy warns at every access to a card that follows no convention.
+    cards = [card for card in split_cards(hdu.cards.translate(_ASCII)) if _CARD.match(card)]
     if hdu.kind != "tiled":
-        return fits.Header.fromstring(raw + b"END".ljust(CARD))
-    cards = [card for card in split_cards(raw) if not _of_table(card[:8].rstrip().decode())]
+        return fits.Header.fromstring(b"".join(cards) + b"END".ljust(CARD))
+    cards = [card for card in cards if not _of_table(card[:8].rstrip().decode())]
     head = [("XTENSION", "'IMAGE   '"), ("BITPIX", hdu.values["ZBITPIX"].split(b"/")[0].decode("latin-1").strip())]
     head += [("NAXIS", str(len(hdu.axes)))] + [(f"NAXIS{i + 1}", str(n)) for i, n in enumerate(reversed(hdu.axes))]
     first = [f"{name:8}= {value:>20}".ljust(CARD).encode() for name, value in head]

@@ -43,7 +43,7 @@ _MAX_TILE_BYTES = 1 << 30  # the codecs count in C ints
 # The RICE decoder reads on to the next byte that is not 0, and a block further than the stream goes.
 _PAD = b"\xff" * 4096
 
-_CodecError: type[Exception] = _compression.CfitsioException
+_DECODE_ERRORS = (ValueError, _compression.CfitsioException, *INFLATE_ERRORS)
 
 Decode = Callable[["NDArray[np.uint8]", tuple[int, int]], "NDArray[Any]"]
 
@@ -181,7 +181,7 @@ class TiledImage:
     def _run(self, codec: Decode, stream: NDArray[np.uint8], index: int) -> NDArray[Any]:
         try:
             return codec(stream, self._shape_of(index))
-        except (ValueError, *INFLATE_ERRORS, _CodecError) as exc:
+        except _DECODE_ERRORS as exc:
             raise FrameCorrupt(self._url, f"{self._place}: {self._where(index)}: {exc}") from exc
 
     def _values(self, index: int, stored: NDArray[Any], stream: NDArray[np.uint8]) -> NDArray[Any]:
@@ -352,7 +352,10 @@ def _settings(cards: Cards) -> dict[str, int]:
         if name is None:
             break
         if name.strip().upper() in ("BLOCKSIZE", "BYTEPIX", "SCALE", "SMOOTH"):
-            settings[name.strip().upper()] = int(cards.real(f"ZVAL{i}", 0.0))
+            value = cards.real(f"ZVAL{i}", 0.0)
+            if not 0 <= value < 1 << 31:  # the codecs take C ints
+                raise cards.corrupt(f"ZVAL{i} is {value:g}, wanted 0 to {(1 << 31) - 1}")
+            settings[name.strip().upper()] = int(value)
     return settings
 
 
@@ -418,9 +421,10 @@ def _hcompress(settings: dict[str, int]) -> Decode:
         planes = stream[22:25].tolist()
         if there != shape or min(shape) < 4 or max(planes) > 64:
             raise ValueError(f"an HCOMPRESS stream of {there} pixels in {planes} bit planes, wanted {shape}")
-        # A stream that ends early is read on: at most 2 bits a pixel and plane, and the signs.
+        # A stream that ends early is read on: in each quadrant (the second number of planes is that of two) at most 2
+        # bits a pixel and plane, then a sign a pixel.
         n = shape[0] * shape[1]
-        padded = stream.tobytes() + bytes(n * (sum(planes) + 8) // 4 + 4096)
+        padded = stream.tobytes() + bytes(n * (planes[0] + 2 * planes[1] + planes[2] + 2) // 16 + 4096)
         pixels = _compression.decompress_hcompress_1_c(padded, *shape, scale, smooth, 8)
         return np.frombuffer(pixels, "i4", n).reshape(shape)
 
