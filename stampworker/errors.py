@@ -92,7 +92,20 @@ class PublishError(StampworkerError):
 
 
 class TransactionAborted(PublishError):
-    """The transaction was aborted: read again from the last commit."""
+    """The transaction was aborted: read again from the last commit.
+
+    Parameters
+    ----------
+    problem : str
+        Why.
+    too_large : bool, optional
+        The topic refused a record, or several that went together, for their size: it would refuse the same
+        batch again.
+    """
+
+    def __init__(self, problem: str, *, too_large: bool = False) -> None:
+        super().__init__(problem)
+        self.too_large = too_large
 
 
 class ProducerFenced(PublishError):

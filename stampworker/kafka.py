@@ -93,6 +93,8 @@ def producer(settings: Settings, *, transactional: bool, largest: int | None = N
     ours: dict[str, Any] = {"enable.idempotence": True, "linger.ms": 5}
     if largest is not None:
         ours["message.max.bytes"] = largest
+        # The broker holds a topic's limit against whole batches of records.
+        ours["batch.size"] = min(largest, 1_000_000)
     if transactional:
         ours["transactional.id"] = settings.worker.transactional_id()
         ours["transaction.timeout.ms"] = int(settings.worker.transaction_timeout_s * 1000)
@@ -136,8 +138,9 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
 def message_limit(settings: Settings, topic: str) -> int | None:
     """Return ``max.message.bytes`` of a topic, or None where the broker does not tell."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
+    client = admin(settings)  # the answer comes while the client lives
     try:
-        entries = admin(settings).describe_configs([resource], request_timeout=_CONTACT_S)[resource].result()
+        entries = client.describe_configs([resource], request_timeout=_CONTACT_S)[resource].result()
     except KafkaException as exc:
         log.warning("topic %s: the broker does not tell its limits: %s", topic, exc.args[0].str())
         return None
@@ -235,8 +238,11 @@ class ExactlyOnce:
 
     def close(self) -> None:
         """Let go of the broker; what is open is aborted by the broker, or by the next worker in this slot."""
-        self._producer.purge()
-        self._producer.flush(_LEAST_CALL_S)
+        try:
+            self._producer.purge()
+            self._producer.flush(_LEAST_CALL_S)
+        except KafkaException as exc:  # of a fenced producer, which holds nothing any more
+            log.info("closing the producer: %s", exc.args[0].str())
 
     def _until(self, call: Callable[[float], object], deadline: float) -> None:
         """Repeat one call while its error is retriable, until it answers or the deadline has passed."""
@@ -263,7 +269,7 @@ class ExactlyOnce:
         else:
             # Whether it was committed is not known: a new producer under the same id ends it one way or the other.
             self._replace(deadline)
-        raise TransactionAborted(error.str())
+        raise TransactionAborted(error.str(), too_large=error.code() == KafkaError.MSG_SIZE_TOO_LARGE)
 
     def _abort(self, deadline: float) -> None:
         try:

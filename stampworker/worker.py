@@ -139,6 +139,8 @@ class Worker:
         self._seen_assignment = False
         self._ended: set[Place] = set()
         self._first: dict[Place, int] = {}
+        self._batch_count = settings.worker.batch_count
+        self._refused: set[tuple[Place, int]] = set()  # records whose packets the topic refused for their size
         self._behind = False  # what was polled since the last commit must be read again
         self._pending: tuple[_Batch, Future[float]] | None = None
         self._failure: Exception | None = None
@@ -222,7 +224,7 @@ class Worker:
                 batch.add(message)
             now = time.monotonic()
             if batch.messages:
-                if len(batch.messages) >= limits.batch_count or batch.size_bytes >= limits.batch_bytes:
+                if len(batch.messages) >= self._batch_count or batch.size_bytes >= limits.batch_bytes:
                     break
                 if now - batch.started >= limits.batch_s or self._input_ended():
                     break
@@ -286,7 +288,14 @@ class Worker:
             except AlertError as exc:
                 decoded.append(Reject(exc.alert_id, "decode", exc))
         made = iter(make_packets([a for a in decoded if isinstance(a, Alert)], store, self._settings))
-        return [a if isinstance(a, Reject) else next(made) for a in decoded]
+        results = [a if isinstance(a, Reject) else next(made) for a in decoded]
+        return [self._unless_refused(m, result) for m, result in zip(messages, results, strict=True)]
+
+    def _unless_refused(self, message: Message, result: Packet | Reject) -> Packet | Reject:
+        if isinstance(result, Packet) and (_place(message), _offset(message)) in self._refused:
+            problem = f"topic {self._settings.worker.packet_topic!r} refuses a packet of this size"
+            return Reject(result.alert_id, "publish", PublishError(problem))
+        return result
 
     def _records(self, batch: _Batch) -> list[Record]:
         return [self._record(m, result) for m, result in zip(batch.messages, batch.results, strict=True)]
@@ -345,10 +354,24 @@ class Worker:
             self.totals.aborts += 1
             self._behind = True
             log.warning("aborted batch of %d alerts, reading it again: %s", len(batch.messages), exc)
+            if exc.too_large:
+                self._narrow(batch)
         except PublishError as exc:
             self._failure = exc
         else:
+            self._batch_count = min(2 * self._batch_count, self._settings.worker.batch_count)
             self._count(batch, publish_s)
+
+    def _narrow(self, batch: _Batch) -> None:
+        """Halve the batches until the one record that its topic refuses stands alone; then it is to be set aside.
+
+        The limits of the topics are known at the start, but they may be lowered while the worker runs.
+        """
+        self._batch_count = max(len(batch.messages) // 2, 1)
+        if len(batch.messages) == 1:
+            if isinstance(batch.results[0], Reject):
+                self._failure = PublishError("the topic of rejects refuses a reject for its size")
+            self._refused.add((_place(batch.messages[0]), _offset(batch.messages[0])))
 
     def _count(self, batch: _Batch, publish_s: float) -> None:
         rejects = sum(isinstance(result, Reject) for result in batch.results)

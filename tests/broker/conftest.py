@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from chain import Chain, MakeChain
 from kafka_broker import KafkaBroker, find_image, sweep
 from worker_process import WorkerProcess
+
+from stampworker.alerts import Alert
+from stampworker.archive import read_alerts
+from stampworker.simulate import simulate
 
 HERE = Path(__file__).parent
 TIME_LIMIT = 180
@@ -55,3 +60,31 @@ def start_worker(kafka: str, tmp_path: Path) -> Iterator[Callable[..., WorkerPro
             return running.enter_context(WorkerProcess(log, settings, *args, command=command))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Alert], list[Path]]:
+    """Simulate a night; its alerts and the folder of its frames."""
+    made = simulate(tmp_path_factory.mktemp("night") / "night", size=512, candidates=60, seed=3)
+    alerts = [alert for alert in read_alerts(made.alerts)[0] if isinstance(alert, Alert)]
+    assert len(alerts) == 60
+    return alerts, [made.directory]
+
+
+@pytest.fixture
+def make_chain(broker: KafkaBroker, night: tuple[list[Alert], list[Path]]) -> MakeChain:
+    """Make the topics of a chain and send it the night's alerts, or others."""
+
+    def make(
+        alerts: Sequence[Alert] | None = None, roots: Sequence[Path] = (), partitions: int = 3, **config: str
+    ) -> Chain:
+        topics = [
+            broker.create_topic(partitions, "alerts"),
+            broker.create_topic(2, "packets", **config),
+            broker.create_topic(1, "rejects"),
+        ]
+        chain = Chain(broker, alerts if alerts is not None else night[0], [*roots, *night[1]], *topics)
+        chain.send()
+        return chain
+
+    return make
