@@ -1,0 +1,294 @@
+"""The cores: numpy and C agree, both find the global minimum, and the C core keeps to its memory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import shift, spline_filter
+from scipy.optimize import minimize
+
+from stampworker.cutouts import adjust
+
+SOURCE = Path(adjust.__file__).with_name("_adjust.c")
+CORES = [
+    pytest.param(adjust.fit_numpy, id="numpy"),
+    pytest.param(
+        adjust.fit_compiled, id="c", marks=pytest.mark.skipif(adjust.CORE != "c", reason="the C core was not compiled")
+    ),
+]
+needs_c = pytest.mark.skipif(adjust.CORE != "c", reason="the C core was not compiled")
+
+
+def field(seed: int, shape: tuple[int, int], signal: float = 1.0) -> tuple[Any, Any, Any]:
+    """Image, template and err: stars that have moved, and noise in both planes; without signal only noise."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[: shape[0], : shape[1]]
+    dx, dy, width = *rng.uniform(-2.2, 2.2, 2), rng.uniform(0.8, 2.0)
+    places = [(rng.uniform(0, shape[1]), rng.uniform(0, shape[0]), 10 ** rng.uniform(1, 3)) for _ in range(4)]
+
+    def draw(mx: float, my: float) -> Any:
+        return sum(f * np.exp(-((xx - x - mx) ** 2 + (yy - y - my) ** 2) / (2 * width**2)) for x, y, f in places)
+
+    image = signal * draw(dx, dy) * rng.uniform(0.9, 1.1)
+    err = np.sqrt(25 + image / 3)
+    return image + 100 + rng.normal(0, 1, shape) * err, signal * draw(0, 0) + 80 + rng.normal(0, 2, shape), err
+
+
+@needs_c
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 10**9),
+    ny=st.integers(
+        9, 41
+    ),  # below, scipy's prefilter is off by 0.27^(2n - 1): it reads its first value after changing it
+    nx=st.integers(9, 41),
+    inner=st.sampled_from([0.0, 5.0, 8.0, 11.5, 20.0]),
+    max_shift=st.sampled_from([0.0, 0.4, 1.0, 2.0, 2.5, 5.0]),
+    max_scale=st.sampled_from([1.0, 1.1, 1.3]),
+    fit_bg=st.booleans(),
+    normalize=st.booleans(),
+    bad=st.sampled_from([0.0, 0.01, 0.1]),
+    signal=st.sampled_from([0.0, 1.0]),
+    single=st.booleans(),
+)
+def test_c_and_numpy_give_the_same_answer(
+    seed: int,
+    ny: int,
+    nx: int,
+    inner: float,
+    max_shift: float,
+    max_scale: float,
+    fit_bg: bool,
+    normalize: bool,
+    bad: float,
+    signal: float,
+    single: bool,
+) -> None:
+    """Failure, pixels and backgrounds agree, and chi2 to rounding; the rest where no two minima are equal."""
+    rng = np.random.default_rng(seed)
+    planes = [plane.astype("f4" if single else "f8") for plane in field(seed, (ny, nx), signal)]
+    for plane in planes:
+        plane[rng.random(plane.shape) < bad / 3] = rng.choice([np.nan, np.inf, 0.0])
+    mask = (rng.random((ny, nx)) < bad / 3).astype(np.uint8) if bad else None
+    how = (inner, max_shift, max_scale, fit_bg, normalize)
+    adjusted = [np.full((ny, nx), -9.0, planes[0].dtype) for _ in range(2)]
+    ours = adjust.fit_numpy(*planes, mask, *how, adjusted[0])
+    theirs = adjust.fit_compiled(*planes, mask, *how, adjusted[1])
+    assert ours[:2] == theirs[:2]
+    assert ours.failure or theirs.chi2 == pytest.approx(ours.chi2, rel=1e-8, abs=1e-9)
+    assert ours.failure or theirs.chi2_0 == pytest.approx(ours.chi2_0, rel=1e-9)
+    if abs(ours.dx - theirs.dx) + abs(ours.dy - theirs.dy) < 0.01:
+        np.testing.assert_allclose(theirs[3:10], ours[3:10], rtol=1e-6, atol=2e-5)
+        np.testing.assert_allclose(adjusted[1], adjusted[0], rtol=1e-4, atol=0.02)
+    assert (np.isnan(adjusted[0]) == np.isnan(adjusted[1])).all()
+
+
+@needs_c
+@pytest.mark.parametrize("seed", range(20))
+def test_errors_and_bounds_agree(seed: int) -> None:
+    """On stamps with signal, both cores name the same bounds and quote the same errors."""
+    planes = field(seed, (31, 27))
+    for how in ((0.0, 2.0, 1.1, False, False), (15.0, 1.0, 1.1, True, False)):
+        ours, theirs = (
+            core(*planes, None, *how, np.empty((31, 27))) for core in (adjust.fit_numpy, adjust.fit_compiled)
+        )
+        assert ours.at_bound == theirs.at_bound
+        np.testing.assert_allclose(theirs[3:], ours[3:], rtol=1e-5, atol=1e-7)
+
+
+@needs_c
+def test_every_width_of_vectors_gives_the_same_bits() -> None:
+    """SSE2, AVX2 and AVX-512 answer alike to the last bit, so machines of one cluster make the same packets."""
+    fit = adjust._compiled
+    assert fit is not None
+    answers: dict[int, list[Any]] = {0: [], 2: []}
+    for width in (4, 8):
+        if can_run(width):
+            answers[width] = []
+    for width, results in answers.items():
+        for seed in range(5):
+            adjusted = np.empty((63, 63))
+            found = fit(*field(seed, (63, 63)), None, 0.0, 2.0, 1.1, True, False, adjusted, width)
+            results.append((repr(found), adjusted.tobytes()))
+    assert all(results == answers[0] for results in answers.values())
+
+
+def can_run(width: int) -> bool:
+    """Return whether this machine has vectors of so many doubles."""
+    assert adjust._compiled is not None
+    planes = field(1, (9, 9))
+    try:
+        adjust._compiled(*planes, None, 0.0, 2.0, 1.1, True, False, np.empty((9, 9)), width)
+    except ValueError:
+        return False
+    return True
+
+
+@needs_c
+def test_c_refuses_what_is_no_plane() -> None:
+    """Called past adjust_cutout, the C core raises instead of reading what is not there."""
+    image, template, err = field(1, (9, 9))
+    with pytest.raises(ValueError, match="no vectors of that width"):
+        adjust.fit_compiled(image, template, err, None, 0.0, 2.0, 1.1, False, False, np.empty((9, 9)), 3)
+    good = (image, template, err, None, 0.0, 2.0, 1.1, False, False, np.empty((9, 9)))
+    cases: list[tuple[int, Any]] = [
+        (0, image.astype(int)),
+        (1, template[:, :8]),
+        (2, err.astype(">f8")),
+        (3, np.zeros((9, 9), "i4")),
+        (9, np.empty((8, 9))),
+    ]
+    for place, value in cases:
+        with pytest.raises(ValueError, match="contiguous"):
+            adjust.fit_compiled(*good[:place], value, *good[place + 1 :])
+    for place, number in ((4, -1.0), (5, 17.0), (5, np.nan), (6, 0.5)):
+        with pytest.raises(ValueError, match="out of range"):
+            adjust.fit_compiled(*good[:place], number, *good[place + 1 :])
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("group", range(10))
+def test_nothing_lower_is_found_by_brute_force(core: Callable[..., adjust.Fit], group: int) -> None:
+    """A dense grid and scipy's polish, by scipy's shift, find nothing lower by 1e-6 on a hundred stamps."""
+    for seed in range(10 * group, 10 * group + 10):
+        image, template, err = field(seed, (21, 19), signal=0.0 if seed % 4 == 0 else 0.3)
+        fit = core(image, template, err, None, 0.0, 2.0, 1.1, False, False, np.empty(image.shape))
+        coefficients = spline_filter(template - fit.tbg, 3, mode="reflect")
+        residual, weight = image - fit.bg, err**-2.0
+
+        def chi2(at: Any, coefficients: Any = coefficients, residual: Any = residual, weight: Any = weight) -> float:
+            moved = shift(coefficients, (at[1], at[0]), order=3, mode="reflect", prefilter=False)
+            scale = np.clip((weight * moved * residual).sum() / (weight * moved**2).sum(), 1 / 1.1, 1.1)
+            return float((weight * (residual - scale * moved) ** 2).sum())
+
+        assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9)
+        points = np.linspace(-2, 2, 17)
+        starts = sorted((chi2((x, y)), x, y) for x in points for y in points)[:4]
+        found = min(minimize(chi2, s[1:], bounds=((-2, 2), (-2, 2)), method="L-BFGS-B").fun for s in starts)
+        assert fit.chi2 <= found * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_pixels_of_the_box(core: Callable[..., adjust.Fit]) -> None:
+    """The box holds the pixels with |x - nx/2 + 0.5| <= inner/2, for odd and even sizes and widths."""
+    for shape in ((20, 21), (21, 20), (7, 30)):
+        planes = field(3, shape)
+        for inner in (4.0, 5.0, 6.5, 19.0, 20.0, 21.0, 100.0):
+            within = [np.abs(np.arange(n) - n / 2 + 0.5) <= inner / 2 for n in shape]
+            fit = core(*planes, None, inner, 1.0, 1.1, False, False, np.empty(shape))
+            assert fit.npix == within[0].sum() * within[1].sum()
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_background_is_two_and_a_half_medians_less_one_and_a_half_means(core: Callable[..., adjust.Fit]) -> None:
+    """Of even and odd numbers of values, with many equal ones, sorted, and with outliers."""
+    rng = np.random.default_rng(4)
+    for shape in ((21, 21), (20, 21), (5, 5), (63, 63)):
+        image, template, err = field(4, shape)
+        for values in (
+            image,
+            np.round(image / 20),
+            np.sort(image.ravel()).reshape(shape),
+            np.where(rng.random(shape) < 0.5, 0.0, 1.0),
+            np.where(np.arange(image.size).reshape(shape) % 7 == 0, 1e30, image),
+            np.full(shape, 3.0),
+        ):
+            fit = core(values, template, err, None, 0.0, 1.0, 1.1, False, False, np.empty(shape))
+            assert fit.bg == pytest.approx(2.5 * np.median(values) - 1.5 * values.mean(), rel=1e-12)
+            assert fit.tbg == pytest.approx(2.5 * np.median(template) - 1.5 * template.mean(), rel=1e-12)
+
+
+def test_numpy_core_runs_where_c_is_missing() -> None:
+    """Without the compiled module the package imports, says so, and fits."""
+    code = (
+        "import sys; sys.modules['stampworker.cutouts._adjust'] = None\n"
+        "import numpy as np; from stampworker.cutouts import adjust_cutout; from stampworker.cutouts import adjust\n"
+        "a = np.random.default_rng(1).normal(0, 1, (15, 15)) + 9 * np.eye(15)\n"
+        "c = dict(image=a, convolved=a, err=a * 0 + 1, meta={})\n"
+        "assert adjust_cutout(c) and adjust.CORE == 'numpy' and c['meta']['adjust_chi2'] < 1e-9, c\n"
+        "try: adjust.fit_compiled()\n"
+        "except ImportError as exc: assert 'not compiled' in str(exc)\n"
+        "else: raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
+
+
+DRIVER = """
+import importlib.util, sys
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("_adjust", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+rng = np.random.default_rng(5)
+for n in range(400):
+    shape = tuple(rng.integers(1, 40, 2))
+    planes = [rng.normal(20, 5, shape).astype(rng.choice(["f4", "f8"])) for _ in range(3)]
+    for plane in planes:
+        share = rng.choice([0, 0.05, 1], p=[0.5, 0.45, 0.05])
+        plane[rng.random(shape) < share] = rng.choice([np.nan, np.inf, 0, 1e30, -4])
+    mask = None if n % 3 else (rng.random(shape) < 0.1).astype("u1")
+    inner, max_shift = float(rng.choice([0, 1, 7, 12.5, 99])), float(rng.choice([0, 0.3, 1, 2, 3.5, 5]))
+    for width in (2, 0):
+        adjusted = np.empty(shape, rng.choice(["f4", "f8"]))
+        module.fit(*planes, mask, inner, max_shift, 1.1, n % 2, n % 5 == 0, adjusted, width)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_c_core_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """Random shapes, values and settings read and write nothing out of bounds, and do nothing undefined."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build the sanitized core with")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        pytest.skip(f"no {header.name} to build the sanitized core with")
+    library = tmp_path / "_adjust.so"
+    flags = [
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-shared",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-DONE_CLONE",
+    ]
+    flags += ["-ffp-contract=off", "-Wno-psabi", "-DPy_LIMITED_API=0x030B0000", f"-I{header.parent}"]
+    build = subprocess.run(
+        [compiler, *flags, str(SOURCE), "-o", str(library), "-lm"], capture_output=True, text=True, check=False
+    )
+    if build.returncode and "asan" in build.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert not build.returncode, build.stderr
+    runtime = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(library)],
+        env={
+            "LD_PRELOAD": ":".join(runtime),
+            "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter keeps what it has at exit
+            "PYTHONMALLOC": "malloc",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": ":".join(path for path in sys.path if path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
