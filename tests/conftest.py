@@ -43,7 +43,7 @@ def frame() -> SeededFrame:
     data = np.random.default_rng(20261124).normal(100, 5, (61, 83)).astype(np.float32)
     header = fits.PrimaryHDU(data).header
     header["OBJECT"] = "test field"
-    header["DATE-OBS"] = "2026-11-24T01:02:03.456"
+    header["EXPTIME"] = 30.5
     header["BUNIT"] = "adu"
     header["CTYPE1"], header["CTYPE2"] = "RA---TAN", "DEC--TAN"
     header["CUNIT1"], header["CUNIT2"] = "deg", "deg"

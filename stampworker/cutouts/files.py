@@ -168,10 +168,11 @@ def _card(keyword: str, plain: Any) -> fits.Card | None:
         return None
     card = fits.Card(keyword if len(keyword) <= 8 else f"HIERARCH {keyword}", plain)
     try:
-        str(card)
-    except ValueError:  # longer than a card; only strings with short names may go on in the next
+        text = str(card)
+    except ValueError:  # longer than a card, and cannot go on in the next
         return None
-    return card
+    # astropy loses the ampersand that ends a long string, for one: a wrong string would be worse than none.
+    return None if isinstance(plain, str) and fits.Card.fromstring(text).value != plain else card
 
 
 def _plain(keyword: str, value: Any) -> Any:
@@ -237,26 +238,33 @@ def _literal(item: Any) -> str:
 
 def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata: ours as kept, and what STDPipe wrote, or anyone changed, as the cards tell."""
-    ours = {card.keyword.upper(): (name, fits.Card.fromstring(str(card)).value) for name, card in _cards(kept).items()}
+    ours = {}
+    for name, card in _cards(kept).items():
+        ours[card.keyword.upper()] = name, _from_plain(fits.Card.fromstring(str(card)))
     meta, foreign = dict(kept), set()
     for card in head.cards:
         keyword = card.keyword.upper()
-        name, value = ours.get(keyword, (keyword.lower(), _NO_CARD))
-        if not _STRUCTURE.fullmatch(keyword) and card.value != value:
-            meta[name] = _from_plain(keyword, card.value)
+        if _STRUCTURE.fullmatch(keyword):
+            continue
+        name, shown = ours.get(keyword, (keyword.lower(), _NO_CARD))
+        value = _from_plain(card)
+        # By their looks: NaN is not NaN, True is not 1, and STDPipe writes times to 1 ms and arrays in other words.
+        if repr(value) != repr(shown):
+            meta[name] = value
             foreign.add(name)
     if {"adjust_dx", "adjust_dy"} <= foreign:
         meta["adjust_dx"], meta["adjust_dy"] = meta["adjust_dy"], meta["adjust_dx"]
     return meta
 
 
-def _from_plain(keyword: str, value: Any) -> Any:
-    """Undo `_plain`, as far as the value's own form tells."""
+def _from_plain(card: fits.Card) -> Any:
+    """Undo `_plain`, as far as the card's own form tells."""
+    value = card.value
     if isinstance(value, fits.card.Undefined):
         return None
     if not isinstance(value, str):
         return value
-    if keyword == "TIME":
+    if card.keyword == "TIME":
         return Time(value) if _is_time(value) else value
     if value.startswith("array("):
         return _read_array(value)
