@@ -33,7 +33,7 @@ _MARK = "STAMPWRK"
 _META = "SWMETA"
 _VERSION = 1
 _NOT_PLANES = ("meta", "header", "wcs")
-_KEYWORD = re.compile(r"[A-Za-z0-9_-]+")
+_KEYWORD = re.compile(r"[A-Za-z0-9_-]{1,40}")  # what leaves room for a number on its card
 _STRUCTURE = re.compile(
     r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|PCOUNT|GCOUNT|GROUPS|BSCALE|BZERO|BLANK|EXTNAME|EXTVER|EXTLEVEL|INHERIT"
     rf"|END|COMMENT|HISTORY|CONTINUE|HIERARCH|CHECKSUM|DATASUM|{_MARK}|{_META}|"
@@ -180,8 +180,11 @@ def _plain(keyword: str, value: Any) -> Any:
     if isinstance(value, Quantity):
         value = value.value
     if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, datetime.datetime | Time):
+        value = str(value) if value.dtype.kind in "mM" else value.item()
+    if isinstance(value, datetime.datetime):
+        utc = value if value.tzinfo is None else value.astimezone(datetime.UTC)
+        return utc.replace(tzinfo=None).isoformat(timespec="microseconds")
+    if isinstance(value, Time):
         return _plain_time(value)
     if isinstance(value, str):
         return value if _is_plain_text(value) and (keyword != "TIME" or _is_time(value)) else _NO_CARD
@@ -189,18 +192,23 @@ def _plain(keyword: str, value: Any) -> Any:
         return _NO_CARD
     if value is None or value is np.ma.masked:
         return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
-    if isinstance(value, bool | int | float):
-        return value
+    if isinstance(value, int | float):
+        return _plain_number(value)
     return _plain_array(value) if isinstance(value, list | tuple | np.ndarray) else _NO_CARD
 
 
-def _plain_time(value: datetime.datetime | Time) -> Any:
-    time = Time(value)
-    if not time.isscalar or time.masked or time.scale not in _ATOMIC_SCALES:
+def _plain_number(value: float) -> Any:
+    if isinstance(value, int):  # astropy cuts off the digits that a card has no room for
+        return value if abs(value) < 10**20 else _NO_CARD
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+
+
+def _plain_time(time: Time) -> Any:
+    if not time.isscalar or time.mask or time.scale not in _ATOMIC_SCALES:
         return _NO_CARD
-    return Time(time.utc, precision=9).to_value("fits")  # UTC is what STDPipe takes it for
+    return Time(time.unmasked.utc, precision=9).to_value("fits")  # UTC is what STDPipe takes it for
 
 
 def _is_plain_text(value: str) -> bool:
@@ -280,6 +288,8 @@ def _read_array(text: str) -> Any:
         options: dict[str, Any] = {str(option.arg): _read_node(option.value) for option in call.keywords}
         shape = options.pop("shape", None)  # as numpy prints an empty array
         array = np.array(_read_node(call.args[0]), **options)
+        if array.dtype.kind not in _NUMPY_KINDS:
+            return text
         return array if shape is None else array.reshape(shape)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return text
@@ -346,7 +356,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, dict):
         return ["dict", [[_encode(key), _encode(item)] for key, item in value.items()]]
     if isinstance(value, datetime.datetime):
-        return ["datetime", value.isoformat()]
+        return ["datetime", value.isoformat(), value.fold]
     if isinstance(value, Time):
         return _encode_time(value)
     raise TypeError(f"found {type(value).__name__}, wanted a number, a string, a time or a list or array of them")
@@ -368,10 +378,11 @@ def _encode_numpy(value: np.ndarray[Any, Any] | np.generic) -> Any:
 
 
 def _encode_time(value: Time) -> Any:
-    if value.masked:
+    if np.any(value.mask):
         if value.isscalar:
             return ["masked"]
         raise TypeError("found an array of times with masked ones")
+    value = value.unmasked
     return ["time", _encode(np.asarray(value.jd1)), _encode(np.asarray(value.jd2)), value.scale, value.format]
 
 
@@ -415,6 +426,6 @@ _DECODERS: dict[str, Any] = {
     "list": lambda items: [_decode(item) for item in items],
     "tuple": lambda items: tuple(_decode(item) for item in items),
     "dict": lambda items: {_decode(key): _decode(item) for key, item in items},
-    "datetime": datetime.datetime.fromisoformat,
+    "datetime": lambda text, fold: datetime.datetime.fromisoformat(text).replace(fold=fold),
     "time": _decode_time,
 }

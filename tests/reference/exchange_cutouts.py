@@ -79,7 +79,7 @@ def compare(path, copy):
     assert ours.keys() == theirs.keys()
     assert repr(ours["meta"]) == repr(theirs["meta"])
     assert ours["meta"]["time"] == META["time"]
-    assert all(np.array_equal(ours[plane], theirs[plane]) for plane in ("image", "mask", "err"))
+    assert all(np.array_equal(ours[plane], theirs[plane], equal_nan=True) for plane in ("image", "mask", "err"))
 
 
 {"write": write, "read": read, "compare": compare}[sys.argv[1]](*sys.argv[2:])
