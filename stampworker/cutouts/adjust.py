@@ -137,7 +137,8 @@ def adjust_cutout(
     - ``adjust_dx_err``, ``adjust_dy_err``, ``adjust_scale_err``, ``adjust_bg_err``: one sigma, from the curvature of
       chi2 at the minimum, all free parameters together; None for a parameter at a bound, one not fitted, or where the
       data do not determine it. They account for ``err`` as independent noise of the image, not for noise of the
-      template.
+      template. Without ``fit_bg`` the estimated backgrounds count as known; stars bias the estimates, and with them
+      the scale.
     - ``adjust_status``, and ``adjust_bound``: the parameters at a bound, such as ``"dx"`` or ``"dy,scale"``, else None.
 
     The shift is the interpolation by cubic B-splines with mirrored edges of ``scipy.ndimage.shift(order=3,
