@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import fastavro
 import numpy as np
+from astropy import units as u
 from astropy.table import MaskedColumn, Row, Table
 from fastavro.schema import SchemaParseException
 
@@ -40,6 +42,8 @@ _FIELDS = {  # field of the schema: attribute
     "frames": "frames",
 }
 _NUMBERS = ("x", "y", "ra", "dec", "mjd", "fwhm", "gain")
+_COLUMNS = ("id", *(name for name in _FIELDS if name not in ("extra", "frames")))
+_UNITS = {"x": u.pix, "y": u.pix, "ra": u.deg, "dec": u.deg, "mjd": u.day, "fwhm": u.pix}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +121,11 @@ def from_record(record: Mapping[str, Any]) -> Alert:
     """
     for name in record:
         if name not in _FIELDS:
-            raise AlertError(f"{name!r} is not a field of an alert{nearest(name, _FIELDS)}; other values go to 'extra'")
+            known = nearest(str(name), _FIELDS)
+            raise AlertError(f"{_shown(name)} is not a field of an alert{known}; other values go to 'extra'")
     alert_id = record.get("alertId")
-    if not isinstance(alert_id, str) or not alert_id:
-        raise AlertError(f"alertId: found {alert_id!r}, wanted a string that is not empty")
+    if not isinstance(alert_id, str) or not alert_id or not _is_text(alert_id):
+        raise AlertError(f"alertId: found {_shown(alert_id)}, wanted a string that is not empty")
     try:
         values = {name: _number(name, record.get(name)) for name in _NUMBERS}
         alert = Alert(
@@ -159,7 +164,7 @@ def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
         The bytes cannot be decoded, or the alert is not what is wanted.
     """
     if data[:4] == b"Obj\x01":
-        records = list(decode_container(data))
+        records = decode_container(data)
         if len(records) != 1:
             raise AlertError(f"Avro container: found {len(records)} alerts, wanted 1 in a message")
         return from_record(records[0])
@@ -186,9 +191,7 @@ def decode_container(data: bytes) -> list[dict[str, Any]]:
     """
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*ALERT))
-        return [_mapping(record) for record in reader]
-    except AlertError:
-        raise
+        return list(reader)  # type: ignore[arg-type]
     except Exception as exc:  # malformed bytes end in many kinds of error, and fastavro's have no common base
         raise AlertError(f"Avro container: {_brief(exc)}; wanted {' '.join(ALERT)}") from exc
 
@@ -226,8 +229,21 @@ def from_table(
     Raises
     ------
     AlertError
-        The table lacks a column that is named, or has no positions.
+        The table lacks a column that is named, has no positions or a column in a unit that is not an angle, a time or
+        pixels where that is wanted; or the frames are not those of an alert.
+    ValueError
+        ``pixel_origin`` is neither 0 nor 1.
+
+    Notes
+    -----
+    Where a column has a unit it is converted: ``ra, dec`` to degrees, ``mjd`` to days; ``x, y, fwhm`` must be pixels.
     """
+    if pixel_origin not in (0, 1):
+        raise ValueError(f"pixel_origin: found {pixel_origin!r}, wanted 0 or 1")
+    _frames(dict(frames))
+    for our in columns or {}:
+        if our not in _COLUMNS:
+            raise AlertError(f"{source}: {our!r} is not a column that is looked for{nearest(our, _COLUMNS)}")
     names = {name: name for name in table.colnames} | dict(columns or {})
     for our, its in names.items():
         if its not in table.colnames:
@@ -235,10 +251,12 @@ def from_table(
     if not {"x", "y"} <= names.keys() and not {"ra", "dec"} <= names.keys():
         raise AlertError(f"{source}: found the columns {', '.join(table.colnames)}; wanted x, y or ra, dec")
     ids = _row_ids(table, names, source)
+    factors = {our: _factor(table, our, its, source) for our, its in names.items() if our in _UNITS}
     made: list[Alert | AlertError] = []
     for row, alert_id in zip(table, ids, strict=True):
         try:
-            made.append(from_record(_row_record(row, alert_id, names, pixel_origin) | {"frames": dict(frames)}))
+            record = _row_record(row, alert_id, names, factors, pixel_origin)
+            made.append(from_record(record | {"frames": dict(frames)}))
         except AlertError as exc:
             made.append(AlertError(str(exc), exc.alert_id or alert_id))
     return made
@@ -264,13 +282,26 @@ def masked_column(values: Sequence[Any], kind: type | None = None) -> MaskedColu
 def _row_ids(table: Table, names: Mapping[str, str], source: str) -> list[str]:
     for name in ("alertId", "id"):
         if name in names:
-            ids = [str(value) for value in table[names[name]]]
-            if len(set(ids)) == len(ids):
-                return ids
+            ids = [_scalar(value) for value in table[names[name]]]
+            if None not in ids and "" not in ids and len(set(map(str, ids))) == len(ids):
+                return [str(value) for value in ids]
     return [f"{source}-{row}" for row in range(len(table))]
 
 
-def _row_record(row: Row, alert_id: str, names: Mapping[str, str], pixel_origin: int) -> dict[str, Any]:
+def _factor(table: Table, our: str, its: str, source: str) -> float:
+    """Return what turns a column into our unit; a column without one is taken to be in it."""
+    unit = getattr(table[its], "unit", None)
+    if unit is None or unit == u.dimensionless_unscaled:
+        return 1.0
+    try:
+        return float(unit.to(_UNITS[our]))
+    except (u.UnitConversionError, AttributeError, TypeError):
+        raise AlertError(f"{source}: column {its!r} has the unit {str(unit)!r}, wanted {_UNITS[our]}") from None
+
+
+def _row_record(
+    row: Row, alert_id: str, names: Mapping[str, str], factors: Mapping[str, float], pixel_origin: int
+) -> dict[str, Any]:
     record: dict[str, Any] = {"alertId": alert_id}
     extra: dict[str, Any] = {}
     renamed = {its for our, its in names.items() if our != its}
@@ -278,8 +309,8 @@ def _row_record(row: Row, alert_id: str, names: Mapping[str, str], pixel_origin:
         value = _scalar(row[its])
         if value is None or our in ("alertId", "frames", "extra") or (our == its and its in renamed):
             continue
-        if our in ("x", "y"):
-            value -= pixel_origin
+        if our in factors and isinstance(value, int | float) and not isinstance(value, bool):
+            value = value * factors[our] - (pixel_origin if our in ("x", "y") else 0)
         if our in ("objectId", "mjdScale"):
             value = str(value)
         (record if our in _FIELDS else extra)[our] = value
@@ -287,17 +318,22 @@ def _row_record(row: Row, alert_id: str, names: Mapping[str, str], pixel_origin:
 
 
 def _scalar(value: Any) -> Any:
-    """Return a table's entry as a Python scalar; None where it is masked or NaN; text where it is an array."""
-    if value is None or np.ma.is_masked(value):
+    """Return a table's entry as a Python scalar; None where it is masked or NaN; text where it is neither."""
+    if value is None or np.ma.is_masked(value) or np.all(getattr(value, "mask", False)):
         return None
     value = getattr(value, "value", value)  # a Quantity's number, a Time's representation
-    if isinstance(value, np.generic):
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float) and math.isnan(value):
         return None
-    return value if isinstance(value, Scalar) else str(value)
+    return value if isinstance(value, Scalar) and not _is_too_long(value) else str(value)
+
+
+def _is_too_long(value: object) -> bool:
+    """Tell whether a number is an integer that Avro's long cannot hold."""
+    return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
 
 
 def _decode_wire(data: bytes, schema_folder: Path | None) -> dict[str, Any]:
@@ -334,7 +370,7 @@ def _writer_schema(folder: Path, schema_id: int) -> Any:
 def _decode_json(data: bytes) -> dict[str, Any]:
     try:
         return _mapping(json.loads(data))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:  # not JSON, not UTF-8, a number of more than 4300 digits
         start = bytes(data[:20])
         raise AlertError(f"found {start!r}…, wanted JSON, an Avro container or wire format: {_brief(exc)}") from exc
 
@@ -350,26 +386,36 @@ def _brief(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {str(exc)[:200]}"
 
 
+def _shown(value: object) -> str:
+    """Return at most 200 characters of a value that may be anything."""
+    return ascii(value)[:200]
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a string can be written as UTF-8: JSON may escape half of a surrogate pair."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _number(name: str, value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AlertError(f"{name}: found {value!r}, wanted a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise AlertError(f"{name}: found {_shown(value)}, wanted a finite number")
     if (name in ("fwhm", "gain") and value <= 0) or (name == "dec" and abs(value) > 90):
         raise AlertError(f"{name}: found {value!r}, wanted {'-90 to 90' if name == 'dec' else 'a number above 0'}")
     return float(value)
 
 
 def _string(name: str, value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise AlertError(f"{name}: found {value!r}, wanted a string")
-    return value
+    if value is None or (isinstance(value, str) and _is_text(value)):
+        return value
+    raise AlertError(f"{name}: found {_shown(value)}, wanted a string")
 
 
 def _time_scale(value: object) -> str:
     scale = "utc" if value is None else str(value).lower()
     if scale not in _TIME_SCALES:
-        raise AlertError(f"mjdScale: found {value!r}, wanted one of {', '.join(_TIME_SCALES)}")
+        raise AlertError(f"mjdScale: found {_shown(value)}, wanted one of {', '.join(_TIME_SCALES)}")
     return scale
 
 
@@ -379,19 +425,30 @@ def _extra(value: object) -> dict[str, Scalar]:
     if not isinstance(value, dict):
         raise AlertError(f"extra: found {type(value).__name__}, wanted a map of scalars")
     for name, item in value.items():
-        if not isinstance(item, Scalar) or (isinstance(item, int) and not -(1 << 63) <= item < 1 << 63):
-            raise AlertError(f"extra.{name}: found {item!r}, wanted a string, a double, a 64-bit integer or a boolean")
+        _key("extra", name)
+        if not isinstance(item, Scalar) or _is_too_long(item) or (isinstance(item, str) and not _is_text(item)):
+            raise AlertError(
+                f"extra.{name}: found {_shown(item)}, wanted a string, a double, a 64-bit integer or a boolean"
+            )
     return value
 
 
+def _key(field_name: str, name: object) -> None:
+    if not isinstance(name, str) or not _is_text(name):
+        raise AlertError(f"{field_name}: found the name {_shown(name)}, wanted a string")
+
+
 def _frames(value: object) -> dict[str, str]:
-    if not isinstance(value, dict) or not isinstance(value.get("science"), str):
-        raise AlertError(f"frames: found {value!r}, wanted a map of plane to URL with at least 'science'")
+    if not isinstance(value, dict):
+        raise AlertError(f"frames: found {_shown(value)}, wanted a map of plane to URL")
     for plane, url in value.items():
         if plane not in PLANES:
-            raise AlertError(f"frames: no plane is called {plane!r}{nearest(plane, PLANES)}")
-        if not isinstance(url, str) or not url:
-            raise AlertError(f"frames.{plane}: found {url!r}, wanted a URL or path")
+            raise AlertError(f"frames: no plane is called {_shown(plane)}{nearest(str(plane), PLANES)}")
+        if not isinstance(url, str) or not url or not _is_text(url):
+            raise AlertError(f"frames.{plane}: found {_shown(url)}, wanted a URL or path")
+    if "science" not in value:
+        # Not the value: a URL may hold credentials.
+        raise AlertError(f"frames: found {', '.join(value) or 'none'}, wanted at least science")
     if "error" in value and "variance" in value:
         raise AlertError("frames: found both error and variance, wanted one of them")
     return value

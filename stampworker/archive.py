@@ -82,7 +82,10 @@ def read_alerts(
         data = path.read_bytes()
     except OSError as exc:
         raise AlertError(f"{path}: {exc.strerror}") from exc
-    alerts = _read_alerts(data, schema_folder, path)
+    try:
+        alerts = _read_alerts(data, schema_folder)
+    except AlertError as exc:
+        raise AlertError(f"{path}: {exc}") from exc
     return alerts, _fields_table(alerts)
 
 
@@ -99,20 +102,27 @@ def _read_table(path: Path, options: TableOptions) -> tuple[list[Alert | AlertEr
     return alerts, table
 
 
-def _read_alerts(data: bytes, schema_folder: Path | None, path: Path) -> list[Alert | AlertError]:
+def _read_alerts(data: bytes, schema_folder: Path | None) -> list[Alert | AlertError]:
     if data[:4] == b"Obj\x01":
         return [_or_error(from_record, record) for record in decode_container(data)]
     if data[:1] == b"\x00":
         return [_or_error(lambda wire: decode(wire, schema_folder), data)]
     try:
         whole = json.loads(data)
-        records = whole if isinstance(whole, list) else [whole]
-        return [_or_error(from_record, record) for record in records]
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:
         lines = [line for line in data.splitlines() if line.strip()]
-        if len(lines) < 2:
-            raise AlertError(f"{path}: found neither JSON nor an Avro container: {exc}") from exc
+        # Of a list or an object over several lines that is cut off, no line is an object, or it begins as a list.
+        if data.lstrip()[:1] == b"[" or not any(map(_is_object, lines)):
+            raise AlertError(f"found neither JSON nor an Avro container: {exc}") from exc
         return [_or_error(decode, line) for line in lines]
+    return [_or_error(from_record, record) for record in (whole if isinstance(whole, list) else [whole])]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _or_error(read: Any, source: Any) -> Alert | AlertError:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -27,7 +29,7 @@ from stampworker.alerts import Alert, encode
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
-from stampworker.enrich import Reject, enrich_mixed, file_url, local_file, results_table
+from stampworker.enrich import Reject, check_frames, enrich_mixed, file_url, local_file, results_table
 from stampworker.errors import AlertError, ConfigError, StampworkerError
 from stampworker.frames import FrameStore
 from stampworker.kafka import Record, check_topics, publish_all
@@ -83,7 +85,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     for text in args.set or ():
         name, mark, value = text.partition("=")
         if not mark or "." not in name:
-            raise ConfigError(f"--set: found {text!r}, wanted section.key=value")
+            # Only what stands before the value, which may be a secret.
+            raise ConfigError(f"--set: found {name.partition(' ')[0]!r}, wanted section.key=value")
         flags[name] = value
     for name in ("worker.slot", "worker.group", "enrich.radius", "frames.frame_roots", "log.level"):
         value = getattr(args, name.partition(".")[2], None)
@@ -97,28 +100,57 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _enrich(args: argparse.Namespace, settings: Settings) -> int:
+    _check_table(args.table, args.to)
     files = [Path(name) for name in args.alerts]
-    table_frames = {plane: getattr(args, plane) for plane in PLANES if getattr(args, plane)}
-    options = archive.TableOptions(
-        {plane: file_url(path) for plane, path in table_frames.items()}, _columns(args.columns), args.pixel_origin
-    )
-    if table_frames and not any(archive.is_table(path) for path in files):
-        raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
-    _check_table_format(args.table)
-    roots = settings.frames.frame_roots or tuple(str(path.resolve().parent) for path in files)
-    frames = settings.frames.model_copy(update={"frame_roots": roots})
+    flags = _table_frames(args, files)
+    urls = {plane: file_url(path) for plane, path in flags.items()}
+    allowed = [local_file(path) for path in flags.values()]
+    if urls:
+        # What is wrong with a file of a flag is wrong for every row: say so before anything is written.
+        with FrameStore(settings.frames, allowed_files=allowed) as store:
+            check_frames(urls, store)
+    options = archive.TableOptions(urls, _columns(args.columns), args.pixel_origin)
     read = [archive.read_alerts(path, options, settings.alerts.schema_folder) for path in files]
     to = _empty_folder(args.to)
+    total = sum(len(alerts) for alerts, _ in read)
     results: list[Packet | Reject] = []
-    with FrameStore(frames, allowed_files=[local_file(path) for path in table_frames.values()]) as store:
-        for chunk in _chunks([alert for alerts, _ in read for alert in alerts]):
-            made = enrich_mixed(chunk, store, settings)
-            _write_results(to, made, args.cutouts)
-            results += made if args.table else [r for r in made if isinstance(r, Reject)]
+    with tqdm(total=total, unit="alert", disable=None, leave=False) as bar:
+        for roots, alerts in _by_roots(files, [alerts for alerts, _ in read], settings):
+            frames = settings.frames.model_copy(update={"frame_roots": roots})
+            with FrameStore(frames, allowed_files=allowed) as store:
+                for start in range(0, len(alerts), _CHUNK):
+                    made = enrich_mixed(alerts[start : start + _CHUNK], store, settings)
+                    _write_results(to, made, args.cutouts)
+                    results += made if args.table else [r for r in made if isinstance(r, Reject)]
+                    bar.update(len(made))
     if args.table:
         _write_table(Path(args.table), [table for _, table in read], results)
-    total = sum(len(alerts) for alerts, _ in read)
     return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
+
+
+def _table_frames(args: argparse.Namespace, files: Sequence[Path]) -> dict[str, str]:
+    """Return the frames that flags name for the rows of tables."""
+    flags = {plane: str(getattr(args, plane)) for plane in PLANES if getattr(args, plane)}
+    tables = [path for path in files if archive.is_table(path)]
+    if flags and not tables:
+        raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
+    if tables and "science" not in flags:
+        raise ConfigError(f"{tables[0]}: a table names no frames, wanted at least --science FILE")
+    if "error" in flags and "variance" in flags:
+        raise ConfigError("--error, --variance: found both, wanted one of them")
+    return flags
+
+
+def _by_roots(
+    files: Sequence[Path], alerts: Sequence[Sequence[Alert | AlertError]], settings: Settings
+) -> Iterator[tuple[tuple[str, ...], list[Alert | AlertError]]]:
+    """Put together the alerts of neighbouring files whose frames lie under the same roots."""
+
+    def roots(pair: tuple[Path, object]) -> tuple[str, ...]:
+        return settings.frames.frame_roots or (str(pair[0].resolve().parent),)
+
+    for found, pairs in itertools.groupby(zip(files, alerts, strict=True), roots):
+        yield found, [alert for _, part in pairs for alert in part]
 
 
 def _report(args: argparse.Namespace, total: int, rejects: Sequence[Reject], to: Path) -> int:
@@ -135,7 +167,8 @@ def _report(args: argparse.Namespace, total: int, rejects: Sequence[Reject], to:
 
 
 def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) -> None:
-    with (to / "rejects.jsonl").open("a", encoding="utf-8") as rejects:
+    # A file name that is not UTF-8 comes as lone surrogates, which JSON can escape and UTF-8 cannot hold.
+    with (to / "rejects.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as rejects:
         for result in results:
             if isinstance(result, Reject):
                 rejects.write(json.dumps(result.to_record(), ensure_ascii=False) + "\n")
@@ -145,9 +178,13 @@ def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) 
                 write_cutout(result.to_cutout(), to / f"{result.packet_id}.fits")
 
 
-def _check_table_format(name: str | None) -> None:
-    if name is not None and Path(name).suffix not in _TABLE_FORMATS:
+def _check_table(name: str | None, to: str) -> None:
+    if name is None:
+        return
+    if Path(name).suffix.lower() not in _TABLE_FORMATS:
         raise ConfigError(f"--table: found {name!r}, wanted a name that ends in {', '.join(_TABLE_FORMATS)}")
+    if not Path(name).parent.is_dir() and Path(name).parent.resolve() != Path(to).resolve():
+        raise ConfigError(f"--table: found no folder {str(Path(name).parent)!r} for {name!r}")
 
 
 def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet | Reject]) -> None:
@@ -156,7 +193,7 @@ def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet |
         made.append(results_table(table, results[start : start + len(table)]))
         start += len(table)
     joined = vstack(made, metadata_conflicts="silent") if len(made) > 1 else made[0]
-    joined.write(path, format=_TABLE_FORMATS[path.suffix], overwrite=True)
+    joined.write(path, format=_TABLE_FORMATS[path.suffix.lower()], overwrite=True)
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:
@@ -207,7 +244,8 @@ def _stop_on_signals(worker: Worker, settings: Settings) -> None:
 
 def _publish(args: argparse.Namespace, settings: Settings) -> int:
     topic = args.topic or settings.worker.input_topic[0]
-    alerts = [alert for name in args.alerts for alert in archive.read_alerts(Path(name))[0]]
+    folder = settings.alerts.schema_folder
+    alerts = [alert for name in args.alerts for alert in archive.read_alerts(Path(name), None, folder)[0]]
     for alert in alerts:
         if isinstance(alert, AlertError):
             raise alert
@@ -224,12 +262,19 @@ def _show(args: argparse.Namespace, _settings: Settings) -> int:
         record = packet.to_record()
         stamps = {name: stamp.data.shape for name, stamp in packet.stamps.items()}
         kept = {k: v for k, v in record.items() if not k.startswith("cutout")}
-        print(json.dumps({**kept, "stamps": stamps}, ensure_ascii=False))
+        print(json.dumps(_finite({**kept, "stamps": stamps}), ensure_ascii=False, allow_nan=False))
     else:
         print(viewer.describe(packet))
     if args.png:
         viewer.picture([packet], args.png)
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null for the numbers that JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return {name: _finite(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
@@ -347,7 +392,7 @@ def _columns(text: str | None) -> dict[str, str]:
     columns = {}
     for part in (text or "").split(","):
         our, mark, its = part.partition("=")
-        if part and not mark:
+        if part.strip() and not mark:
             raise ConfigError(f"--columns: found {part!r}, wanted name=COLUMN")
         if mark:
             columns[our.strip()] = its.strip()
@@ -360,11 +405,3 @@ def _empty_folder(name: str) -> Path:
         raise ConfigError(f"--to: {name} is there and not empty, wanted a folder that is empty or absent")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _chunks(alerts: Sequence[Alert | AlertError]) -> Iterator[Sequence[Alert | AlertError]]:
-    with tqdm(total=len(alerts), unit="alert", disable=None, leave=False) as bar:
-        for start in range(0, len(alerts), _CHUNK):
-            chunk = alerts[start : start + _CHUNK]
-            yield chunk
-            bar.update(len(chunk))

@@ -15,9 +15,9 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stampworker.errors import ConfigError
 
@@ -25,7 +25,7 @@ PREFIX = "STAMPWORKER_"
 PLANES = ("science", "template", "difference", "convolved", "error", "variance", "mask")
 """The planes that an alert may name."""
 
-_SECRET = re.compile(r"password|secret|jaas|token|\.pem$|oauthbearer\.config")
+_SECRET = re.compile(r"password|passphrase|secret|jaas|token|\.pem$|oauthbearer\.config", re.IGNORECASE)
 
 
 def _split(value: object) -> object:
@@ -37,7 +37,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class EnrichSettings(_Section):
@@ -87,6 +87,8 @@ class VerdictSettings(_Section):
     """Largest scale of an artefact."""
     needed: float = Field(16.3, ge=0)
     """The adjustment was needed where chi2_0 − chi2 is above this (three parameters at 1e-3)."""
+    point_gain: float = Field(6.0, ge=0)
+    """No artefact where a point source lowers chi2 by more than this below a shift and scale of the template."""
 
 
 class FrameSettings(_Section):
@@ -116,11 +118,11 @@ class AlertSettings(_Section):
 class WorkerSettings(_Section):
     """The loop: topics, group, batches, promise."""
 
-    input_topic: Names = ("alerts",)
+    input_topic: Names = Field(("alerts",), min_length=1)
     """Topics that alerts are read from."""
-    packet_topic: str = "packets"
+    packet_topic: str = Field("packets", min_length=1)
     """Topic that packets are published to."""
-    reject_topic: str = "rejects"
+    reject_topic: str = Field("rejects", min_length=1)
     """Topic that rejected alerts are published to."""
     group: str = Field("stampworker", min_length=1)
     """Kafka consumer group."""
@@ -138,6 +140,13 @@ class WorkerSettings(_Section):
     """The broker aborts a transaction that stays open for longer, seconds; a crash may block readers so long."""
     deadline_s: float = Field(60.0, gt=0, le=240)
     """Longest time for publishing and committing one batch, seconds; below the group's poll interval of 300 s."""
+
+    @model_validator(mode="after")
+    def _no_loop(self) -> Self:
+        for name in ("packet_topic", "reject_topic"):
+            if getattr(self, name) in self.input_topic:
+                raise ValueError(f"{name} is an input topic, too: the worker would read what it writes")
+        return self
 
     def slot_number(self) -> int:
         """Return the slot as set, else the number that the host's name ends in (a StatefulSet's ordinal), else 0."""
@@ -177,6 +186,8 @@ class Settings(_Section):
         # TOML has numbers and booleans; librdkafka takes strings.
         if not isinstance(value, Mapping):
             return value
+        if not all(value):
+            raise ValueError("a property has no name")
         return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
 
 
@@ -213,7 +224,9 @@ def load(
     values: dict[str, dict[str, object]] = {}
     for section, keys in _read_toml(path).items() if path else ():
         if not isinstance(keys, dict):
-            raise ConfigError(f"{path}: {section!r} stands outside a section{nearest(section, Settings.model_fields)}")
+            if section in Settings.model_fields:
+                raise ConfigError(f"{path}: {section!r} is a section, wanted a table [{section}]")
+            raise ConfigError(f"{path}: {section!r} stands outside a section")
         values[section] = {**_flatten(keys)} if section == "kafka" else dict(keys)
     sources = {f"{s}.{k}": str(path) for s, keys in values.items() for k in keys}
     for name, value in (environ or {}).items():
@@ -294,7 +307,10 @@ def _complaint(error: Any, sources: Mapping[str, str]) -> str:
     source = sources.get(".".join(str(part) for part in error["loc"][:2]))
     prefix = f"{source}: {where}" if source else where
     if error["type"] != "extra_forbidden":
-        return f"{prefix}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+        # Not the input of a whole section: it may hold secrets, and the message says what is wrong.
+        found = "" if isinstance(error["input"], Mapping) else f"found {error['input']!r}; "
+        problem = error["msg"].removeprefix("Value error, ")
+        return f"{prefix}: {found}{problem[0].lower()}{problem[1:]}"
     section, *rest = error["loc"]
     known = _sections()[section].model_fields if rest else Settings.model_fields
     return f"{prefix} is not a setting{nearest(str(error['loc'][-1]), known)}"

@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
+from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import NoConvergence
 from numpy.typing import NDArray
 
 from stampworker.alerts import Alert, from_table, masked_column
-from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings
-from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact
+from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
+from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact, weigh_point_source
 from stampworker.errors import AlertError, FrameError, FrameMismatch
 from stampworker.frames import Frame, FrameStore, Kind, on_grid
 from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
@@ -101,11 +103,14 @@ def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings)
     for frames, members in groups.items():
         try:
             frame_set = _open(dict(frames), store, settings.enrich)
-        except FrameError as exc:
+        except Exception as exc:
+            if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
+                log.exception("frames %s: unexpected error", ", ".join(plane for plane, _ in frames))
             results |= {i: Reject(alerts[i].alert_id, "frames", exc) for i in members}
             continue
         for i in members:
             results[i] = _packet_or_reject(alerts[i], frame_set, settings)
+    store.trim()
     return [results[i] for i in range(len(alerts))]
 
 
@@ -123,12 +128,18 @@ def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Pa
 
 
 def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings) -> _FrameSet:
+    planes = _open_planes(urls, store)
+    return _FrameSet(planes, _writers(planes, settings.gzip), _gain(planes["science"]))
+
+
+def _open_planes(urls: Mapping[str, str], store: FrameStore) -> dict[str, Frame]:
+    """Open frames and bring them onto the science frame's grid."""
     science = store.open(urls["science"])
     planes = {"science": science}
     for plane, url in urls.items():
         if plane != "science":
             planes[plane] = on_grid(store.open(url, mask=plane == "mask"), science, kind=_KINDS.get(plane, "image"))
-    return _FrameSet(planes, _writers(planes, settings.gzip), _gain(science))
+    return planes
 
 
 def _writers(planes: Mapping[str, Frame], gzip: bool) -> dict[str, StampWriter]:
@@ -143,7 +154,10 @@ def _writers(planes: Mapping[str, Frame], gzip: bool) -> dict[str, StampWriter]:
 
 
 def _gain(science: Frame) -> float | None:
-    gain = science.header.get("GAIN")
+    try:
+        gain = science.header.get("GAIN")
+    except fits.VerifyError:  # a card that is not FITS
+        return None
     usable = isinstance(gain, int | float) and not isinstance(gain, bool) and math.isfinite(gain) and gain > 0
     return float(gain) if usable else None
 
@@ -157,12 +171,17 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
     x1, y1 = math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
     others: dict[str, Any] = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
     cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **others)
+    side = 2 * radius + 1
+    for plane, frame in others.items():
+        if frame.resampled:  # it may have data where the stamp hangs over the science frame's edge
+            cutout[plane] = frame.window(y1, y1 + side, x1, x1 + side)
     if "mask" in cutout:
         _mask_off_frame(cutout["mask"], x1, y1, frames.science.shape)
     origins = _derive_planes(cutout, alert.gain or frames.header_gain)
-    fit = _fit_settings(alert, settings.fit)
+    fit = _fit_settings(alert, settings.fit, 2 * radius + 1)
     status = _adjust(cutout, fit, (x1, y1), frames.science.shape)
     fitted = status in ("ok", "at_bound")
+    artefact = _verdict(cutout, fit, settings.verdict, alert.fwhm or settings.fit.fwhm) if fitted else None
     metrics = {name: cutout["meta"][name] for name in METRICS if fitted and cutout["meta"].get(name) is not None}
     return Packet(
         packet_id=alert.packet_id(),
@@ -182,7 +201,7 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
         stamps=_stamps(cutout, frames, alert.alert_id, (x1, y1), fitted),
         metrics=metrics,
         adjust_status=status,
-        adjust_artefact=is_artefact(cutout["meta"], **settings.verdict.model_dump()) if fitted else None,
+        adjust_artefact=artefact,
         adjust_settings={
             **fit.model_dump(exclude={"fwhm"}),
             **{f"artefact_{name}": value for name, value in settings.verdict},
@@ -255,12 +274,12 @@ def _noise(cutout: Mapping[str, Any], gain: float | None) -> tuple[NDArray[Any],
     return np.sqrt(variance).astype(image.dtype, copy=False), "background+poisson"
 
 
-def _fit_settings(alert: Alert, fit: FitSettings) -> FitSettings:
-    """Choose the fitted box for the alert's PSF, unless the settings do."""
+def _fit_settings(alert: Alert, fit: FitSettings, stamp: int) -> FitSettings:
+    """Choose the fitted box for the alert's PSF, at most the whole stamp, unless the settings do."""
     if fit.inner is not None:
         return fit
-    side = max(math.ceil(2 * (alert.fwhm or fit.fwhm)), 7)
-    return fit.model_copy(update={"inner": side + 1 - side % 2})
+    side = max(math.ceil(min(2 * (alert.fwhm or fit.fwhm), stamp)), 7)
+    return fit.model_copy(update={"inner": min(side + 1 - side % 2, stamp)})
 
 
 def _adjust(cutout: dict[str, Any], fit: FitSettings, corner: tuple[int, int], shape: tuple[int, int]) -> str:
@@ -273,6 +292,17 @@ def _adjust(cutout: dict[str, Any], fit: FitSettings, corner: tuple[int, int], s
         return "no_convolved"
     adjust_cutout(cutout, max_shift=fit.max_shift, max_scale=fit.max_scale, inner=fit.inner, fit_bg=fit.fit_bg)
     return str(cutout["meta"]["adjust_status"])
+
+
+def _verdict(cutout: dict[str, Any], fit: FitSettings, verdict: VerdictSettings, fwhm: float) -> bool:
+    """Judge a fitted cutout; the point source is weighed only where it can matter, for it costs two fits."""
+    thresholds = verdict.model_dump()
+    if not is_artefact(cutout["meta"], **thresholds):
+        return False
+    # The template may be scaled as far as an artefact may be, not only as far as the fit: else a star whose scale is
+    # off by more than the fit allows would leave a point source.
+    weigh_point_source(cutout, fwhm, max_shift=fit.max_shift, max_scale=verdict.max_scale, inner=fit.inner)
+    return is_artefact(cutout["meta"], **thresholds)
 
 
 def _stamps(
@@ -322,7 +352,7 @@ def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
 def enrich_table(
     table: Table,
     frames: Mapping[str, str | Path],
-    radius: float = 31,
+    radius: float | None = None,
     *,
     columns: Mapping[str, str] | None = None,
     pixel_origin: int = 0,
@@ -336,15 +366,16 @@ def enrich_table(
         One row a candidate, with ``x, y`` (pixels, 0-based) or ``ra, dec`` (degrees, ICRS); see
         `stampworker.alerts.from_table`.
     frames : mapping
-        Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file.
+        Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file,
+        relative to the working directory, with an optional ``#HDU``.
     radius : float, optional
-        Half-size of a stamp, pixels.
+        Half-size of a stamp, pixels; by default the settings', which is 31 where nothing else is set.
     columns : mapping, optional
         Name of ours → name of the column, such as ``{"x": "X_IMAGE", "y": "Y_IMAGE"}``.
     pixel_origin : {0, 1}, optional
         What the table calls the first pixel.
     settings : Settings, optional
-        Of the fit and the verdict.
+        ``enrich``, ``fit``, ``verdict``, and the limits of ``frames``.
 
     Returns
     -------
@@ -356,30 +387,57 @@ def enrich_table(
     Raises
     ------
     AlertError
-        The table has no positions.
+        The table has no positions, or the frames are not those of an alert; see `stampworker.alerts.from_table`.
     FrameError
-        A frame cannot be read.
+        A frame cannot be read, or does not fit the science frame: that is wrong for every row.
+    ValueError
+        ``radius`` or ``pixel_origin`` is out of range.
     """
     urls = {plane: file_url(path) for plane, path in frames.items()}
     alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
-    base = settings or Settings()
-    wanted = base.model_copy(update={"enrich": base.enrich.model_copy(update={"radius": radius})})
-    with FrameStore(FrameSettings(), allowed_files=[local_file(path) for path in frames.values()]) as store:
-        for plane, url in urls.items():  # what is wrong with a frame is wrong for every row
-            store.open(url, mask=plane == "mask")
+    wanted = settings or Settings()
+    if radius is not None:
+        enrich = EnrichSettings.model_validate(wanted.enrich.model_dump() | {"radius": radius})
+        wanted = wanted.model_copy(update={"enrich": enrich})
+    with FrameStore(wanted.frames, allowed_files=[local_file(path) for path in frames.values()]) as store:
+        check_frames(urls, store)
         results = enrich_mixed(alerts, store, wanted)
     return results_table(table, results), results
 
 
+def check_frames(urls: Mapping[str, str], store: FrameStore) -> None:
+    """Open the frames that serve a whole table, before any work is done on it.
+
+    Parameters
+    ----------
+    urls : mapping
+        Plane → URL.
+    store : FrameStore
+        Keeps them open.
+
+    Raises
+    ------
+    FrameError
+        A frame cannot be read, or does not fit the science frame.
+    """
+    _open_planes(urls, store)
+
+
 def local_file(path: str | Path) -> Path:
     """Return the absolute path of a FITS file, without the ``#HDU`` that may follow."""
-    return Path(str(path).partition("#")[0]).resolve()
+    return _split_hdu(path)[0].resolve()
 
 
 def file_url(path: str | Path) -> str:
     """Return the ``file:`` URL of a FITS file, with the ``#HDU`` that may follow its path."""
-    _, mark, fragment = str(path).partition("#")
-    return local_file(path).as_uri() + mark + fragment
+    file, fragment = _split_hdu(path)
+    return file.resolve().as_uri() + (f"#{quote(fragment, safe=',')}" if fragment else "")
+
+
+def _split_hdu(path: str | Path) -> tuple[Path, str]:
+    """Split ``FILE#HDU``; a file whose own name has the mark is taken as a whole."""
+    file, mark, fragment = str(path).rpartition("#")
+    return (Path(file), fragment) if mark and not Path(path).exists() else (Path(path), "")
 
 
 def enrich_mixed(alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings) -> list[Packet | Reject]:

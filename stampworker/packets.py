@@ -17,6 +17,7 @@ from astropy.wcs import WCS
 from isal import igzip
 from numpy.typing import NDArray
 
+from stampworker.cutouts.crop import j2000_name
 from stampworker.schema import PACKET, parsed_schema, write_container
 
 STAMP_FIELDS = {  # plane: field of the schema
@@ -45,6 +46,7 @@ METRICS = (
     "adjust_scale_err",
     "adjust_bg_err",
     "adjust_bound",
+    "adjust_point_gain",
 )
 
 _BITPIX = {"u1": 8, "i2": 16, "i4": 32, "i8": 64, "f4": -32, "f8": -64}
@@ -119,7 +121,9 @@ class StampWriter:
                 self._crpix[int(card[5]) - 1] = float(fits.Card.fromstring(card).value)
             else:
                 kept.append(card)
-        head = [_string_card("EXTNAME", plane)] + ([_string_card("BUNIT", bunit)] if bunit else [])
+        # A FITS card is ASCII, whatever the frame has.
+        unit = (bunit or "").encode("ascii", "replace").decode()
+        head = [_string_card("EXTNAME", plane)] + ([_string_card("BUNIT", unit)] if unit else [])
         self._cards = "".join(head + kept)
         self._has_wcs = bool(wcs_cards)
 
@@ -271,16 +275,18 @@ class Packet:
         -------
         cutout : dict
             Planes ``image, template, diff, convolved, err, mask, adjusted`` where the packet has them; ``header`` and
-            ``wcs`` of the science stamp; ``meta`` with the candidate's fields and the metrics.
+            ``wcs`` of the science stamp; ``meta`` with the candidate's fields, its ``name`` and the metrics.
         """
         cutout: dict[str, Any] = {CUTOUT_KEYS.get(plane, plane): s.data.copy() for plane, s in self.stamps.items()}
         science = self.stamps["science"]
         cutout["header"] = science.header.copy()
         if science.wcs is not None:
             cutout["wcs"] = science.wcs.deepcopy()
-        meta = {k: v for k, v in self.candidate.items() if k != "extra" and v is not None}
-        meta |= self.candidate["extra"] | dict(self.metrics)
-        cutout["meta"] = meta | {"id": self.alert_id, "adjust_status": self.adjust_status}
+        known = {k: v for k, v in self.candidate.items() if k != "extra" and v is not None}
+        meta = dict(self.candidate["extra"]) | known
+        if "ra" in known and "dec" in known and "name" not in meta:
+            meta["name"] = j2000_name(known["ra"], known["dec"])
+        cutout["meta"] = meta | dict(self.metrics) | {"id": self.alert_id, "adjust_status": self.adjust_status}
         if self.adjust_artefact is not None:
             cutout["meta"]["adjust_artefact"] = self.adjust_artefact
         return cutout
