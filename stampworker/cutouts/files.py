@@ -171,7 +171,8 @@ def _card(keyword: str, plain: Any) -> fits.Card | None:
         text = str(card)
     except ValueError:  # longer than a card, and cannot go on in the next
         return None
-    # astropy loses the ampersand that ends a long string, for one: a wrong string would be worse than none.
+    # FITS drops blanks at the end, and astropy reads many a long string with quotes and ampersands as another one: a
+    # wrong string would be worse than none.
     return None if isinstance(plain, str) and fits.Card.fromstring(text).value != plain else card
 
 
@@ -212,8 +213,7 @@ def _plain_time(time: Time) -> Any:
 
 
 def _is_plain_text(value: str) -> bool:
-    printable = value.isascii() and value.isprintable() and value == value.rstrip()
-    return printable and value not in _NUMBERS and not value.startswith("array(")
+    return value.isascii() and value.isprintable() and value not in _NUMBERS and not value.startswith("array(")
 
 
 def _is_time(text: str) -> bool:
@@ -321,7 +321,8 @@ def _to_json(meta: Mapping[str, Any], dtypes: dict[str, str]) -> str:
         except TypeError as exc:
             raise ValueError(f"meta: {name!r} cannot be kept: {exc}") from exc
     text = json.dumps({"meta": encoded, "planes": dtypes}, separators=(",", ":"), allow_nan=False)
-    # A string that goes on over several cards may not survive quotes, ampersands and blanks at its joints.
+    # astropy does not read quotes and ampersands back from a string that goes on over several cards, nor blanks at the
+    # joints.
     for character in "'& ":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

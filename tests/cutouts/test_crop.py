@@ -128,7 +128,7 @@ def test_small_integers_do_not_overflow() -> None:
     """Corners and sizes in numpy's small integers are taken as the numbers that they are."""
     data = np.zeros((400, 400))
     data[240:260, 250:281] = 1
-    assert crop_image(data, np.uint8(250), np.uint8(240), np.int8(31), np.int8(20)).all()
+    assert crop_image(data, np.uint8(250), np.uint8(240), np.uint8(31), np.uint8(20)).all()
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ scalars = (
     | st.floats()
     | st.text(max_size=200)
     | st.text(string.printable, max_size=200)
+    | st.text("'& /\"x", min_size=60, max_size=300)
     | st.datetimes(datetime(1980, 1, 1), datetime(2030, 1, 1))
 )
 arrays = hnp.arrays(
