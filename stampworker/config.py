@@ -81,9 +81,9 @@ class VerdictSettings(_Section):
     """The adjustment explains the residual where the p-value is above this, ..."""
     chi2_ratio: float = Field(0.33, ge=0, le=1)
     """... or chi2 is below this share of chi2_0."""
-    min_scale: float = Field(0.8, gt=0)
+    min_scale: float = Field(0.8, gt=0, le=1)
     """Smallest scale of an artefact."""
-    max_scale: float = Field(1.2, gt=0)
+    max_scale: float = Field(1.2, ge=1)
     """Largest scale of an artefact."""
     needed: float = Field(16.3, ge=0)
     """The adjustment was needed where chi2_0 − chi2 is above this (three parameters at 1e-3)."""
