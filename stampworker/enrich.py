@@ -21,9 +21,11 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
-from astropy.wcs import NoConvergence
+from astropy.wcs import WCS, NoConvergence
+from astropy.wcs.utils import wcs_to_celestial_frame
 from numpy.typing import NDArray
 
 from stampworker.alerts import Alert, from_table, masked_column
@@ -217,17 +219,43 @@ def _position(alert: Alert, science: Frame) -> tuple[float, float]:
     """Return x, y of the candidate on the science frame, pixels, 0-based."""
     if alert.x is not None and alert.y is not None:
         x, y = alert.x, alert.y
+    elif alert.ra is None or alert.dec is None:
+        raise AlertError("found no position, wanted x and y, or ra and dec")
     elif science.wcs is None:
         raise FrameMismatch(science.url, f"no usable WCS, and alert {alert.alert_id!r} gives ra, dec only")
     else:
         try:
-            x, y = (float(value) for value in science.wcs.all_world2pix(alert.ra, alert.dec, 0))
-        except NoConvergence:
-            x = y = math.nan
+            x, y = _pixel(science.wcs, alert.ra, alert.dec)
+        except ValueError as exc:
+            raise FrameMismatch(science.url, f"its celestial system cannot hold ra, dec: {exc}") from exc
     if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
         where = f"x {x}, y {y}" if alert.x is not None else f"ra {alert.ra}, dec {alert.dec}"
         raise AlertError(f"position: found {where}, wanted one that the science frame's pixel grid can hold")
     return x, y
+
+
+def _pixel(wcs: WCS, ra: float, dec: float) -> tuple[float, float]:
+    """Return the pixel of a place in ICRS; NaN where the projection has none."""
+    lon, lat = ra, dec
+    if not _is_equatorial(wcs):
+        sky = SkyCoord(ra, dec, unit="deg").transform_to(wcs_to_celestial_frame(wcs)).spherical
+        lon, lat = sky.lon.deg, sky.lat.deg
+    world = (lon, lat) if wcs.wcs.lng < wcs.wcs.lat else (lat, lon)
+    # Without distortions first: where that has no answer, neither has the iteration.
+    x, y = (float(value) for value in wcs.wcs_world2pix(*world, 0))
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return math.nan, math.nan
+    try:
+        x, y = (float(value) for value in wcs.all_world2pix(*world, 0))
+    except NoConvergence:
+        return math.nan, math.nan
+    return x, y
+
+
+def _is_equatorial(wcs: WCS) -> bool:
+    """Tell whether a WCS is in ICRS or in FK5 J2000, as good as ICRS: 23 mas, less than headers can be trusted."""
+    system = wcs.wcs.radesys.strip() in ("", "ICRS", "FK5") and not abs(wcs.wcs.equinox - 2000) > 0
+    return bool(system and wcs.wcs.ctype[wcs.wcs.lng].startswith("RA--"))
 
 
 def _mask_off_frame(mask: NDArray[Any], x1: int, y1: int, shape: tuple[int, int]) -> None:
