@@ -9,6 +9,7 @@ Two promises, one interface (`Publisher`):
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ Headers = list[tuple[str, str | bytes | None]]
 _FENCED = (KafkaError._FENCED, KafkaError.PRODUCER_FENCED)
 _CONTACT_S = 15.0
 _LEAST_CALL_S = 1.0
+# A topic's limit is held against a batch of records: a header of 61 bytes, and some 30 around each record. The client
+# counts neither when it takes a record. 1000 bytes are the least that it can be told.
+_FRAMING = 128
 # The promise hangs on these; a user's value for them would break it silently.
 _OURS = (
     "enable.auto.commit",
@@ -38,6 +42,14 @@ _OURS = (
     "transactional.id",
     "transaction.timeout.ms",
     "enable.idempotence",
+)
+
+# [kafka] is shared, and each client warns of what is meant for the other.
+_CONSUMER_ONLY = re.compile(
+    r"(group|session|heartbeat|fetch|queued|auto\.offset|partition\.assignment|coordinator|max\.poll)\..*|check\.crcs"
+)
+_PRODUCER_ONLY = re.compile(
+    r"(batch|compression|queue\.buffering|linger|message\.timeout|retries|retry\.backoff|acks|partitioner|sticky)\b.*"
 )
 
 
@@ -85,7 +97,7 @@ def consumer(settings: Settings, **callbacks: Any) -> Consumer:
     }
     if settings.kafka.get("group.protocol") == "consumer":
         del ours["partition.assignment.strategy"]  # the broker assigns
-    return cast(Consumer, _build(Consumer, settings, ours | callbacks))
+    return cast(Consumer, _build(Consumer, settings, ours | callbacks, _PRODUCER_ONLY))
 
 
 def producer(settings: Settings, *, transactional: bool, largest: int | None = None) -> Producer:
@@ -98,20 +110,21 @@ def producer(settings: Settings, *, transactional: bool, largest: int | None = N
     if transactional:
         ours["transactional.id"] = settings.worker.transactional_id()
         ours["transaction.timeout.ms"] = int(settings.worker.transaction_timeout_s * 1000)
-    return cast(Producer, _build(Producer, settings, ours))
+    return cast(Producer, _build(Producer, settings, ours, _CONSUMER_ONLY))
 
 
 def admin(settings: Settings) -> AdminClient:
     """Build an admin client; see `consumer`."""
-    return cast(AdminClient, _build(AdminClient, settings, {}))
+    return cast(AdminClient, _build(AdminClient, settings, {}, _CONSUMER_ONLY))
 
 
-def _build(client: Callable[..., Any], settings: Settings, ours: Mapping[str, Any]) -> Any:
+def _build(client: Callable[..., Any], settings: Settings, ours: Mapping[str, Any], not_for_it: re.Pattern[str]) -> Any:
     for name in _OURS:
         if name in settings.kafka:
             raise ConfigError(f"kafka: {name!r} is the worker's own to set, found {settings.kafka[name]!r}")
+    shared = {name: value for name, value in settings.kafka.items() if not not_for_it.fullmatch(name)}
     try:
-        return client({**ours, **settings.kafka}, logger=_client_log)
+        return client({**ours, **shared}, logger=_client_log)
     except KafkaException as exc:
         raise ConfigError(f"kafka: {exc.args[0].str()}") from exc
 
@@ -136,7 +149,7 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
 
 
 def message_limit(settings: Settings, topic: str) -> int | None:
-    """Return ``max.message.bytes`` of a topic, or None where the broker does not tell."""
+    """Return the bytes of the largest record that a topic takes, or None where the broker does not tell."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
     client = admin(settings)  # the answer comes while the client lives
     try:
@@ -144,7 +157,7 @@ def message_limit(settings: Settings, topic: str) -> int | None:
     except KafkaException as exc:
         log.warning("topic %s: the broker does not tell its limits: %s", topic, exc.args[0].str())
         return None
-    return int(entries["max.message.bytes"].value)
+    return max(int(entries["max.message.bytes"].value) - _FRAMING, 1000)
 
 
 def publish_all(settings: Settings, records: Iterable[Record]) -> None:
@@ -195,6 +208,9 @@ class Publisher(Protocol):
             Publishing cannot go on.
         """
 
+    def resize(self, largest: int) -> None:
+        """Take records of up to ``largest`` bytes from now on; not while a batch is being published."""
+
     def close(self) -> None:
         """Let go of the broker."""
 
@@ -235,6 +251,11 @@ class ExactlyOnce:
             raise
         except KafkaException as exc:
             self._after(exc.args[0], deadline)
+
+    def resize(self, largest: int) -> None:
+        """See `Publisher.resize`."""
+        self._largest = largest
+        self._replace(time.monotonic() + self._settings.worker.deadline_s)
 
     def close(self) -> None:
         """Let go of the broker; what is open is aborted by the broker, or by the next worker in this slot."""
@@ -297,14 +318,12 @@ class AtLeastOnce:
     settings : Settings
     reader : Consumer
         Commits the offsets.
-    largest : int, optional
-        Bytes of the largest record that the topics take.
     """
 
-    def __init__(self, settings: Settings, reader: Consumer, largest: int | None = None) -> None:
+    def __init__(self, settings: Settings, reader: Consumer) -> None:
         self._settings = settings
         self._consumer = reader
-        self._producer = producer(settings, transactional=False, largest=largest)
+        self._producer = producer(settings, transactional=False)
 
     def start(self) -> None:
         """Nothing to do."""
@@ -329,6 +348,10 @@ class AtLeastOnce:
             self._consumer.commit(offsets=list(offsets), asynchronous=False)
         except KafkaException as exc:
             raise TransactionAborted(f"offsets not committed: {exc.args[0].str()}") from exc
+
+    def resize(self, largest: int) -> None:
+        """See `Publisher.resize`."""
+        self._producer = producer(self._settings, transactional=False, largest=largest)
 
     def close(self) -> None:
         """Let go of the broker."""

@@ -139,8 +139,7 @@ class Worker:
         self._seen_assignment = False
         self._ended: set[Place] = set()
         self._first: dict[Place, int] = {}
-        self._batch_count = settings.worker.batch_count
-        self._refused: set[tuple[Place, int]] = set()  # records whose packets the topic refused for their size
+        self._largest: int | None = None
         self._behind = False  # what was polled since the last commit must be read again
         self._pending: tuple[_Batch, Future[float]] | None = None
         self._failure: Exception | None = None
@@ -191,12 +190,30 @@ class Worker:
         outputs = [worker.packet_topic, worker.reject_topic] if transactional else []
         check_topics(self._settings, [*worker.input_topic, *outputs])
         self._consumer = consumer(self._settings)
-        self._publisher = ExactlyOnce(self._settings) if transactional else AtLeastOnce(self._settings, self._consumer)
+        if transactional:
+            self._largest = self._limit()
+            self._publisher = ExactlyOnce(self._settings, self._largest)
+        else:
+            self._publisher = AtLeastOnce(self._settings, self._consumer)
         self._publisher.start()
         self._consumer.subscribe(
             list(worker.input_topic), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         log.info("group %s slot %s: %s", worker.group, worker.slot_number(), worker.guarantee)
+
+    def _limit(self) -> int | None:
+        """Return the bytes of the largest record that the output topics take; warn where a packet may be larger."""
+        worker, enrich = self._settings.worker, self._settings.enrich
+        limits = [message_limit(self._settings, topic) for topic in (worker.packet_topic, worker.reject_topic)]
+        largest = min((limit for limit in limits if limit is not None), default=None)
+        packet = len(STAMP_FIELDS) * (2 * math.ceil(enrich.radius) + 1) ** 2 * 4
+        if largest is not None and packet > largest:
+            log.warning(
+                "the topics take records of up to %d bytes; a packet with stamps of radius %g has up to %d before "
+                "compression, and one that is too large is rejected",
+                *(largest, enrich.radius, packet),
+            )
+        return largest
 
     def _turn(self, store: FrameStore, thread: ThreadPoolExecutor) -> None:
         """Read and enrich one batch while the last one commits; then hand it to the publisher."""
@@ -224,7 +241,7 @@ class Worker:
                 batch.add(message)
             now = time.monotonic()
             if batch.messages:
-                if len(batch.messages) >= self._batch_count or batch.size_bytes >= limits.batch_bytes:
+                if len(batch.messages) >= limits.batch_count or batch.size_bytes >= limits.batch_bytes:
                     break
                 if now - batch.started >= limits.batch_s or self._input_ended():
                     break
@@ -288,14 +305,7 @@ class Worker:
             except AlertError as exc:
                 decoded.append(Reject(exc.alert_id, "decode", exc))
         made = iter(make_packets([a for a in decoded if isinstance(a, Alert)], store, self._settings))
-        results = [a if isinstance(a, Reject) else next(made) for a in decoded]
-        return [self._unless_refused(m, result) for m, result in zip(messages, results, strict=True)]
-
-    def _unless_refused(self, message: Message, result: Packet | Reject) -> Packet | Reject:
-        if isinstance(result, Packet) and (_place(message), _offset(message)) in self._refused:
-            problem = f"topic {self._settings.worker.packet_topic!r} refuses a packet of this size"
-            return Reject(result.alert_id, "publish", PublishError(problem))
-        return result
+        return [a if isinstance(a, Reject) else next(made) for a in decoded]
 
     def _records(self, batch: _Batch) -> list[Record]:
         return [self._record(m, result) for m, result in zip(batch.messages, batch.results, strict=True)]
@@ -355,23 +365,19 @@ class Worker:
             self._behind = True
             log.warning("aborted batch of %d alerts, reading it again: %s", len(batch.messages), exc)
             if exc.too_large:
-                self._narrow(batch)
+                self._learn_limits(exc)
         except PublishError as exc:
             self._failure = exc
         else:
-            self._batch_count = min(2 * self._batch_count, self._settings.worker.batch_count)
             self._count(batch, publish_s)
 
-    def _narrow(self, batch: _Batch) -> None:
-        """Halve the batches until the one record that its topic refuses stands alone; then it is to be set aside.
-
-        The limits of the topics are known at the start, but they may be lowered while the worker runs.
-        """
-        self._batch_count = max(len(batch.messages) // 2, 1)
-        if len(batch.messages) == 1:
-            if isinstance(batch.results[0], Reject):
-                self._failure = PublishError("the topic of rejects refuses a reject for its size")
-            self._refused.add((_place(batch.messages[0]), _offset(batch.messages[0])))
+    def _learn_limits(self, problem: TransactionAborted) -> None:
+        """Ask for the topics' limits again: one was lowered while the worker ran."""
+        before, self._largest = self._largest, self._limit()
+        if self._largest is None or (before is not None and self._largest >= before):
+            raise PublishError(f"a topic refuses records that its limit should allow: {problem}") from problem
+        log.warning("records of up to %d bytes are taken from now on", self._largest)
+        self._publisher.resize(self._largest)
 
     def _count(self, batch: _Batch, publish_s: float) -> None:
         rejects = sum(isinstance(result, Reject) for result in batch.results)
@@ -459,24 +465,6 @@ class Worker:
                 time.sleep(_SLICE_S / 10)
             else:
                 return
-
-
-def _largest(settings: Settings, topics: Sequence[str]) -> int | None:
-    """Return the bytes of the largest record that every topic takes; warn where a packet may be larger."""
-    limits = {topic: message_limit(settings, topic) for topic in topics}
-    known = {topic: limit for topic, limit in limits.items() if limit is not None}
-    side = 2 * math.ceil(settings.enrich.radius) + 1
-    packet = len(STAMP_FIELDS) * side**2 * 4
-    for topic, limit in known.items():
-        if packet > limit and not settings.enrich.gzip:
-            log.warning(
-                "topic %s takes %d bytes; a packet of radius %g may have %d",
-                topic,
-                limit,
-                settings.enrich.radius,
-                packet,
-            )
-    return min(known.values(), default=None)
 
 
 def _place(message: Message) -> Place:
