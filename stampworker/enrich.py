@@ -224,10 +224,10 @@ def _position(alert: Alert, science: Frame) -> tuple[float, float]:
     elif science.wcs is None:
         raise FrameMismatch(science.url, f"no usable WCS, and alert {alert.alert_id!r} gives ra, dec only")
     else:
-        try:
-            x, y = _pixel(science.wcs, alert.ra, alert.dec)
-        except ValueError as exc:
-            raise FrameMismatch(science.url, f"its celestial system cannot hold ra, dec: {exc}") from exc
+        axis = science.wcs.wcs.ctype[science.wcs.wcs.lng][:4]
+        if axis not in ("RA--", "GLON"):  # of the others astropy takes some for ICRS
+            raise FrameMismatch(science.url, f"a WCS in {axis}, wanted RA or GLON for an alert that gives ra, dec only")
+        x, y = _pixel(science.wcs, alert.ra, alert.dec)
     if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
         where = f"x {x}, y {y}" if alert.x is not None else f"ra {alert.ra}, dec {alert.dec}"
         raise AlertError(f"position: found {where}, wanted one that the science frame's pixel grid can hold")

@@ -402,14 +402,16 @@ def test_position_in_other_systems(tmp_path, changes):
     assert (packet.candidate["x"], packet.candidate["y"]) == pytest.approx(STAR, abs=1e-4)
 
 
-def test_ecliptic_frames_take_pixels_only(tmp_path):
-    """Of a celestial system that cannot be converted, the reject says so."""
+@pytest.mark.parametrize("axes", ["ELON ELAT", "HLON HLAT", "SLON SLAT", "TLON TLAT"])
+def test_other_systems_take_pixels_only(tmp_path, axes):
+    """Of a celestial system that ra, dec are not converted to, the reject says so."""
     header = night_header("CD")
-    header["CTYPE1"], header["CTYPE2"] = "ELON-TAN", "ELAT-TAN"
+    header["CTYPE1"], header["CTYPE2"] = (f"{axis}-TAN" for axis in axes.split())
     frames = {"science": write(tmp_path / "s.fits", night_planes()["science"], header)}
     made = reject(frames, x=None, y=None, ra=1.0, dec=2.0)
     assert type(made.error) is FrameMismatch
-    assert "its celestial system cannot hold ra, dec" in str(made.error)
+    assert f"a WCS in {axes[:4]}, wanted RA or GLON" in str(made.error)
+    assert one(frames).stamps["science"].header["CTYPE1"] == f"{axes[:4]}-TAN"
 
 
 def test_frame_without_wcs(tmp_path):
