@@ -1,0 +1,47 @@
+"""Verdicts on a simulated night against its truth.
+
+``python tests/study.py [--candidates 2600] [--seed 11]`` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from astropy.table import Table
+
+from stampworker import FrameStore, Packet, make_packets
+from stampworker.archive import read_alerts
+from stampworker.config import load
+from stampworker.confusion import confusion, format_confusion, recovery
+from stampworker.simulate import simulate
+
+
+def study(folder: Path, candidates: int, seed: int) -> tuple[Table, dict[str, float]]:
+    """Simulate a night in ``folder``, make its packets, and compare them with the truth."""
+    night = simulate(folder, frames=-(-candidates // 440), candidates=candidates, seed=seed)
+    settings = load(flags={"frames.frame_roots": str(night.directory)})
+    alerts, _ = read_alerts(night.alerts)
+    with FrameStore(settings.frames) as store:
+        packets = make_packets(alerts, store, settings)
+    assert all(isinstance(packet, Packet) for packet in packets)
+    results = {p.alert_id: {**p.metrics, "adjust_artefact": p.adjust_artefact} for p in packets}
+    truth = Table.read(night.truth, format="ascii.ecsv")
+    return confusion(truth, results), recovery(truth, results)
+
+
+def main() -> None:
+    """Print the table and what was recovered."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--candidates", type=int, default=2600)
+    parser.add_argument("--seed", type=int, default=11)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        table, found = study(Path(folder) / "night", args.candidates, args.seed)
+    print(format_confusion(table))
+    print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
