@@ -25,6 +25,7 @@ PREFIX = "STAMPWORKER_"
 PLANES = ("science", "template", "difference", "convolved", "error", "variance", "mask")
 """The planes that an alert may name."""
 
+_KAFKA_ABOUT = "librdkafka's properties, shared by consumer and producer."
 _SECRET = re.compile(r"password|passphrase|secret|jaas|token|\.pem$|oauthbearer\.config", re.IGNORECASE)
 
 
@@ -95,7 +96,8 @@ class FrameSettings(_Section):
     """Which frames may be read, and how much of them is kept."""
 
     frame_roots: Names = ()
-    """Folders beneath which frames may be read; relative paths start at the first."""
+    """Folders and URL prefixes (``https://host/path/``, ``s3://bucket/prefix/``) beneath which frames may be read;
+    relative paths start at the first."""
     max_open_frames: int = Field(64, ge=1)
     """Frames kept open."""
     cache_bytes: int = Field(2 << 30, ge=0)
@@ -106,6 +108,29 @@ class FrameSettings(_Section):
     """Longest axis of a frame, pixels."""
     max_decompressed_bytes: int = Field(4 << 30, ge=1)
     """Largest decompressed frame, bytes."""
+    max_download_bytes: int = Field(1 << 30, ge=1 << 16)
+    """Most that is taken from a server in one answer: a stamp's rows; a whole file where it is gzip or the server serves
+    no ranges."""
+    connect_s: float = Field(5.0, gt=0, le=300)
+    """Longest wait for a connection to a server of frames, seconds."""
+    read_s: float = Field(10.0, gt=0, le=300)
+    """Longest silence of such a server, seconds."""
+    total_s: float = Field(30.0, gt=0, le=3600)
+    """Longest time that opening a remote frame, or reading one section of it, may take, seconds."""
+    failure_age_s: float = Field(5.0, ge=0, le=3600)
+    """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any on a server
+    that did not answer in time. A server's own Retry-After may make it longer."""
+    remote_age_s: float = Field(300.0, ge=0)
+    """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
+    prefetch_threads: int = Field(8, ge=1, le=64)
+    """Remote frames that are opened at a time."""
+    s3_endpoint: str | None = None
+    """Where ``s3:`` frames are, ``https://host:port``; by default the environment's AWS_ENDPOINT_URL, else Amazon.
+    Credentials are always the environment's (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role)."""
+    s3_region: str | None = None
+    """Region of the buckets; by default the environment's AWS_REGION, else us-east-1."""
+    s3_anonymous: bool = False
+    """Read public buckets without credentials."""
 
 
 class AlertSettings(_Section):
@@ -246,7 +271,7 @@ def load(
 
 
 def describe(settings: Settings) -> str:
-    """Return the settings as TOML, secrets masked.
+    """Return the settings as TOML, each with a comment that says what it does; secrets are masked.
 
     Parameters
     ----------
@@ -255,11 +280,16 @@ def describe(settings: Settings) -> str:
     Returns
     -------
     text : str
+        What `load` reads.
     """
     lines = []
     for section, values in settings.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
+        about = type(getattr(settings, section)).__doc__ if section != "kafka" else _KAFKA_ABOUT
+        lines += [f"[{section}]", f"# {(about or '').splitlines()[0]}"]
         for key, value in values.items():
+            what = _sections()[section].model_fields[key].description if section != "kafka" else None
+            if what:
+                lines += ["", *(f"# {line}" for line in what.splitlines())]
             name = json.dumps(key) if section == "kafka" else key
             shown = "********" if section == "kafka" and _SECRET.search(key) else value
             # JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null.
