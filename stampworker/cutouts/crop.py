@@ -18,6 +18,7 @@ from astropy.coordinates import Latitude, Longitude
 from astropy.io import fits
 from astropy.table import Row
 from astropy.time import Time
+from astropy.units import Quantity, pix
 from astropy.wcs import WCS
 
 _MODES = ("sum", "mean", "and", "or")
@@ -59,7 +60,8 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     Raises
     ------
     ValueError
-        ``data`` is not 2-D, ``width`` or ``height`` is below 1, or ``header`` has a lookup-table distortion.
+        ``data`` is not 2-D, ``width`` or ``height`` is below 1, or ``header`` has a lookup-table distortion
+        or a CRPIX that is not a number.
 
     Notes
     -----
@@ -138,7 +140,7 @@ def get_cutout(
     image : array_like, shape (ny, nx)
         The science plane; see `crop_image`.
     candidate : mapping or astropy.table.Row
-        With at least ``x`` and ``y``, pixels, 0-based.
+        With at least ``x`` and ``y``, pixels (a Quantity too), 0-based.
     radius : float
         Half-size, pixels; the cutout is ``2·ceil(radius) + 1`` square with the candidate in its middle pixel.
     header : astropy.io.fits.Header, optional
@@ -165,6 +167,8 @@ def get_cutout(
         The candidate has no ``x`` or ``y``.
     ValueError
         A plane's shape is not the image's, ``wcs`` has a lookup-table distortion; and as `crop_image_centered`.
+    TypeError
+        ``x`` or ``y`` is not a number, or has another unit.
     """
     x1, y1, side = _square(candidate["x"], candidate["y"], radius)
     cutout: dict[str, Any] = {"image": crop_image(image, x1, y1, side, side)}
@@ -193,7 +197,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     Parameters
     ----------
     image : array_like, shape (ny, nx)
-        Rows and columns beyond a multiple of ``scale`` are left out.
+        See `crop_image`. Rows and columns beyond a multiple of ``scale`` are left out.
     scale : int, optional
         Pixels along each side of a block, at least 1.
     mode : {"sum", "mean", "and", "or"}, optional
@@ -211,7 +215,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     ------
     ValueError
         ``image`` is not 2-D, ``scale`` is not a whole number from 1 to the shorter side, there is no such ``mode`` or
-        it does not suit the dtype, or ``header`` has a lookup-table distortion.
+        it does not suit the dtype, or ``header`` has a lookup-table distortion or a WCS card that is not a number.
 
     Notes
     -----
@@ -220,16 +224,16 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     """
     if mode not in _MODES:
         raise ValueError(f"mode: found {mode!r}, wanted one of {', '.join(_MODES)}")
-    data = np.asarray(image)
-    if data.ndim != 2:
-        raise ValueError(f"image: found the shape {data.shape}, wanted two axes (y, x)")
+    data = image if hasattr(image, "shape") else np.asarray(image)
+    if len(data.shape) != 2:
+        raise ValueError(f"image: found the shape {tuple(data.shape)}, wanted two axes (y, x)")
     if scale != int(scale) or not 1 <= scale <= min(data.shape):
         raise ValueError(f"scale: found {scale!r}, wanted a whole number from 1 to {min(data.shape)}")
     if mode in ("and", "or") and data.dtype.kind not in "biu":
         raise ValueError(f"mode: found {mode!r} for {data.dtype}, which joins bits of integers or booleans only")
     scale = int(scale)
     ny, nx = data.shape[0] // scale, data.shape[1] // scale
-    blocks = data[: ny * scale, : nx * scale].reshape(ny, scale, nx, scale)
+    blocks = np.asarray(data[: ny * scale, : nx * scale]).reshape(ny, scale, nx, scale)
     if mode in ("and", "or"):
         join = np.bitwise_and if mode == "and" else np.bitwise_or
         downscaled = join.reduce(join.reduce(blocks, axis=3), axis=1)
@@ -256,13 +260,26 @@ def _blank(height: int, width: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any
 
 def _square(x0: Any, y0: Any, r0: float) -> tuple[int, int, int]:
     """Return the lower-left pixel and the side of the square around a position; halves are rounded up."""
-    if x0 is np.ma.masked or y0 is np.ma.masked or not (math.isfinite(x0) and math.isfinite(y0)):
+    x, y = _coordinate(x0), _coordinate(y0)
+    if not (math.isfinite(x) and math.isfinite(y)):
         raise ValueError(f"x, y: found {x0}, {y0}, wanted finite numbers")
     if not (math.isfinite(r0) and r0 >= 0):
         raise ValueError(f"radius: found {r0}, wanted a number that is not negative")
     half = math.ceil(r0)
     # In double precision: a half added to a float32 may be rounded to the next pixel.
-    return math.floor(float(x0) + 0.5) - half, math.floor(float(y0) + 0.5) - half, 2 * half + 1
+    return math.floor(float(x) + 0.5) - half, math.floor(float(y) + 0.5) - half, 2 * half + 1
+
+
+def _coordinate(value: Any) -> Any:
+    """Return a number of pixels without its unit; NaN where it is masked."""
+    if _is_masked(value):
+        return math.nan
+    return value.value if isinstance(value, Quantity) and value.unit == pix else value
+
+
+def _is_masked(value: Any) -> bool:
+    # In a row's field: numpy's constant, or astropy's Masked, which hides a number that float() would give away.
+    return isinstance(value, np.ndarray) and bool(np.any(getattr(value, "mask", False)))
 
 
 def _crop_header(header: fits.Header, x1: int, y1: int, width: int, height: int) -> fits.Header:
@@ -272,10 +289,22 @@ def _crop_header(header: fits.Header, x1: int, y1: int, width: int, height: int)
     for version in _versions(header):
         for axis, start in (("1", x1), ("2", y1)):
             # A WCS without CRPIX has it at 0.
-            cropped[f"CRPIX{axis}{version}"] = cropped.get(f"CRPIX{axis}{version}", 0.0) - start
+            _change(cropped, f"CRPIX{axis}{version}", 0.0, 1, -start)
     cropped["CROP_X1"], cropped["CROP_X2"] = x1, x1 + width
     cropped["CROP_Y1"], cropped["CROP_Y2"] = y1, y1 + height
     return cropped
+
+
+def _change(header: fits.Header, name: str, default: float, factor: float, offset: float = 0) -> None:
+    """Change a number in every card of its name: where there are several, readers differ in which one they take."""
+    cards = header.count(name) if name in header else 0
+    if not cards:
+        header[name] = default * factor + offset
+    for card in range(cards):
+        value = header[name, card]
+        if not isinstance(value, int | float):
+            raise ValueError(f"header: found {name} = {value!r}, wanted a number")
+        header[name, card] = value * factor + offset
 
 
 def _versions(header: fits.Header) -> list[str]:
@@ -321,15 +350,15 @@ def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits
     out["NAXIS1"], out["NAXIS2"] = nx, ny
     for version in _versions(header):
         for name in (f"CRPIX1{version}", f"CRPIX2{version}"):
-            out[name] = (out.get(name, 0.0) - 0.5) / scale + 0.5
+            _change(out, name, 0.0, 1 / scale, 0.5 - 0.5 / scale)
         # One of CD and CDELT carries the size of a pixel; where a header has both, CD is what counts.
-        sizes = [name for name in out if re.fullmatch(rf"CD\d+_[12]{version}", name)]
-        for name in sizes or [f"CDELT1{version}", f"CDELT2{version}"]:
-            out[name] = out.get(name, 1.0) * scale
-    for name in header:
+        sizes = [name for name in header if re.fullmatch(rf"CD\d+_[12]{version}", name)]
+        for name in dict.fromkeys(sizes or (f"CDELT1{version}", f"CDELT2{version}")):
+            _change(out, name, 1.0, scale)
+    for name in dict.fromkeys(header):
         power = re.fullmatch(r"[AB]P?_(\d+)_(\d+)", name)
         if power:
-            out[name] = out[name] * float(scale) ** (int(power[1]) + int(power[2]) - 1)
+            _change(out, name, 0.0, float(scale) ** (int(power[1]) + int(power[2]) - 1))
     return out
 
 
@@ -347,7 +376,7 @@ def _meta(candidate: Mapping[str, Any] | Row, time: Any, filename: str | None, n
 
 
 def _is_known(value: Any) -> bool:
-    return value is not None and value is not np.ma.masked and (isinstance(value, str) or bool(np.isfinite(value)))
+    return value is not None and not _is_masked(value) and (isinstance(value, str) or bool(np.isfinite(value)))
 
 
 def j2000_name(ra: float, dec: float) -> str:

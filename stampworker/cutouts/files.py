@@ -25,6 +25,7 @@ import numpy as np
 from astropy.io import fits
 from astropy.time import Time
 from astropy.units import Quantity
+from astropy.utils.masked import Masked
 from astropy.wcs import WCS
 
 from stampworker.cutouts.crop import has_wcs
@@ -39,6 +40,7 @@ _STRUCTURE = re.compile(
     rf"|END|COMMENT|HISTORY|CONTINUE|HIERARCH|CHECKSUM|DATASUM|{_MARK}|{_META}|"
 )
 _SCALING = ("BSCALE", "BZERO", "BLANK", "CHECKSUM", "DATASUM")
+_STORED = {"bool": "uint16", "float16": "float32"}  # dtypes that FITS does not have
 _NUMBERS = {"NaN": math.nan, "Inf": math.inf, "-Inf": -math.inf}
 _ATOMIC_SCALES = ("utc", "tai", "tt", "tcg", "tdb", "tcb")  # ut1 would need tables from the network
 _MAX_SHOWN = 1000  # elements of an array that a card spells out
@@ -65,10 +67,10 @@ def write_cutout(cutout: Mapping[str, Any], filename: str | Path) -> None:
     Notes
     -----
     ``meta`` keeps values and types: None, bool, int, float, str, bytes, list, tuple, dict, numpy scalars and arrays,
-    masked ones too, Quantity, datetime and Time (its location apart). A masked Time comes back as ``np.ma.masked``.
-    STDPipe reads what FITS can hold; infinities, NaN, times (ISO, UTC) and arrays (a literal) are strings for it.
-    Boolean planes are stored as 16-bit integers. Header and WCS are stored with the planes: without planes they are
-    lost.
+    masked ones too (numpy's and astropy's), Quantity, datetime and Time (its location apart). A masked Time comes back
+    as ``np.ma.masked``. STDPipe reads what FITS can hold; infinities, NaN, times (ISO, UTC) and arrays (a literal) are
+    strings for it. Boolean planes are stored as 16-bit integers. Header and WCS are stored with the planes: without
+    planes they are lost.
     """
     planes = {name: np.asarray(p) for name, p in cutout.items() if name not in _NOT_PLANES and np.ndim(p) == 2}
     if len({name.upper() for name in planes}) < len(planes):
@@ -105,21 +107,27 @@ def load_cutout(filename: str | Path) -> dict[str, Any]:
     OSError
         There is no such file, or it is not FITS.
     ValueError
-        The file was written by a later version of these rules, or its SWMETA was damaged.
+        The file was written by a later version of these rules, or it is damaged.
     """
-    with fits.open(filename, memmap=False) as hdus:
-        head = hdus[0].header
-        kept, dtypes = _from_json(head, filename)
-        cutout: dict[str, Any] = {"meta": _load_meta(head, kept)}
-        names = {name.upper(): name for name in dtypes}
-        for hdu in hdus[1:]:
-            if not hdu.is_image or hdu.data is None:
-                continue
-            name = names.get(hdu.name.upper(), hdu.name.lower())
-            dtype = dtypes.get(name, np.dtype(bool) if name == "mask" else hdu.data.dtype)
-            cutout[name] = np.ascontiguousarray(hdu.data, dtype=dtype.newbyteorder("="))
-            if "header" not in cutout:
-                cutout["header"] = hdu.header.copy()
+    try:
+        with fits.open(filename, memmap=False) as hdus:
+            return _read(hdus, filename)
+    except (fits.VerifyError, KeyError, TypeError, MemoryError) as exc:
+        raise ValueError(f"{filename}: is damaged: {exc}") from exc
+
+
+def _read(hdus: fits.HDUList, filename: str | Path) -> dict[str, Any]:
+    head = hdus[0].header
+    kept, dtypes = _from_json(head, filename)
+    cutout: dict[str, Any] = {"meta": _load_meta(head, kept)}
+    names = {name.upper(): name for name in dtypes}
+    for hdu in hdus[1:]:
+        if not hdu.is_image or hdu.data is None:
+            continue
+        name = names.get(hdu.name.upper(), hdu.name.lower())
+        cutout[name] = _restore(name, hdu.data, dtypes)
+        if "header" not in cutout:
+            cutout["header"] = hdu.header.copy()
     if "header" in cutout and has_wcs(cutout["header"]):
         cutout["wcs"] = WCS(cutout["header"])
     return cutout
@@ -136,13 +144,21 @@ def _plane_header(cutout: Mapping[str, Any]) -> fits.Header | None:
 
 
 def _storable(name: str, plane: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if plane.dtype == bool:
-        return plane.astype(np.uint16)
-    if plane.dtype == np.float16:
-        return plane.astype(np.float32)
+    if plane.dtype.name in _STORED:
+        return plane.astype(_STORED[plane.dtype.name])
     if plane.dtype.kind not in "iuf" or plane.dtype.itemsize > 8:
         raise ValueError(f"{name}: found {plane.dtype}, wanted a dtype that FITS has")
     return plane
+
+
+def _restore(name: str, plane: np.ndarray[Any, Any], dtypes: Mapping[str, np.dtype[Any]]) -> np.ndarray[Any, Any]:
+    """Undo `_storable`, in native byte order; a plane that was stored anew as another dtype stays what it is."""
+    dtype = plane.dtype
+    if name not in dtypes:
+        dtype = np.dtype(bool) if name == "mask" else dtype
+    elif _STORED.get(dtypes[name].name) == dtype.name:
+        dtype = dtypes[name]
+    return np.ascontiguousarray(plane, dtype=dtype.newbyteorder("="))
 
 
 # Metadata: the cards, for people and STDPipe
@@ -178,10 +194,7 @@ def _card(keyword: str, plain: Any) -> fits.Card | None:
 
 def _plain(keyword: str, value: Any) -> Any:
     """Return a value as STDPipe would write it, or `_NO_CARD` where it could not read that."""
-    if isinstance(value, Quantity):
-        value = value.value
-    if isinstance(value, np.generic):
-        value = str(value) if value.dtype.kind in "mM" else value.item()
+    value = _bare(value)
     if isinstance(value, datetime.datetime):
         utc = value if value.tzinfo is None else value.astimezone(datetime.UTC)
         return utc.replace(tzinfo=None).isoformat(timespec="microseconds")
@@ -196,6 +209,17 @@ def _plain(keyword: str, value: Any) -> Any:
     if isinstance(value, int | float):
         return _plain_number(value)
     return _plain_array(value) if isinstance(value, list | tuple | np.ndarray) else _NO_CARD
+
+
+def _bare(value: Any) -> Any:
+    """Return a value without its unit and numpy's or astropy's own types of a scalar."""
+    if isinstance(value, Masked):
+        value = np.ma.MaskedArray(np.asarray(value.unmasked), value.mask)[()]
+    if isinstance(value, Quantity):
+        value = value.value
+    if isinstance(value, np.generic):
+        value = str(value) if value.dtype.kind in "mM" else value.item()
+    return value
 
 
 def _plain_number(value: float) -> Any:
@@ -366,6 +390,8 @@ def _encode(value: Any) -> Any:
 def _encode_numpy(value: np.ndarray[Any, Any] | np.generic) -> Any:
     if value is np.ma.masked:
         return ["masked"]
+    if isinstance(value, Masked):
+        return ["Masked", _encode(value.unmasked), _encode(value.mask)]
     if isinstance(value, Quantity):
         return ["quantity", _encode(value.value), value.unit.to_string()]
     if isinstance(value, np.ma.MaskedArray):
@@ -422,6 +448,7 @@ _DECODERS: dict[str, Any] = {
     "array": _decode_array,
     "masked": lambda: np.ma.masked,
     "masked array": lambda data, mask: np.ma.MaskedArray(_decode(data), _decode(mask)),
+    "Masked": lambda data, mask: Masked(_decode(data), mask=_decode(mask)),
     "quantity": lambda data, unit: Quantity(_decode(data), unit),
     "bytes": base64.b64decode,
     "list": lambda items: [_decode(item) for item in items],

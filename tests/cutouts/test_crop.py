@@ -12,6 +12,7 @@ from astropy import units as u
 from astropy.io import fits
 from astropy.table import QTable, Table
 from astropy.time import Time
+from astropy.utils.masked import Masked
 from astropy.wcs import WCS, DistortionLookupTable
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,6 +222,22 @@ def test_header_without_crpix(frame: Any) -> None:
     assert_same_sky(WCS(cropped), WCS(frame.header), 30, 40)
 
 
+def test_repeated_card_does_not_stay_behind(frame: Any) -> None:
+    """Where a header says CRPIX twice, all copies follow: the WCS takes the last, the header the first."""
+    frame.header.append(("CRPIX1", 12.5), end=True)
+    cutout = get_cutout(frame.data, {"x": 33, "y": 43}, 3, header=frame.header)
+    assert_same_sky(cutout["wcs"], WCS(frame.header), 30, 40)
+    assert [cutout["header"]["CRPIX1", copy] for copy in (0, 1)] == [10.25, -17.5]
+
+
+@pytest.mark.parametrize("value", ["12.5", None])
+def test_card_that_is_no_number_is_named(frame: Any, value: Any) -> None:
+    """A CRPIX that cannot be moved is refused by name."""
+    frame.header["CRPIX2"] = value
+    with pytest.raises(ValueError, match=f"header: found CRPIX2 = {value!r}, wanted a number"):
+        crop_image(frame.data, 30, 40, 7, 7, header=frame.header)
+
+
 def test_alternative_wcs_follows(frame: Any) -> None:
     """A second WCS of the header is moved as the first is."""
     for name in ("CTYPE", "CRVAL", "CRPIX"):
@@ -357,6 +374,33 @@ def test_meta_keeps_every_column_of_a_row() -> None:
     assert list(first) == table.colnames
     assert first["mag"] is np.ma.masked
     assert (second["mag"], second["id"], second["aper"].tolist()) == (20.5, "b", [3.0, 4.0])
+
+
+def test_position_of_a_qtable() -> None:
+    """Columns in pixels and without unit are positions; the fields keep their units."""
+    table = QTable({"x": [20.5, 1] * u.pix, "y": [30.4, 1] * u.dimensionless_unscaled})
+    cutout = get_cutout(PLANE, table[0], 0)
+    assert cutout["image"][0, 0] == PLANE[30, 21]
+    assert cutout["meta"]["x"] == 20.5 * u.pix
+
+
+def test_position_with_another_unit_is_refused() -> None:
+    """A position on the sky is no position in the frame."""
+    with pytest.raises(TypeError, match="only dimensionless scalar quantities"):
+        get_cutout(PLANE, {"x": 20.5 * u.deg, "y": 30.4}, 3)
+
+
+@pytest.mark.parametrize("unit", [u.pix, None])
+def test_masked_column_of_a_qtable_is_masked(unit: Any) -> None:
+    """The number under the mask is no position, and names nothing."""
+    place = Masked([20.5, 10.0], mask=[True, False])
+    place = place if unit is None else place * unit
+    first, second = QTable({"x": place, "y": place})
+    with pytest.raises(ValueError, match=r"x, y: found .*wanted finite numbers"):
+        get_cutout(PLANE, first, 3)
+    assert get_cutout(PLANE, second, 0)["image"][0, 0] == PLANE[10, 10]
+    named = QTable({"x": [1], "y": [1], "ra": Masked([20.5], mask=True) * u.deg, "dec": [1] * u.deg})[0]
+    assert "name" not in get_cutout(PLANE, named, 1)["meta"]
 
 
 def test_meta_of_the_call() -> None:

@@ -50,6 +50,15 @@ def test_block_is_the_sum_of_its_pixels(ny: int, nx: int, data: st.DataObject) -
     assert downscale_image(image, scale, mode="mean")[y, x] == pytest.approx(block.mean(), abs=1e-12)
 
 
+def test_anything_that_slices_is_downscaled(tmp_path: Path) -> None:
+    """A frame on disk that is no array itself, such as an HDU's section, is read and joined."""
+    image = np.arange(35.0).reshape(5, 7)
+    fits.PrimaryHDU(image).writeto(tmp_path / "frame.fits")
+    with fits.open(tmp_path / "frame.fits") as hdus:
+        found = downscale_image(hdus[0].section, 2)
+    np.testing.assert_array_equal(found, downscale_image(image, 2))
+
+
 def test_masks_are_joined() -> None:
     """A boolean mask stays one: bad where all pixels are bad, or where any is."""
     mask = np.zeros((4, 6), bool)
@@ -113,6 +122,16 @@ def test_inverse_sip_survives(frame: Any) -> None:
     whole, scaled = WCS(frame.header).sip, WCS(small).sip
     wanted = whole.foc2pix(focal, 1)
     np.testing.assert_allclose((scaled.foc2pix(focal / 3, 1) - scaled.crpix) * 3, wanted - whole.crpix, atol=1e-9)
+
+
+def test_repeated_cards_survive(frame: Any) -> None:
+    """Where a header says CRPIX or CD twice, each copy is in new pixels, once."""
+    frame.header.append(("CRPIX1", 12.5), end=True)
+    frame.header.append(("CD1_1", -2e-4), end=True)
+    _, small = downscale_image(frame.data, 4, header=frame.header)
+    found = WCS(small).all_pix2world(3, 5, 0)
+    np.testing.assert_allclose(found, WCS(frame.header).all_pix2world(13.5, 21.5, 0), rtol=0, atol=3e-10)
+    assert [small["CD1_1", copy] for copy in (0, 1)] == pytest.approx([-5.6e-4, -8e-4], rel=1e-12)
 
 
 def test_alternative_wcs_survives(frame: Any) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import string
+import warnings
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
 from astropy.time import Time
+from astropy.utils.masked import Masked
 from astropy.wcs import WCS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def assert_same(found: Any, wanted: Any) -> None:
     assert type(found) is type(wanted)
     if wanted is np.ma.masked:
         return
-    if isinstance(wanted, np.ma.MaskedArray):
+    if isinstance(wanted, Masked | np.ma.MaskedArray):
         assert_same(found.mask, wanted.mask)
         assert_same(found.filled(0), wanted.filled(0))
     elif isinstance(wanted, u.Quantity):
@@ -109,6 +111,11 @@ VALUES = {
     "masked_array": np.ma.MaskedArray([1, 2, 3], [True, False, False]),
     "quantity": 3.5 * u.arcsec,
     "quantities": np.array([1, 2], "f4") * u.Unit("erg / (s cm2 Angstrom)"),
+    "masked_quantity": Masked(3.5 * u.mJy, mask=True),
+    "unmasked_quantity": Masked(3.5 * u.mJy, mask=False),
+    "masked_quantities": Masked([1.0, 2.0] * u.mJy, mask=[True, False]),
+    "masked_number": Masked(np.array(3), mask=True),
+    "masked_numbers": Masked(np.array([1.0, 2.0]), mask=[False, True]),
     "time": Time(2460000.123456789, 1.2345e-7, format="jd", scale="tai"),
     "other_time": Time("2026-11-24T01:02:03.123456789", scale="tdb"),
     "times": Time([61368.25, 61369.5], format="mjd"),
@@ -238,6 +245,18 @@ def test_header_and_wcs_survive(tmp_path: Path, frame: Any, with_header: bool) -
     for wcs in (loaded["wcs"], WCS(loaded["header"])):
         np.testing.assert_allclose(wcs.all_pix2world(x, y, 0), wanted, rtol=0, atol=3e-10)
     assert loaded["header"].get("BUNIT") == ("adu" if with_header else None)
+
+
+def test_plane_that_was_stored_anew(tmp_path: Path) -> None:
+    """A plane that someone replaced by another dtype, STDPipe for one, is not forced back into the old one."""
+    path = tmp_path / "anew.fits"
+    write_cutout({"image": IMAGE.astype("f2"), "mask": IMAGE.astype("i2"), "diff": IMAGE > 3}, path)
+    with fits.open(path, mode="update") as hdus:
+        for name in ("IMAGE", "MASK", "DIFF"):
+            hdus[name] = fits.ImageHDU(IMAGE.astype("f8") + 0.1, name=name)
+    loaded = load_cutout(path)
+    for name in ("image", "mask", "diff"):
+        np.testing.assert_array_equal(loaded[name], IMAGE.astype("f8") + 0.1, strict=True)
 
 
 def test_no_wcs_where_there_was_none(tmp_path: Path) -> None:
@@ -472,6 +491,35 @@ def test_damaged_metadata_is_refused(tmp_path: Path, document: str, match: str) 
         load_cutout(path)
 
 
+def test_damaged_file_is_refused(tmp_path: Path) -> None:
+    """A file whose bytes are damaged gives an error that names it, or what can still be read; nothing else."""
+    path = store(tmp_path, {"objectId": "a", "note": "long " * 30, "fluxes": np.arange(5.0)})
+    whole = path.read_bytes()
+    rng = np.random.default_rng(5)
+    errors = []
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(0, len(whole) - 2880)] = rng.integers(32, 127)
+        path.write_bytes(damaged[: rng.choice([2880, 4000, len(whole)], p=[0.1, 0.1, 0.8])])
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                load_cutout(path)
+            except (OSError, ValueError) as exc:
+                errors.append(str(exc))
+    assert any("cutout.fits: is damaged: Unparsable card" in error for error in errors)
+
+
+def test_damaged_card_is_refused(tmp_path: Path) -> None:
+    """A card that is none is refused with the file's name."""
+    path = store(tmp_path, {"magnitude": 1.5})
+    path.write_bytes(path.read_bytes().replace(b"HIERARCH MAGNITUDE = 1.5", b"HIERARCH MAGNITUDE = '.5"))
+    with (
+        pytest.raises(ValueError, match=r"cutout\.fits: is damaged: Unparsable card \(MAGNITUDE\)"),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        load_cutout(path)
+
+
 def test_later_version_is_refused(tmp_path: Path) -> None:
     """A file of later rules is refused, as its meaning is not known."""
     with pytest.raises(ValueError, match=r"foreign\.fits: found STAMPWRK 2, wanted at most 1"):
@@ -482,3 +530,26 @@ def test_missing_file(tmp_path: Path) -> None:
     """A file that is not there is an OSError."""
     with pytest.raises(FileNotFoundError, match=r"nothing\.fits"):
         load_cutout(tmp_path / "nothing.fits")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stdpipe_reads_our_files(tmp_path: Path) -> None:
+    """STDPipe's load_cutout reads whatever we write: no name, no value and no mark stops it."""
+    stdpipe = pytest.importorskip("stdpipe.cutouts", reason="STDPipe is not installed (extra: bench)")
+    rng = np.random.default_rng(4)
+    data = rng.normal(size=(5, 7)).astype("f4")
+    header = fits.Header([("CTYPE1", "RA---TAN"), ("CTYPE2", "DEC--TAN"), ("CRPIX1", 3.25), ("CRPIX2", 4.5)])
+    meta = {name: i for i, name in enumerate(NAMES)} | VALUES | {"x": 1.5, "y": 2.0, "story": VALUES["long"] + "."}
+    cutout = get_cutout(data, meta, 2, header=header, mask=data > 0, diff=data.astype("f8"))
+    write_cutout(cutout, tmp_path / "ours.fits")
+    theirs = stdpipe.load_cutout(tmp_path / "ours.fits")
+    assert theirs["mask"].dtype == bool
+    assert theirs["wcs"].wcs.crpix.tolist() == [3.25, 4.5]
+    for plane in ("image", "mask", "diff"):
+        np.testing.assert_array_equal(theirs[plane], cutout[plane])
+    read = theirs["meta"]
+    for name in ("none", "true", "nan", "inf", "third", "int16", "bool_", "array", "swapped", "bools"):
+        np.testing.assert_array_equal(read[name], VALUES[name])
+    assert read["story"] == meta["story"]
+    assert read["minus_inf"] == "-Inf"  # for which STDPipe has no spelling
+    assert abs(read["time"] - VALUES["time"]).sec < 1e-6
