@@ -126,6 +126,7 @@ class StampWriter:
         head = [_string_card("EXTNAME", plane)] + ([_string_card("BUNIT", unit)] if unit else [])
         self._cards = "".join(head + kept)
         self._has_wcs = bool(wcs_cards)
+        self._headers: dict[tuple[int, int, int], tuple[bytes, bytes]] = {}
 
     def write(self, alert_id: str, data: NDArray[Any], x1: int, y1: int) -> Stamp:
         """Write one stamp.
@@ -146,19 +147,31 @@ class StampWriter:
         if data.dtype.kind == "b" or data.dtype.str[1:] not in _BITPIX:
             # FITS has no such type; a mask of any integer type says the same in 8 bits or in 32.
             data = data.astype("u1" if data.dtype.kind == "b" else "i4" if data.dtype.itemsize < 4 else "i8")
-        ny, nx = data.shape
         bitpix = _BITPIX[data.dtype.str[1:]]
-        cards = f"{'SIMPLE  =                    T':<80}" + "".join(
-            f"{name:<8}= {value:>20}".ljust(80)
-            for name, value in (("BITPIX", bitpix), ("NAXIS", 2), ("NAXIS1", nx), ("NAXIS2", ny))
-        )
+        before, after = self._header(bitpix, *data.shape)
+        place = b""
         if self._has_wcs:
-            cards += _float_card("CRPIX1", self._crpix[0] - x1) + _float_card("CRPIX2", self._crpix[1] - y1)
-        header = _pad((cards + self._cards + f"{'END':<80}").encode("ascii"), b" ")
-        content = header + _pad(data.astype(data.dtype.newbyteorder(">"), copy=False).tobytes(), b"\0")
+            cards = _float_card("CRPIX1", self._crpix[0] - x1) + _float_card("CRPIX2", self._crpix[1] - y1)
+            place = cards.encode("ascii")
+        pixels = data.astype(data.dtype.newbyteorder(">"), copy=False).tobytes()
+        content = b"".join((before, place, after, pixels, _fill(len(pixels), b"\0")))
         if self._gzip:
             content = igzip.compress(content, _GZIP_LEVEL, mtime=0)
         return Stamp(alert_id.replace("/", "_") + self._suffix, content)
+
+    def _header(self, bitpix: int, ny: int, nx: int) -> tuple[bytes, bytes]:
+        """Return what stands before and after the cards CRPIX1 and CRPIX2; the stamps of a frame are all alike."""
+        known = self._headers.get((bitpix, ny, nx))
+        if known is None:
+            before = f"{'SIMPLE  =                    T':<80}" + "".join(
+                f"{name:<8}= {value:>20}".ljust(80)
+                for name, value in (("BITPIX", bitpix), ("NAXIS", 2), ("NAXIS1", nx), ("NAXIS2", ny))
+            )
+            after = self._cards + f"{'END':<80}"
+            size = len(before) + len(after) + (2 * 80 if self._has_wcs else 0)
+            known = before.encode("ascii"), after.encode("ascii") + _fill(size, b" ")
+            self._headers[bitpix, ny, nx] = known
+        return known
 
 
 @dataclass(frozen=True)
@@ -352,5 +365,5 @@ def _float_card(name: str, value: float) -> str:
     return f"{name:<8}= {value!r:>20}".upper().ljust(80)
 
 
-def _pad(block: bytes, fill: bytes) -> bytes:
-    return block + fill * (-len(block) % _BLOCK)
+def _fill(size: int, fill: bytes) -> bytes:
+    return fill * (-size % _BLOCK)
