@@ -249,7 +249,7 @@ def from_table(
         if its not in table.colnames:
             raise AlertError(f"{source}: found no column {its!r} for {our!r}{nearest(its, table.colnames)}")
     if not {"x", "y"} <= names.keys() and not {"ra", "dec"} <= names.keys():
-        raise AlertError(f"{source}: found the columns {', '.join(table.colnames)}; wanted x, y or ra, dec")
+        raise AlertError(f"{source}: found the columns {', '.join(table.colnames) or 'none'}; wanted x, y or ra, dec")
     ids = _row_ids(table, names, source)
     factors = {our: _factor(table, our, its, source) for our, its in names.items() if our in _UNITS}
     made: list[Alert | AlertError] = []

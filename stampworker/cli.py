@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from astropy.table import Table, vstack
+from astropy.table import Column, Table, vstack
 from tqdm import tqdm
 
 import stampworker
 from stampworker import archive, config, demo, simulate, viewer
-from stampworker.alerts import Alert, encode
+from stampworker.alerts import Alert, encode, masked_column
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
@@ -192,8 +192,24 @@ def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet |
     for table in tables:
         made.append(results_table(table, results[start : start + len(table)]))
         start += len(table)
+    _reconcile(made)
     joined = vstack(made, metadata_conflicts="silent") if len(made) > 1 else made[0]
     joined.write(path, format=_TABLE_FORMATS[path.suffix.lower()], overwrite=True)
+
+
+def _reconcile(tables: Sequence[Table]) -> None:
+    """Make text of the columns that are text, or boolean, in one table and something else in another."""
+    kinds: dict[str, set[str]] = {}
+    for table in tables:
+        for name in table.colnames:
+            if isinstance(table[name], Column):
+                kind = table[name].dtype.kind
+                kinds.setdefault(name, set()).add({"i": "f", "u": "f", "S": "U"}.get(kind, kind))
+    for name in (name for name, found in kinds.items() if len(found) > 1):
+        for table in tables:
+            if name in table.colnames:
+                values = table[name].tolist()  # None where it is masked
+                table[name] = masked_column([None if value is None else str(value) for value in values], str)
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:

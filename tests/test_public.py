@@ -1,0 +1,176 @@
+"""What the package offers: names, documentation, and imports that point one way."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stampworker
+
+PACKAGE = Path(stampworker.__file__).parent
+LAYERS = (  # a module imports from layers above its own; within a layer, none knows another
+    ("errors",),
+    ("config", "metrics", "schema"),
+    ("cutouts",),
+    ("frames", "alerts", "packets"),
+    ("enrich", "kafka", "archive"),
+    ("worker", "viewer", "health", "simulate", "confusion"),
+    ("replay", "demo"),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(
+    name
+    for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "stampworker.")
+    if not name.rpartition(".")[2].startswith("_")
+)
+SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
+
+
+def imported(path):
+    """Return the parts of the package that a file imports, and whether each is used at run time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module] if node.module != "stampworker" else [f"stampworker.{a.name}" for a in node.names]
+        for name in names:
+            if name.startswith("stampworker."):
+                yield name.split(".")[1]
+
+
+def public():
+    """Yield every public function, class and method of the package with its name."""
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        for name, found in vars(module).items():
+            if name.startswith("_") or getattr(found, "__module__", None) != module_name:
+                continue
+            if inspect.isfunction(found) or inspect.isclass(found):
+                yield f"{module_name}.{name}", found
+            if inspect.isclass(found):
+                for member, value in vars(found).items():
+                    value = getattr(value, "__func__", value)
+                    if not member.startswith("_") and inspect.isfunction(value):
+                        yield f"{module_name}.{name}.{member}", value
+
+
+PUBLIC = dict(public())
+
+
+def section(doc, title):
+    """Return the text of a section of a numpydoc docstring."""
+    found = re.search(rf"^{title}\n-+\n(.*?)(?=^\S[^\n]*\n-{{3,}}\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return found[1] if found else None
+
+
+def described(text):
+    """Return the names that a section describes."""
+    heads = [line.partition(" : ")[0] for line in text.splitlines() if line and not line.startswith(" ")]
+    return {name.strip().lstrip("*") for head in heads for name in head.split(",")}
+
+
+def test_all_is_sorted_and_there():
+    """Every public name can be imported and is documented; nothing is named twice."""
+    assert stampworker.__all__ == sorted(set(stampworker.__all__))
+    for name in stampworker.__all__:
+        assert inspect.getdoc(getattr(stampworker, name)), name
+    assert {"Alert", "Packet", "FrameStore", "Settings", "Worker", "enrich_table", "make_packets"} <= set(
+        stampworker.__all__
+    )
+
+
+def test_every_error_is_public():
+    """Whatever a caller may want to catch can be imported from the top."""
+    errors = {name for name, value in vars(stampworker.errors).items() if inspect.isclass(value)}
+    assert errors <= set(stampworker.__all__)
+    assert all(issubclass(getattr(stampworker, name), stampworker.StampworkerError) for name in errors)
+
+
+def test_version_is_the_distributions():
+    """The version has one source."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", stampworker.__version__)
+    run = subprocess.run([sys.executable, "-m", "stampworker", "--version"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(rf"stampworker {re.escape(stampworker.__version__)} \(fit: \w+ core\)\n", run.stdout)
+    assert run.stderr == ""
+
+
+def test_cutouts_has_the_functions_of_the_reference():
+    """The seven functions, with the reference's arguments in its order."""
+    wanted = {
+        "crop_image_centered": "data, x0, y0, r0, header",
+        "crop_image": "data, x1, y1, width, height, header",
+        "get_cutout": "image, candidate, radius, header, wcs, time, filename, name, kwargs",
+        "write_cutout": "cutout, filename",
+        "load_cutout": "filename",
+        "adjust_cutout": "cutout, max_shift, max_scale, inner, normalize, fit_bg, verbose",
+        "downscale_image": "image, scale, mode, header",
+    }
+    for name, arguments in wanted.items():
+        function = getattr(stampworker.cutouts, name)
+        assert ", ".join(inspect.signature(function).parameters) == arguments
+        assert name in stampworker.cutouts.__all__
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    """A module imports only from layers above its own, and never the package as a whole but at the top."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own in ("__init__", "__main__"):
+        return
+    assert own in LEVEL, f"{own} is in no layer"
+    for other in imported(path):
+        if other != own:
+            assert other in LEVEL, f"{path}: imports {other}, which is in no layer"
+            assert LEVEL[other] < LEVEL[own], f"{path}: {own} imports {other}"
+
+
+def test_package_is_light_to_import():
+    """Pictures, STDPipe and the tests' tools are not loaded with the package."""
+    code = "import sys, stampworker, stampworker.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "stdpipe", "pytest", "hypothesis"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_say_what_comes_out(name):
+    """Every public function and class has a summary that ends in a stop, and well-formed sections."""
+    doc = inspect.getdoc(PUBLIC[name])
+    assert doc, name
+    summary = doc.partition("\n\n")[0]
+    assert summary.rstrip().endswith((".", ":", "?")), summary
+    for title, rule in re.findall(r"^(\w[\w ]*)\n(-{3,})$", doc, re.MULTILINE):
+        assert title in SECTIONS, title
+        assert len(rule) == len(title), title
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isfunction(value)])
+def test_parameters_that_are_described_exist(name):
+    """Where a docstring has parameters they are the function's own, all of them."""
+    doc = inspect.getdoc(PUBLIC[name]) or ""
+    text = section(doc, "Parameters")
+    if text is None:
+        return
+    own = {parameter for parameter in inspect.signature(PUBLIC[name]).parameters if parameter not in ("self", "cls")}
+    assert described(text) == own
+
+
+@pytest.mark.parametrize("name", stampworker.__all__)
+def test_what_is_public_at_the_top_is_documented_in_full(name):
+    """A function says what it takes, gives and raises; a class what it holds or is made of."""
+    found = getattr(stampworker, name)
+    doc = inspect.getdoc(found)
+    if inspect.isfunction(found):
+        assert section(doc, "Parameters")
+        assert section(doc, "Returns")
+    elif not issubclass(found, Exception) and name != "Settings":
+        assert section(doc, "Attributes") or section(doc, "Parameters")
