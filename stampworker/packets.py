@@ -310,7 +310,11 @@ def encode(packet: Packet) -> bytes:
 
     The same packet gives the same bytes: the container's sync marker is the packet's id.
     """
-    return write_container(*PACKET, packet.to_record(), uuid.UUID(packet.packet_id).bytes)
+    record = packet.to_record()
+    for name in STAMP_FIELDS.values():
+        if record[name] is not None:  # a union's branch that is named need not be searched for
+            record[name] = ("stampworker.stamp", record[name])
+    return write_container(*PACKET, record, uuid.UUID(packet.packet_id).bytes)
 
 
 def read_packets(data: bytes) -> list[Packet]:
