@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from astropy.table import Column, Table, vstack
+from astropy.units import Quantity
 from tqdm import tqdm
 
 import stampworker
@@ -194,7 +195,26 @@ def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet |
         start += len(table)
     _reconcile(made)
     joined = vstack(made, metadata_conflicts="silent") if len(made) > 1 else made[0]
-    joined.write(path, format=_TABLE_FORMATS[path.suffix.lower()], overwrite=True)
+    form = _TABLE_FORMATS[path.suffix.lower()]
+    _simplify(joined, form)
+    joined.write(path, format=form, overwrite=True)
+
+
+def _simplify(table: Table, form: str) -> None:
+    """Make text of the columns that a format cannot hold, and ASCII of the text in FITS: ECSV holds everything."""
+    for name in table.colnames:
+        column = table[name]
+        is_plain = isinstance(column, Column | Quantity)
+        if (form in ("votable", "ascii.csv") and not is_plain) or (form == "ascii.csv" and column.ndim > 1):
+            table[name] = [str(value) for value in column]
+        elif form == "fits" and is_plain and column.dtype.kind == "U":
+            table[name] = masked_column([None if value is None else _ascii(value) for value in column.tolist()], str)
+        if form == "fits":
+            table.rename_column(name, _ascii(name))
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _reconcile(tables: Sequence[Table]) -> None:
@@ -260,13 +280,16 @@ def _stop_on_signals(worker: Worker, settings: Settings) -> None:
 
 def _publish(args: argparse.Namespace, settings: Settings) -> int:
     topic = args.topic or settings.worker.input_topic[0]
-    folder = settings.alerts.schema_folder
-    alerts = [alert for name in args.alerts for alert in archive.read_alerts(Path(name), None, folder)[0]]
-    for alert in alerts:
-        if isinstance(alert, AlertError):
-            raise alert
+    alerts = []
+    for name in args.alerts:
+        if archive.is_table(Path(name)):
+            raise ConfigError(f"{name}: a table of candidates names no frames, wanted alerts")
+        for alert in archive.read_alerts(Path(name), None, settings.alerts.schema_folder)[0]:
+            if isinstance(alert, AlertError):
+                raise AlertError(f"{name}: {alert}", alert.alert_id) from alert
+            alerts.append(alert)
     check_topics(settings, [topic] if settings.worker.guarantee == "exactly-once" else [])
-    records = (Record(topic, alert.key.encode(), encode(alert)) for alert in alerts if isinstance(alert, Alert))
+    records = (Record(topic, alert.key.encode(), encode(alert)) for alert in alerts)
     publish_all(settings, records)
     print(json.dumps({"alerts": len(alerts)}) if args.json else f"{len(alerts)} alerts to {topic}")
     return 0

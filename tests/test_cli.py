@@ -10,8 +10,10 @@ import fastavro
 import numpy as np
 import pytest
 from astropy import units as u
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import MaskedColumn, QTable, Table
+from astropy.time import Time
 from night import NOISE, STAR, alert_record, night_planes, write_night
 
 import stampworker
@@ -373,6 +375,31 @@ def test_tables_and_alerts_together(night, tmp_path):
     table = Table.read(out)
     assert list(table["alertId"]) == ["p", "q", "r", "s", "a0", "a1"]
     assert [str(value) for value in table["mag"].filled("-")] == ["20.0", "21.0", "22.0", "-", "bright", "bright"]
+
+
+def test_tables_hold_what_their_format_can(night, tmp_path):
+    """Coordinates, times, arrays and text that is not ASCII are no reason to lose the table at the end."""
+    rows = Table({"x": [40.0, 41.0], "y": [30.0, 30.0], "apertures": [[1, 2], [3, 4]], "name": ["ü☃", "b"]})
+    rows["place"] = SkyCoord([1, 2] * u.deg, [3, 4] * u.deg)
+    rows["time"] = Time([60000, 60001], format="mjd")
+    rows.write(tmp_path / "c.ecsv")
+    for form in FORMATS:
+        out = tmp_path / f"t.{form}"
+        assert enrich(tmp_path / "c.ecsv", *flags(night), "--to", tmp_path / form, "--table", out) == 0
+        table = Table.read(out, format=FORMATS[form])
+        assert list(table["adjust_status"]) == ["no_convolved"] * 2
+        assert str(table["name"][0]) == ("\\xfc\\u2603" if form == "fits" else "ü☃")
+        assert {"place", "time"} <= set(table.colnames)
+
+
+def test_publish_says_what_is_wrong_before_it_asks_a_broker(night, tmp_path, capsys):
+    """A table, and a file with one bad alert, are named with the alert; nothing is sent."""
+    candidates().write(tmp_path / "c.ecsv")
+    assert main(["publish", str(tmp_path / "c.ecsv")]) == 2
+    assert "c.ecsv: a table of candidates names no frames" in capsys.readouterr().err
+    (night / "a.json").write_text(json.dumps([*alerts(1), alerts(1, fwhm=-1)[0]]))
+    assert main(["publish", str(night / "a.json")]) == 1
+    assert "a.json: alert 'a0': fwhm: found -1" in capsys.readouterr().err
 
 
 # Settings
