@@ -93,6 +93,13 @@ def test_crop_is_contiguous_copy_of_anything_that_slices(wrap: Any) -> None:
     np.testing.assert_array_equal(cropped, data[20:27, 10:15])
 
 
+def test_crop_of_whole_rows_is_a_copy() -> None:
+    """So it is where the slice is contiguous by itself: a change of the cutout leaves the frame alone."""
+    data = PLANE.astype(float)
+    assert not np.shares_memory(crop_image(data, 0, 10, 83, 5), data)
+    assert not np.shares_memory(crop_image(data, 0, 0, 83, 61), data)
+
+
 @pytest.mark.parametrize(
     ("corner", "sections"),
     [

@@ -247,6 +247,14 @@ def test_header_and_wcs_survive(tmp_path: Path, frame: Any, with_header: bool) -
     assert loaded["header"].get("BUNIT") == ("adu" if with_header else None)
 
 
+def test_header_is_the_first_planes(tmp_path: Path, frame: Any) -> None:
+    """The header that is loaded is the science plane's, whatever planes follow."""
+    cutout = get_cutout(frame.data, {"x": 81, "y": 3}, 4, header=frame.header, mask=frame.data > 100)
+    write_cutout(cutout, tmp_path / "two.fits")
+    header = load_cutout(tmp_path / "two.fits")["header"]
+    assert (header["EXTNAME"], header["BITPIX"], header.get("BZERO")) == ("IMAGE", -32, None)
+
+
 def test_plane_that_was_stored_anew(tmp_path: Path) -> None:
     """A plane that someone replaced by another dtype, STDPipe for one, is not forced back into the old one."""
     path = tmp_path / "anew.fits"
