@@ -140,7 +140,7 @@ def test_plain_stamps(night, packet):
 
 
 @pytest.mark.parametrize("kind", WCS_KINDS)
-@pytest.mark.parametrize("place", [STAR, (2.0, 59.5), (81.9, -3.2)])
+@pytest.mark.parametrize("place", [STAR, (10.5, 12.5), (2.0, 59.5), (81.9, -3.2)])
 def test_stamps_have_the_frames_wcs(tmp_path, kind, place):
     """Every pixel of every stamp, also off the frame, has the sky position that the frame's WCS gives it."""
     frames = write_night(tmp_path, wcs=kind, planes=("science", "difference", "mask"))
