@@ -109,8 +109,6 @@ def cut(alert: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def fit(cutout: dict[str, Any]) -> dict[str, Any]:
-    if cutout["mask"].all():  # STDPipe fails on it
-        return cutout
     stdpipe.adjust_cutout(cutout, max_shift=1, max_scale=1.1, inner=inner_box(cutout["meta"]))
     return cutout
 
