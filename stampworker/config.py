@@ -109,8 +109,8 @@ class FrameSettings(_Section):
     max_decompressed_bytes: int = Field(4 << 30, ge=1)
     """Largest decompressed frame, bytes."""
     max_download_bytes: int = Field(1 << 30, ge=1 << 16)
-    """Most that is taken from a server in one answer: a stamp's rows; a whole file where it is gzip or the server serves
-    no ranges."""
+    """Most that is taken from a server in one answer, bytes: a stamp's rows; a whole file where it is gzip or the
+    server serves no ranges."""
     connect_s: float = Field(5.0, gt=0, le=300)
     """Longest wait for a connection to a server of frames, seconds."""
     read_s: float = Field(10.0, gt=0, le=300)
@@ -118,13 +118,13 @@ class FrameSettings(_Section):
     total_s: float = Field(30.0, gt=0, le=3600)
     """Longest time that opening a remote frame, or reading one section of it, may take, seconds."""
     failure_age_s: float = Field(5.0, ge=0, le=3600)
-    """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any on a server
-    that did not answer in time. A server's own Retry-After may make it longer."""
+    """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other on a
+    server that did not answer in time. A server's own Retry-After may make it longer."""
     remote_age_s: float = Field(300.0, ge=0)
     """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
     prefetch_threads: int = Field(8, ge=1, le=64)
     """Remote frames that are opened at a time."""
-    s3_endpoint: str | None = None
+    s3_endpoint: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+/?$")
     """Where ``s3:`` frames are, ``https://host:port``; by default the environment's AWS_ENDPOINT_URL, else Amazon.
     Credentials are always the environment's (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role)."""
     s3_region: str | None = None

@@ -1,7 +1,7 @@
-"""Sources of bytes below the FITS reading: a mapped file, a file read by position, a gzip file decompressed once.
+"""Sources of bytes below the FITS reading: a mapped file, a file read by position, bytes made once and kept.
 
 A source has ``size``, ``read(offset, length)`` and, where its bytes lie in memory, ``pixels(...)``: an array over them
-without a copy. Anything else that has these three (a remote object read by ranges) can take their place.
+without a copy. Remote files read by ranges are in `stampworker.frames.remote`.
 
 Why files are mapped: a 63 × 63 stamp from a mapped frame takes 4 µs, 63 positioned reads 40 µs, one read of its rows
 60 µs and more. What speaks against a map is SIGBUS, which kills the process when a mapped page cannot be read. Hence,
@@ -18,6 +18,7 @@ import mmap
 import os
 import threading
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -174,48 +175,45 @@ def open_file(fd: int, url: str) -> Source:
         return PositionedFile(fd, url)
 
 
-class GzipFile:
-    """A gzip file, decompressed as a whole and kept within a budget of bytes; decompressed again when it was dropped.
+class Kept:
+    """Bytes that are made as a whole, a gzip file decompressed or a body downloaded, and kept within a budget.
+
+    They are made again when they were dropped.
 
     Parameters
     ----------
-    packed : Source
-        The gzip bytes.
+    make : callable
+        Returns the bytes; its errors are raised as they are.
     url : str
         Name for messages.
     budget : Budget
-        Where the decompressed bytes are accounted.
-    limit : int
-        Largest decompressed size, bytes.
-
-    Raises
-    ------
-    FrameCorrupt
-        The stream is damaged or ends early.
-    FrameRefused
-        It decompresses to more than ``limit``.
+        Where the bytes are accounted.
+    data : bytearray, optional
+        The bytes, where they have been made already.
     """
 
-    def __init__(self, packed: Source, url: str, budget: Budget, limit: int) -> None:
-        self._packed, self._url, self._budget, self._limit = packed, url, budget, limit
+    def __init__(self, make: Callable[[], bytearray], url: str, budget: Budget, data: bytearray | None = None) -> None:
+        self._make, self._url, self._budget = make, url, budget
         self._lock = threading.Lock()
-        self._data: bytearray | None = None
-        self.held = 0
-        self.used = 0
-        self.size = len(self._content())
+        self._data = data
+        self.held = 0 if data is None else len(data)
+        self.used = budget.tick()
+        if data is not None:
+            budget.settle(self)
+        self.size = len(self._content() if data is None else data)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` decompressed bytes from ``offset`` on."""
+        """Return ``length`` bytes from ``offset`` on."""
         return bytes(memoryview(self._content())[offset : offset + length])
 
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
     ) -> NDArray[Any] | None:
-        """Return the image at ``offset`` as an array over the decompressed bytes; the caller does not keep it."""
+        """Return the image at ``offset`` as an array over the bytes; the caller does not keep it."""
         return np.frombuffer(self._content(), dtype, shape[0] * shape[1], offset).reshape(shape)
 
     def release(self) -> None:
-        """Forget the decompressed bytes."""
+        """Forget the bytes."""
         self._data, self.held = None, 0
 
     def _content(self) -> bytearray:
@@ -225,7 +223,9 @@ class GzipFile:
             with self._lock:
                 data = self._data
                 if data is None:
-                    data = inflate(self._packed, self._url, self._limit)
+                    data = self._make()
+                    if len(data) != getattr(self, "size", len(data)):
+                        raise FrameUnavailable(self._url, f"{len(data)} bytes, {self.size} when it was opened")
                     self._data, self.held = data, len(data)
                     self._budget.settle(self)
         return data

@@ -9,8 +9,11 @@ import os
 import re
 import stat
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote, unquote, urlsplit
@@ -18,13 +21,17 @@ from urllib.parse import quote, unquote, urlsplit
 import numpy as np
 from astropy.io import fits
 
-from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames.address import REMOTE, Address, parse, parse_root, scheme_of, without_credentials
 from stampworker.frames.budget import Budget
 from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
+from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
+from stampworker.frames.remote import Memory, Remote, open_remote, time_limit
 from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
-from stampworker.frames.sources import GZIP_MAGIC, GzipFile, Source, open_file
+from stampworker.frames.sources import GZIP_MAGIC, Kept, Source, inflate, open_file
 from stampworker.frames.tiles import TiledImage
+from stampworker.frames.web import WebClient, WebFile
 
 if TYPE_CHECKING:
     from astropy.wcs import WCS
@@ -172,11 +179,23 @@ def _of_table(keyword: str) -> bool:
 
 
 class _File:
-    """An open file: its bytes, its HDUs as far as they were asked for, and its frames."""
+    """An open file: its bytes, its HDUs as far as they were asked for, and its frames.
 
-    def __init__(self, path: str, signature: tuple[int, ...]) -> None:
-        self.path = path
+    ``key`` is its resolved path or its URL; ``signature`` tells it from another file there; ``is_stale`` says that it
+    must be opened again.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        opener: Callable[[str], Source],
+        signature: tuple[int, ...] = (),
+        is_stale: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.key = key
         self.signature = signature
+        self.is_stale = is_stale
+        self._opener = opener
         self.lock = threading.Lock()
         self.frames: dict[tuple[str, bool], Frame] = {}
         self.source: Source | None = None
@@ -186,9 +205,9 @@ class _File:
     def load(self, url: str, settings: FrameSettings, budget: Budget) -> Source:
         """Open the file, once."""
         if self.source is None:
-            source = _open_local(self.path, url)
+            source = self._opener(url)
             if source.read(0, min(2, source.size)) == GZIP_MAGIC:
-                source = GzipFile(source, url, budget, settings.max_decompressed_bytes)
+                source = Kept(partial(inflate, source, url, settings.max_decompressed_bytes), url, budget)
             self.source = source
             self._rest = walk(source, url, settings.max_header_bytes)
         return self.source
@@ -238,24 +257,37 @@ class FrameStore:
     base : Path, optional
         Where relative paths start; by default at the first root.
 
+    Raises
+    ------
+    ConfigError
+        A root is neither a folder nor a URL prefix that can be read, or what reads it is not installed.
+
     Notes
     -----
     Threads may share a store. ``with`` closes it. What was opened is kept by last use: at most ``max_open_frames``
-    files, one descriptor each, and ``cache_bytes`` of decompressed data. A file that was replaced or rewritten is
-    opened again.
+    files, one descriptor each, and ``cache_bytes`` of data that was decompressed or came from a server. A local file
+    that was replaced or rewritten is opened again; a remote one when ``remote_age_s`` have passed, or a range shows
+    that it is another one.
     """
 
     def __init__(
         self, settings: FrameSettings, *, allowed_files: Iterable[Path] = (), base: Path | None = None
     ) -> None:
         self._settings = settings
-        self._roots = [os.path.realpath(root) for root in map(_local_root, settings.frame_roots) if root is not None]
+        local = [root for root in settings.frame_roots if scheme_of(root) in (None, "file")]
+        self._roots = [os.path.realpath(_local_root(root)) for root in local]
+        self._urls = [parse_root(root) for root in settings.frame_roots if root not in local]
         self._allowed = {os.path.realpath(path) for path in allowed_files}
         start = base if base is not None else (self._roots[0] if self._roots else None)
         self._base = None if start is None else Path(start).absolute()
+        first = settings.frame_roots[0] if settings.frame_roots else ""
+        self._base_url = first if base is None and scheme_of(first) in REMOTE else None
+        memory = Memory(settings.failure_age_s)
+        self._web = WebClient(settings, self._urls, memory)
+        self._buckets = BucketClient(settings, memory) if any(root.scheme == "s3" for root in self._urls) else None
         self._budget = Budget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._known: dict[tuple[str, bool], tuple[_File, Path, Frame]] = {}
+        self._known: dict[tuple[str, bool], tuple[_File, Callable[[], bool], Frame]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -271,15 +303,40 @@ class FrameStore:
             self._closed = True
             self._files.clear()
             self._known.clear()
+        self._web.close()
 
     def trim(self) -> None:
-        """Forget decompressed data that was not used since the last call; call it once a batch."""
+        """Forget data (decompressed, or from a server) that was not used since the last call; call it once a batch."""
         self._budget.trim()
 
     @property
     def cached_bytes(self) -> int:
-        """Decompressed data held now, bytes."""
+        """Data held now, decompressed or from a server, bytes."""
         return self._budget.held
+
+    @contextlib.contextmanager
+    def time_limit(self) -> Iterator[None]:
+        """Let all that the block asks of servers, in this thread, take ``total_s`` at most: one alert, say."""
+        with time_limit(self._settings.total_s):
+            yield
+
+    def prefetch(self, urls: Iterable[str]) -> None:
+        """Open remote frames, several at a time; what fails, fails again when it is opened by `open`.
+
+        Parameters
+        ----------
+        urls : iterable of str
+            As for `open`; paths and ``file:`` URLs, which open at once, are passed over.
+        """
+        wanted = {url for url in urls if scheme_of(url) in REMOTE or (self._base_url and scheme_of(url) is None)}
+        if len(wanted) < 2:  # nothing to do at the same time
+            return
+        with ThreadPoolExecutor(min(len(wanted), self._settings.prefetch_threads), "prefetch") as threads:
+            list(threads.map(self._prefetch, wanted))
+
+    def _prefetch(self, url: str) -> None:
+        with contextlib.suppress(FrameError):  # open() says it, from what is remembered
+            self.open(url)
 
     def open(self, url: str, *, mask: bool = False) -> Frame:
         """Return the frame at a URL or path.
@@ -287,8 +344,8 @@ class FrameStore:
         Parameters
         ----------
         url : str
-            ``file:`` URL or path, with an optional fragment: EXTNAME in any case, ``NAME,ver`` or a number. Without
-            one: the first HDU that holds a 2-D image.
+            Path, ``file:``, ``http:``, ``https:`` or ``s3:`` URL, with an optional fragment: EXTNAME in any case,
+            ``NAME,ver`` or a number. Without one: the first HDU that holds a 2-D image.
         mask : bool
             The plane is a mask: integers stay integers.
 
@@ -301,9 +358,9 @@ class FrameStore:
         FrameMissing
             There is no such file.
         FrameRefused
-            It lies outside the roots, or above a limit.
+            It lies outside the roots, redirects out of them, or is above a limit.
         FrameUnavailable
-            It cannot be read now: permission, input/output error.
+            It cannot be read now: permission, input/output error, a server that is down, busy or slow.
         FrameCorrupt
             It is not FITS, is cut off, or has no such 2-D image.
         """
@@ -311,12 +368,11 @@ class FrameStore:
         if known is not None:
             return known
         given, fragment = split_fragment(url)
-        path = self._path(given, url)
-        shown = "file://" + quote(str(path)) + (f"#{quote(fragment, safe=',')}" if fragment else "")
-        resolved = self._contained(path, shown)
-        file = self._file(resolved, shown)
+        file, shown, is_fresh = self._remote(given) if self._is_remote(given) else self._local(given, url, fragment)
+        shown += f"#{quote(fragment, safe=',')}" if fragment else ""
         try:
-            with file.lock:
+            # Two threads that want the same file wait here, and for no other.
+            with file.lock, time_limit(self._settings.total_s):
                 frame = file.frames.get((fragment, mask))
                 if frame is None:
                     frame = self._load(file, shown, fragment, mask)
@@ -326,9 +382,60 @@ class FrameStore:
                 self._forget(file)
             raise
         with self._lock:
-            if self._files.get(resolved) is file:
-                self._known[url, mask] = file, path, frame
+            if self._files.get(file.key) is file:
+                self._known[url, mask] = file, is_fresh, frame
         return frame
+
+    def _is_remote(self, given: str) -> bool:
+        scheme = scheme_of(given)
+        return scheme in REMOTE or (
+            scheme is None and self._base_url is not None and bool(given) and not given.startswith("/")
+        )
+
+    def _local(self, given: str, url: str, fragment: str) -> tuple[_File, str, Callable[[], bool]]:
+        """Return the file of a path or ``file:`` URL, how it is shown, and what says whether it is still that file."""
+        path = self._path(given, url)
+        shown = "file://" + quote(str(path))
+        named = shown + (f"#{quote(fragment, safe=',')}" if fragment else "")
+        resolved = self._contained(path, named)
+        try:
+            signature = _signature(Path(resolved).stat())
+        except OSError as exc:
+            raise _sorted(exc, named) from exc
+        file = self._file(_File(resolved, partial(_open_local, resolved), signature))
+
+        def is_fresh() -> bool:
+            try:
+                return _signature(path.stat()) == file.signature
+            except OSError:  # opening it says what is wrong
+                return False
+
+        return file, shown, is_fresh
+
+    def _remote(self, given: str) -> tuple[_File, str, Callable[[], bool]]:
+        """Return the file of a URL, how it is shown, and what says whether it may still be used."""
+        if self._base_url is not None and scheme_of(given) is None:
+            path = given if self._base_url.lower().startswith("s3:") else quote(given)
+            given = f"{self._base_url.rstrip('/')}/{path}"
+        address = parse(given)
+        if not any(address.beneath(root) for root in self._urls):
+            roots = ", ".join(root.shown for root in self._urls) or "no URL configured"
+            raise FrameRefused(address.shown, f"outside the frame roots; frame_roots: {roots}")
+        remote = self._protocol(address)
+        opened, age = time.monotonic(), self._settings.remote_age_s
+        file = self._file(
+            _File(
+                given,
+                lambda shown: open_remote(remote, shown, self._budget),
+                is_stale=lambda: remote.changed or time.monotonic() - opened > age,
+            )
+        )
+        return file, address.shown, lambda: not file.is_stale()
+
+    def _protocol(self, address: Address) -> Remote:
+        if address.scheme == "s3" and self._buckets is not None:
+            return BucketFile(self._buckets, address)
+        return WebFile(self._web, address)
 
     def _recall(self, url: str, mask: bool) -> Frame | None:
         """Return a frame that is open already, unless its file has changed."""
@@ -338,13 +445,9 @@ class FrameStore:
             known = self._known.get((url, mask))
             if known is None:
                 return None
-            file, path, frame = known
-            self._files.move_to_end(file.path)
-        try:
-            same = _signature(path.stat()) == file.signature
-        except OSError:  # opening it says what is wrong
-            same = False
-        if same:
+            file, is_fresh, frame = known
+            self._files.move_to_end(file.key)
+        if is_fresh():
             return frame
         self._forget(file)
         return None
@@ -371,9 +474,10 @@ class FrameStore:
         parts = urlsplit(given)
         if (parts.scheme and "://" in given) or parts.scheme == "file":
             if parts.scheme != "file":
-                raise FrameRefused(_without_credentials(url), f"scheme {parts.scheme!r}, wanted file: or a path")
+                problem = f"scheme {parts.scheme!r}, wanted file:, http:, https:, s3: or a path"
+                raise FrameRefused(without_credentials(url), problem)
             if parts.netloc not in ("", "localhost"):
-                raise FrameRefused(_without_credentials(url), f"file on host {parts.hostname!r}, wanted a local one")
+                raise FrameRefused(without_credentials(url), f"file on host {parts.hostname!r}, wanted a local one")
             given = unquote(parts.path)
         if "\0" in given or not given:
             raise FrameRefused(ascii(url), "not a path")
@@ -391,19 +495,15 @@ class FrameStore:
         where = "" if resolved == str(path) else f" (it resolves to {resolved})"
         raise FrameRefused(url, f"outside the frame roots{where}; frame_roots: {roots}")
 
-    def _file(self, resolved: str, url: str) -> _File:
-        """Return the open file of a path, or a new one that is to be loaded."""
-        try:
-            signature = _signature(Path(resolved).stat())
-        except OSError as exc:
-            raise _sorted(exc, url) from exc
+    def _file(self, new: _File) -> _File:
+        """Return the open file of the same key, or the new one, which is still to be loaded."""
         with self._lock:
-            file = self._files.get(resolved)
-            if file is None or file.signature != signature:
+            file = self._files.get(new.key)
+            if file is None or file.signature != new.signature or file.is_stale():
                 if file is not None:
                     self._drop(file)
-                file = self._files[resolved] = _File(resolved, signature)
-            self._files.move_to_end(resolved)
+                file = self._files[new.key] = new
+            self._files.move_to_end(file.key)
             while len(self._files) > self._settings.max_open_frames:
                 self._drop(next(iter(self._files.values())))
         return file
@@ -414,8 +514,8 @@ class FrameStore:
 
     def _drop(self, file: _File) -> None:
         """Take a file out of the store; the caller holds the lock."""
-        if self._files.get(file.path) is file:
-            del self._files[file.path]
+        if self._files.get(file.key) is file:
+            del self._files[file.key]
         for key in [key for key, (other, _, _) in self._known.items() if other is file]:
             del self._known[key]
 
@@ -430,19 +530,9 @@ def _signature(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _local_root(root: str) -> str | None:
-    parts = urlsplit(root)
-    if parts.scheme == "file":
-        return unquote(parts.path)
-    return None if "://" in root else root
+def _local_root(root: str) -> str:
+    return unquote(urlsplit(root).path) if scheme_of(root) else root
 
 
 def _beneath(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
-
-
-def _without_credentials(url: str) -> str:
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    return "<unreadable URL>"

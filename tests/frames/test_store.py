@@ -58,8 +58,9 @@ def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("http://user:pass@example.org/a.fits", "http://example.org/a.fits: scheme 'http', wanted file:"),
-        ("s3://bucket/a.fits", "scheme 's3'"),
+        ("http://user:pass@example.org/a.fits", "http://example.org/a.fits: outside the frame roots"),
+        ("s3://bucket/a.fits", "outside the frame roots"),
+        ("gs://user:pass@bucket/a.fits", "gs://bucket/a.fits: scheme 'gs', wanted file:, http:, https:, s3: or a path"),
         ("ftp://x/a", "scheme 'ftp'"),
         ("file://elsewhere/a.fits", "file on host 'elsewhere'"),
         ("a\0.fits", "not a path"),

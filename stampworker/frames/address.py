@@ -1,0 +1,182 @@
+"""URLs of frames: what they name, beneath which root, and how they are shown.
+
+A URL lies beneath a root when scheme, host and port are equal and its path begins with the root's, folder by folder,
+after percent-decoding. Anything that servers are known to read differently from what it looks like is refused:
+``..`` in any disguise, an encoded slash, a backslash.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from dataclasses import dataclass
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from stampworker.errors import ConfigError, FrameRefused
+
+REMOTE = ("http", "https", "s3")
+"""Schemes of frames that are not files."""
+
+_PORTS = {"http": 80, "https": 443, "s3": 0}
+_SCHEME = re.compile(r"(https?|s3|file)(?=:)|[A-Z][A-Z0-9+.-]*(?=://)", re.IGNORECASE)
+_HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
+# Names of parameters that carry, or accompany, a signature or a key: S3, GCS, CloudFront, Azure's SAS, and the like.
+_SIGNED = re.compile(
+    r"(?:^|[&;])(?:x-(?:amz|goog|ms)-|[^=&;]*(?:sig|token|key|secret|pass|auth|cred|policy|session|hmac)|s[a-z]=|code=)",
+    re.IGNORECASE,
+)
+_SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has decided
+
+
+@dataclass(frozen=True)
+class Address:
+    """A remote URL, taken apart.
+
+    Attributes
+    ----------
+    scheme, host : str
+        In lower case; the bucket of an ``s3:`` URL is its host.
+    port : int
+        The scheme's own where the URL names none.
+    folders : tuple of str
+        The path's segments, decoded (those of ``s3:`` as they are: a key is not encoded).
+    target : str
+        Path and query as they are asked for; the key of ``s3:``.
+    authorization : str or None
+        Value of the header, from a name and password in the URL.
+    shown : str
+        The URL without credentials, for messages and packets.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    folders: tuple[str, ...]
+    target: str
+    authorization: str | None
+    shown: str
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """Scheme, host and port."""
+        return self.scheme, self.host, self.port
+
+    def beneath(self, root: Address) -> bool:
+        """Say whether this lies beneath a root."""
+        folders = root.folders[:-1] if root.folders[-1] == "" else root.folders
+        return self.origin == root.origin and self.folders[: len(folders)] == folders
+
+
+def scheme_of(url: str) -> str | None:
+    """Return the scheme of a URL in lower case; None for a path."""
+    match = _SCHEME.match(url)
+    return match[0].lower() if match else None
+
+
+def parse(url: str) -> Address:
+    """Take a remote URL without fragment apart.
+
+    Parameters
+    ----------
+    url : str
+        ``http:``, ``https:`` or ``s3:``.
+
+    Returns
+    -------
+    address : Address
+
+    Raises
+    ------
+    FrameRefused
+        It is not a URL, or its path could be read as leaving its folder.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise FrameRefused("<unreadable URL>", f"not a URL: {exc}") from None
+    shown = without_credentials(url)
+    if _HIDDEN.search(url) or "\\" in url:
+        raise FrameRefused(ascii(shown), "blanks, control characters or backslashes, wanted a URL")
+    scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
+    if not host.isascii():
+        raise FrameRefused(ascii(shown), "a host in other letters than ASCII's, wanted its xn-- form")
+    if not host:
+        raise FrameRefused(shown, "no host, wanted scheme://host/path")
+    if port is None:
+        port = _PORTS[scheme]
+    segments = parts.path.removeprefix("/").split("/")
+    for segment in segments:
+        _check(segment, shown)
+    if scheme == "s3":
+        key = url.partition("://")[2].partition("/")[2]  # a question mark is a letter of a key
+        if "" in key.split("/")[:-1]:
+            raise FrameRefused(shown, "an empty folder in the key, wanted s3://bucket/folder/name")
+        return Address(scheme, host, port, tuple(key.split("/")), key, None, shown)
+    target = quote("/" + parts.path.removeprefix("/"), safe=_SAFE)
+    if parts.query:
+        target += "?" + quote(parts.query, safe=_SAFE)
+    return Address(scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), shown)
+
+
+def parse_root(root: str) -> Address:
+    """Take a root apart.
+
+    Parameters
+    ----------
+    root : str
+        A URL prefix: ``https://host/path/``, ``s3://bucket/prefix/``.
+
+    Returns
+    -------
+    root : Address
+
+    Raises
+    ------
+    ConfigError
+        It is of an unknown scheme, no URL, or holds credentials, a query or a fragment.
+    """
+    shown = without_credentials(root)
+    if scheme_of(root) not in REMOTE:
+        raise ConfigError(f"frames.frame_roots: found {shown!r}, wanted a folder or a file:, http:, https: or s3: URL")
+    parts = urlsplit(root)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(f"frames.frame_roots: {shown!r} has credentials, a query or a fragment, wanted a prefix only")
+    try:
+        return parse(root)
+    except FrameRefused as exc:
+        raise ConfigError(f"frames.frame_roots: {exc}") from exc
+
+
+def join(base: str, reference: str) -> str:
+    """Return a URL that stands in a ``Location`` header, seen from the URL that gave it."""
+    return urljoin(base, reference)
+
+
+def without_credentials(url: str) -> str:
+    """Return a URL without name and password, and without its query where that is signed."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "<unreadable URL>"
+    query = "" if parts.scheme.lower() != "s3" and _SIGNED.search(parts.query) else parts.query
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
+
+
+def _check(segment: str, shown: str) -> None:
+    """Refuse a path segment that is, or might decode to, something that leaves its folder."""
+    decoded = segment
+    for _ in range(4):
+        if decoded.split(";")[0] in (".", ".."):
+            raise FrameRefused(shown, f"{segment!r} in the path, wanted one that does not leave its folder")
+        if "/" in decoded or "\\" in decoded or "\0" in decoded:
+            raise FrameRefused(shown, f"an encoded slash, backslash or NUL in {segment!r}")
+        decoded, before = unquote(decoded), decoded
+        if decoded == before:
+            return
+    raise FrameRefused(shown, f"{segment!r} is percent-encoded again and again")
+
+
+def _authorization(url: str) -> str | None:
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    return "Basic " + b64encode(unquote(user).encode()).decode() if at else None

@@ -1,0 +1,239 @@
+"""Remote frames below the FITS reading: ranges fetched once, whole bodies where they must be, failures remembered.
+
+A protocol (`stampworker.frames.web`, `stampworker.frames.objects`) is a `Remote`: the beginning of a file, a range of
+it, the whole. What is fetched is kept in blocks within the store's budget, so that the stamps of a batch that share
+rows, and the header's second reading, cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames.sources import GZIP_MAGIC, Kept, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from stampworker.frames.budget import Budget
+
+FIRST = 1 << 16
+"""Bytes asked for at first: magic, the headers of most frames."""
+
+# Ranges are widened to blocks; 63 rows of 3072 float32 are 47 of these, so the widening costs at most 4 %.
+_BLOCK = 1 << 14
+_MOST_REMEMBERED = 10_000
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first answer about a file.
+
+    Attributes
+    ----------
+    data : bytes or bytearray
+        The first `FIRST` bytes or what there is; the whole file where ``ranges`` is false.
+    size : int
+        Of the whole file.
+    ranges : bool
+        The server serves ranges.
+    """
+
+    data: bytes | bytearray
+    size: int
+    ranges: bool
+
+
+class Remote(Protocol):
+    """One remote file; ``changed`` once it was seen to be another one than at its beginning."""
+
+    changed: bool
+
+    def begin(self) -> Beginning:
+        """Ask for the first `FIRST` bytes."""
+        ...
+
+    def range(self, offset: int, length: int) -> bytes:
+        """Return bytes of the file whose beginning was seen; `FrameUnavailable` where it is another one now."""
+        ...
+
+    def whole(self) -> bytearray:
+        """Return all of it, likewise."""
+        ...
+
+
+class RangedFile:
+    """A remote file read by ranges.
+
+    Parameters
+    ----------
+    remote : Remote
+        Its protocol.
+    beginning : Beginning
+        What `Remote.begin` returned.
+    budget : Budget
+        Bounds the blocks that are kept.
+    """
+
+    def __init__(self, remote: Remote, beginning: Beginning, budget: Budget) -> None:
+        self.size = beginning.size
+        self.held = 0
+        self.used = budget.tick()
+        self._remote, self._budget = remote, budget
+        self._lock = threading.Lock()
+        self._blocks: dict[int, bytes] = {}
+        data = bytes(beginning.data)
+        whole = len(data) if len(data) == self.size else len(data) - len(data) % _BLOCK
+        self._keep(0, data[:whole])
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset`` on, with at most one request."""
+        self.used = self._budget.tick()
+        wanted = range(offset // _BLOCK, -(-(offset + length) // _BLOCK))
+        kept = self._blocks
+        blocks = {index: kept.get(index) for index in wanted}
+        missing = [index for index, block in blocks.items() if block is None]
+        if missing:
+            start, stop = missing[0] * _BLOCK, min((missing[-1] + 1) * _BLOCK, self.size)
+            data = self._remote.range(start, stop - start)
+            self._keep(missing[0], data)
+            blocks |= {missing[0] + i: block for i, block in enumerate(_split(data))}
+        joined = b"".join(block for block in blocks.values() if block is not None)
+        start = offset - wanted.start * _BLOCK
+        return joined[start : start + length]
+
+    def pixels(
+        self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
+    ) -> NDArray[Any] | None:
+        """Return None: the bytes do not lie in memory."""
+        return None
+
+    def release(self) -> None:
+        """Forget the blocks."""
+        with self._lock:
+            self._blocks, self.held = {}, 0
+
+    def _keep(self, first: int, data: bytes) -> None:
+        if not self._budget.room(self, len(data)):
+            self.release()
+        if self._budget.room(self, len(data)):
+            with self._lock:
+                self._blocks.update((first + i, block) for i, block in enumerate(_split(data)))
+                self.held = sum(map(len, self._blocks.values()))
+            self._budget.settle(self)
+
+
+def _split(data: bytes) -> Iterator[bytes]:
+    return (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
+
+
+def open_remote(remote: Remote, url: str, budget: Budget) -> Source:
+    """Return a source over a remote file: by ranges, or whole where it is gzip or the server has no ranges.
+
+    Parameters
+    ----------
+    remote : Remote
+        Its protocol.
+    url : str
+        Name for messages.
+    budget : Budget
+        Bounds what is kept.
+
+    Returns
+    -------
+    source : Source
+
+    Raises
+    ------
+    FrameError
+        See `stampworker.frames.FrameStore.open`.
+    """
+    beginning = remote.begin()
+    if beginning.size == 0:
+        raise FrameCorrupt(url, "the file is empty, wanted FITS")
+    if not beginning.ranges:
+        return Kept(remote.whole, url, budget, bytearray(beginning.data))
+    if beginning.data[:2] == GZIP_MAGIC:
+        return Kept(remote.whole, url, budget)
+    return RangedFile(remote, beginning, budget)
+
+
+class Memory:
+    """Failures that are not asked about again for a while, so that a burst of alerts asks once.
+
+    Parameters
+    ----------
+    seconds : float
+        How long, where the server does not say.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._known: dict[Hashable, tuple[float, float, FrameError]] = {}
+
+    def note(self, key: Hashable, error: FrameMissing | FrameUnavailable, seconds: float | None = None) -> None:
+        """Remember a failure of a URL or of a whole server, for ``seconds`` at least."""
+        now = time.monotonic()
+        until = now + max(seconds or 0.0, self._seconds)
+        with self._lock:
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.clear()
+            self._known[key] = now, until, error
+
+    def check(self, shown: str, *keys: Hashable) -> None:
+        """Raise the failure that is remembered under one of the keys, in the name of the URL ``shown``."""
+        now = time.monotonic()
+        for key in keys:
+            with self._lock:
+                known = self._known.get(key)
+                if known is not None and known[1] <= now:
+                    del self._known[key]
+                    known = None
+            if known is not None:
+                noted, until, error = known
+                raise type(error)(
+                    shown, f"{error.problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)"
+                )
+
+
+_ends = threading.local()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End every request of this thread inside the block within ``seconds``; of two limits the earlier one counts."""
+    before: float | None = getattr(_ends, "at", None)
+    end = time.monotonic() + seconds
+    _ends.at = end if before is None else min(end, before)
+    try:
+        yield
+    finally:
+        _ends.at = before
+
+
+def end_within(seconds: float) -> float:
+    """Return when a request that begins now must have ended, on the monotonic clock."""
+    limit: float | None = getattr(_ends, "at", None)
+    end = time.monotonic() + seconds
+    return end if limit is None else min(end, limit)
+
+
+def collect(
+    chunks: Iterator[bytes], limit: int, refuse: Callable[[str], FrameRefused], end: float | None = None
+) -> bytearray:
+    """Join chunks of a body; refuse more than ``limit`` bytes, `TimeoutError` after ``end``."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > limit:
+            raise refuse(f"more than the {limit} bytes allowed (frames.max_download_bytes)")
+        if end is not None and time.monotonic() > end:
+            raise TimeoutError("the total time is over")
+    return data

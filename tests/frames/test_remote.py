@@ -1,0 +1,658 @@
+"""Frames over HTTP from a server that serves well, badly, late or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import web_server as web
+from astropy.io import fits
+from web_server import WebServer
+
+from stampworker.config import FrameSettings
+from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames import FrameStore
+from stampworker.frames.web import forbidden
+
+ALL = (slice(None), slice(None))
+Open = Callable[..., FrameStore]
+
+
+@pytest.fixture
+def server(write: Callable[..., Path], pixels: np.ndarray) -> Iterator[WebServer]:
+    """Serve ``/data/a.fits``, and ``/secret.fits`` beside the root."""
+    with WebServer() as running:
+        running.files["/data/a.fits"] = running.files["/secret.fits"] = write("a.fits", pixels).read_bytes()
+        running.files["/data/a.fits.gz"] = gzip.compress(running.files["/data/a.fits"])
+        yield running
+
+
+@pytest.fixture
+def open_store(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Return a function that opens a store with the server's ``data/`` as its root and short times."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    stores: list[FrameStore] = []
+
+    def open_store(*roots: str, **settings: Any) -> FrameStore:
+        given = {"connect_s": 0.5, "read_s": 0.3, "total_s": 0.6, "failure_age_s": 0.0} | settings
+        stores.append(FrameStore(FrameSettings(frame_roots=roots or (f"{server.url}data/",), **given)))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        store.close()
+
+
+def url_of(server: WebServer, path: str = "data/a.fits") -> str:
+    return server.url + path
+
+
+@pytest.mark.parametrize("how", [web.serve, web.without_ranges, web.without_length, web.in_chunks])
+@pytest.mark.parametrize("name", ["a.fits", "a.fits.gz"])
+def test_same_pixels(server: WebServer, open_store: Open, pixels: np.ndarray, how: web.Behaviour, name: str) -> None:
+    """With ranges or without, with a length or without, plain or gzip: the pixels of the file."""
+    server.behaviours[f"/data/{name}"] = how
+    store = open_store()
+    frame = store.open(url_of(server, f"data/{name}"))
+    np.testing.assert_array_equal(frame[ALL], pixels)
+    np.testing.assert_array_equal(frame[5:9, 70:90], pixels[5:9, 70:90])
+    assert frame.url == url_of(server, f"data/{name}")
+    assert store.open(url_of(server, f"data/{name}")) is frame
+
+
+def test_relative_paths_start_at_the_first_root(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
+    """A relative path, and one with a blank, is looked for beneath a first root that is a URL."""
+    server.files["/data/night%201/b.fits"] = server.files["/data/a.fits"]
+    store = open_store()
+    np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)
+    frame = store.open("night 1/b.fits#0")
+    np.testing.assert_array_equal(frame[ALL], pixels)
+    assert frame.url == url_of(server, "data/night%201/b.fits#0")
+
+
+def wide(path: Path, shape: tuple[int, int], **how: Any) -> np.ndarray:
+    """Write a frame of noise, plain or tile-compressed."""
+    data = np.random.default_rng(3).normal(100, 5, shape).astype("f4")
+    hdus = [fits.PrimaryHDU(), fits.CompImageHDU(data, **how)] if how else [fits.PrimaryHDU(data)]
+    fits.HDUList(hdus).writeto(path)
+    return data if not how else fits.getdata(path)
+
+
+def test_a_stamp_moves_its_rows(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """63 × 63 pixels of 3080 × 3072 float32 move less than 2.5 % of the frame, in two requests; again: nothing."""
+    data = wide(tmp_path / "wide.fits", (3080, 3072))
+    content = server.files["/data/wide.fits"] = (tmp_path / "wide.fits").read_bytes()
+    store = open_store(total_s=10.0, read_s=10.0)
+    frame = store.open(url_of(server, "data/wide.fits"))
+    np.testing.assert_array_equal(frame[1500:1563, 700:763], data[1500:1563, 700:763])
+    assert server.sent < 0.025 * len(content)
+    assert len(server.requests) == 2
+    sent = server.sent
+    np.testing.assert_array_equal(frame[1500:1563, 2000:2063], data[1500:1563, 2000:2063])
+    assert store.open(url_of(server, "data/wide.fits"), mask=True).shape == (3080, 3072)
+    assert server.sent == sent
+    np.testing.assert_array_equal(frame[1540:1603, 5:9], data[1540:1603, 5:9])
+    assert server.sent - sent < 42 * 3072 * 4 + 2 * 16384
+
+
+@pytest.mark.parametrize("tile", [(1, 700), (64, 64)])
+def test_tiles_alone_are_moved(server: WebServer, open_store: Open, tmp_path: Path, tile: tuple[int, int]) -> None:
+    """Of a tile-compressed frame move the headers, the table of tiles and the tiles that a stamp touches."""
+    data = wide(tmp_path / "a.fz", (800, 700), compression_type="RICE_1", tile_shape=tile, quantize_method=1)
+    content = server.files["/data/a.fz"] = (tmp_path / "a.fz").read_bytes()
+    frame = open_store(total_s=10.0, read_s=10.0).open(url_of(server, "data/a.fz"))
+    np.testing.assert_array_equal(frame[500:531, 300:331], data[500:531, 300:331])
+    assert server.sent < 0.35 * len(content)
+    np.testing.assert_array_equal(frame[ALL], data)
+
+
+def test_twenty_stamps_need_one_open(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
+    """A frame is asked for once, however many stamps are cut, and by however many threads at once."""
+    store = open_store()
+    frames: list[object] = []
+    threads = [threading.Thread(target=lambda: frames.append(store.open("a.fits"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    frame = store.open("a.fits")
+    for x in range(20):
+        np.testing.assert_array_equal(frame[10:20, x : x + 9], pixels[10:20, x : x + 9])
+    assert len(server.requests) == 1
+    assert frames == [frame] * 8
+
+
+def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
+    """Frames are opened several at a time, the bad among them left to open(), which does not ask for them again."""
+    names = [f"{i}.fits" for i in range(6)]
+    together = threading.Barrier(6)
+
+    def meet(handler: web.Handler) -> None:
+        together.wait(5)
+        web.serve(handler)
+
+    for name in names:
+        server.files[f"/data/{name}"] = server.files["/data/a.fits"]
+        server.behaviours[f"/data/{name}"] = meet
+    store = open_store(failure_age_s=5.0, prefetch_threads=8, total_s=10.0, read_s=10.0)
+    store.prefetch([*names, *names, "none.fits", "../secret.fits", "/etc/hostname"])
+    assert len(server.requests) == 7
+    for name in names:
+        assert store.open(name).shape == (61, 83)
+    with pytest.raises(FrameMissing, match=r"the server says 404 Not Found \(.* s ago; asked again in"):
+        store.open("none.fits")
+    assert len(server.requests) == 7
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "secret.fits",
+        "data/../secret.fits",
+        "data/%2e%2e/secret.fits",
+        "data/.%2E/secret.fits",
+        "data/%252e%252e/secret.fits",
+        "data/%25252e%25252e/secret.fits",
+        "data/..%2fsecret.fits",
+        "data/..;x/secret.fits",
+        "data/./a.fits",
+        "data/..%5csecret.fits",
+        "data%2fa.fits",
+        "database/a.fits",
+        "data/a.fits\r\nX: y",
+        "data/a\tb",
+        "data/a\\b",
+        "data/%00",
+        "",
+    ],
+)
+def test_urls_outside_the_root(server: WebServer, open_store: Open, path: str) -> None:
+    """Parents in any disguise, neighbours whose names begin alike and characters that split requests are refused."""
+    with pytest.raises(FrameRefused, match=r"outside the frame roots|in the path|encoded|control characters"):
+        open_store().open(url_of(server, path))
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://127.0.0.1:PORT/data/a.fits",
+        "http://127.0.0.1/data/a.fits",
+        "http://localhost:PORT/data/a.fits",
+        "http://127.1:PORT/data/a.fits",
+        "http://2130706433:PORT/data/a.fits",
+        "http://127.0.0.1:PORT@example.org/data/a.fits",
+        "http://example.org/data/a.fits",
+        "http:///data/a.fits",
+        "http://[::1/data",
+        "http://127.0.0.1:99999/data/a.fits",
+        "http://exämple.org/data/a.fits",
+        "s3://data/a.fits",
+        "ftp://127.0.0.1:PORT/data/a.fits",
+        "http:/data/a.fits",
+    ],
+)
+def test_other_hosts(server: WebServer, open_store: Open, url: str) -> None:
+    """Another host, another spelling of the same one, another port or scheme is refused."""
+    with pytest.raises(FrameRefused, match=r"outside the frame roots|no host|not a URL|scheme|ASCII"):
+        open_store().open(url.replace("PORT", str(server.server_port)))
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "gs://bucket/x",
+        "ftp://host/",
+        "https://u:hunter2@host/",
+        "https://host/?key=hunter2",
+        "https://",
+        "http://h/../x",
+    ],
+)
+def test_roots_that_cannot_be(root: str) -> None:
+    """A root of an unknown scheme, with credentials, or that is no URL stops the start, and shows no secret."""
+    with pytest.raises(ConfigError, match=r"frames\.frame_roots: ") as caught:
+        FrameStore(FrameSettings(frame_roots=(root,)))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_redirects(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
+    """Within the roots they are followed; to elsewhere, to another scheme, round and round they are not."""
+    with WebServer() as other:
+        other.files["/x/a.fits"] = server.files["/data/a.fits"]
+        server.behaviours |= {
+            "/data/1.fits": web.redirect("a.fits", 301),
+            "/data/2.fits": web.redirect("/data/1.fits", 308),
+            "/data/out.fits": web.redirect("/secret.fits"),
+            "/data/up.fits": web.redirect("../secret.fits"),
+            "/data/hidden.fits": web.redirect("%2e%2e/secret.fits"),
+            "/data/other.fits": web.redirect(f"{other.url}x/a.fits?token=hunter2"),
+            "/data/file.fits": web.redirect("file:///etc/hostname"),
+            "/data/none.fits": lambda handler: handler.answer(302),
+            "/data/round.fits": web.redirect("round.fits"),
+        }
+        store = open_store()
+        for name in ("1.fits", "2.fits"):
+            frame = store.open(name)
+            np.testing.assert_array_equal(frame[ALL], pixels)
+            assert frame.url == url_of(server, f"data/{name}")
+        for name in ("out", "up", "other"):
+            with pytest.raises(FrameRefused, match=rf"{name}\.fits: redirects to .*outside the frame roots") as caught:
+                store.open(f"{name}.fits")
+            assert "hunter2" not in str(caught.value)
+        for name in ("file", "none"):
+            with pytest.raises(FrameRefused, match=r"redirects to .*wanted http: or https:"):
+                store.open(f"{name}.fits")
+        with pytest.raises(FrameRefused, match=r"'%2e%2e' in the path"):
+            store.open("hidden.fits")
+        with pytest.raises(FrameUnavailable, match="more than 5 redirects"):
+            store.open("round.fits")
+        assert other.requests == []
+        both = open_store(f"{server.url}data/", f"{other.url}x/")
+        np.testing.assert_array_equal(both.open("other.fits")[ALL], pixels)
+        assert "/secret.fits" not in {path for path, _ in server.requests}
+
+
+@pytest.mark.parametrize(
+    "ip",
+    [
+        "127.0.0.1",
+        "127.9.9.9",
+        "::1",
+        "169.254.169.254",
+        "fe80::1%2",
+        "0.0.0.0",
+        "::",
+        "::ffff:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "224.0.0.1",
+        "ff02::1",
+    ],
+)
+def test_names_of_forbidden_addresses(open_store: Open, monkeypatch: pytest.MonkeyPatch, ip: str) -> None:
+    """A name that resolves to loopback, link-local, nowhere or many is refused, however the address is dressed."""
+    found = [(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    assert forbidden(ip) is not None
+    store = open_store("http://frames.example/")
+    with pytest.raises(FrameRefused, match=rf"host 'frames\.example' is at {re.escape(ip)}, an? .* address, which no"):
+        store.open("http://frames.example/a.fits")
+
+
+def test_the_checked_address_is_connected_to(
+    server: WebServer, open_store: Open, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several addresses only those that may be are tried, and a name is resolved once for a connection."""
+    answers = [["169.254.1.1", "127.0.0.1"], ["169.254.1.1"]]
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **kwargs: Any) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in answers[len(asked) - 1]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    name = f"http://frames.example:{server.server_port}/"
+    store = open_store(name, server.url)
+    np.testing.assert_array_equal(store.open(name + "data/a.fits")[ALL], pixels)
+    assert asked == ["frames.example"]
+    assert server.headers[0]["Host"] == f"frames.example:{server.server_port}"
+    for address in ("10.0.0.1", "192.168.1.1", "8.8.8.8", "2001:db8::1"):
+        assert forbidden(address) is None
+
+
+@pytest.mark.parametrize("code", [404, 410])
+def test_missing(server: WebServer, open_store: Open, code: int) -> None:
+    """404 and 410 are missing; a burst asks once, and a later alert asks again and finds the frame."""
+    server.behaviours["/data/a.fits"] = web.first(web.status(code))
+    store = open_store(failure_age_s=0.2)
+    for _ in range(30):
+        with pytest.raises(FrameMissing, match=f"a.fits: the server says {code}"):
+            store.open("a.fits")
+    assert len(server.requests) == 1
+    time.sleep(0.25)
+    assert store.open("a.fits").shape == (61, 83)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_access_denied_is_loud(
+    server: WebServer, open_store: Open, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """401 and 403 are unavailable, and the log says at ERROR where credentials come from."""
+    server.behaviours["/data/a.fits"] = web.status(code)
+    with caplog.at_level(logging.ERROR), pytest.raises(FrameUnavailable, match=f"says {code} .*credentials come from"):
+        open_store().open("a.fits")
+    assert "netrc" in caplog.text
+    assert caplog.records[0].levelname == "ERROR"
+
+
+@pytest.mark.parametrize("code", [400, 408, 418, 500, 502, 503, 504, 204, 304])
+def test_failing_server(server: WebServer, open_store: Open, code: int) -> None:
+    """Any other status is unavailable, and the next frame of the server is asked for."""
+    server.behaviours["/data/bad.fits"] = web.status(code)
+    store = open_store(failure_age_s=5.0)
+    with pytest.raises(FrameUnavailable, match=f"the server says {code}"):
+        store.open("bad.fits")
+    assert store.open("a.fits").shape == (61, 83)
+
+
+@pytest.mark.parametrize(("code", "header"), [(429, {}), (429, {"Retry_After": "1"}), (503, {"Retry_After": "1"})])
+def test_busy_server_is_left_alone(server: WebServer, open_store: Open, code: int, header: dict[str, str]) -> None:
+    """After 429, or 503 with Retry-After, nothing at all is asked of the server until the time is over."""
+    server.behaviours["/data/a.fits"] = web.first(web.status(code, **header))
+    server.files["/data/b.fits"] = server.files["/data/a.fits"]
+    store = open_store(failure_age_s=0.3)
+    for name in ("a.fits", "b.fits", "a.fits"):
+        with pytest.raises(FrameUnavailable, match=f"{name}: the server says {code}"):
+            store.open(name)
+    time.sleep(0.4)
+    if header:
+        with pytest.raises(FrameUnavailable, match=r"to try again after 1 s .*asked again in 0"):
+            store.open("b.fits")
+        time.sleep(0.7)
+    assert len(server.requests) == 1
+    assert store.open("b.fits").shape == store.open("a.fits").shape == (61, 83)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", (7, 7)), ("0", (0, 0)), ("99999999999", (300, 300)), ("soon", None), ("-3", None), ("٣", None),
+     ("Fri, 01 Jan 2100 00:00:00 GMT", (300, 300)), ("Fri, 01 Jan 1999 00:00:00 GMT", (0, 0))],
+)  # fmt: skip
+def test_retry_after(server: WebServer, open_store: Open, value: str, seconds: tuple[float, float] | None) -> None:
+    """Retry-After counts as seconds or a date, five minutes at most; what is neither is passed over."""
+    server.behaviours["/data/a.fits"] = lambda handler: handler.answer(
+        503, Retry_After=value.encode().decode("latin-1")
+    )
+    store = open_store()
+    with pytest.raises(FrameUnavailable, match="the server says 503") as caught:
+        store.open("a.fits")
+    found = re.search(r"to try again after (\S+) s", str(caught.value))
+    assert (float(found[1]) if found else None) == (seconds[0] if seconds else None)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "problem"),
+    [
+        (web.silence, r"no answer for read_s \(0\.3 s\)"),
+        (web.drip, r"no end of the answer within total_s \(0\.6 s\)"),
+        (web.drip_headers, r"no answer within total_s \(0\.6 s\)"),
+    ],
+)
+def test_slow_server_costs_the_alert(
+    server: WebServer, open_store: Open, behaviour: web.Behaviour, problem: str
+) -> None:
+    """Silence, a byte now and then, a header without end: unavailable in time, and the next 50 alerts at once."""
+    server.behaviours["/data/a.fits"] = behaviour
+    server.files["/data/a.fits"] += bytes(100_000)
+    store = open_store(failure_age_s=5.0)
+    start = time.monotonic()
+    for i in range(50):
+        with pytest.raises(FrameUnavailable, match=problem):
+            store.open("a.fits" if i % 2 else f"a.fits#{i}")
+    assert time.monotonic() - start < 1.5
+    assert len(server.requests) == 1
+
+
+def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """A server that becomes slow after the frame was opened is unavailable in time, too; then the pixels come."""
+    data = wide(tmp_path / "b.fits", (300, 200))
+    server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
+    store = open_store()
+    frame = store.open("b.fits")
+    server.behaviours["/data/b.fits"] = web.first(web.drip)
+    start = time.monotonic()
+    with pytest.raises(FrameUnavailable, match="no end of the answer within total_s"), store.time_limit():
+        frame[200:230, 5:9]
+    assert time.monotonic() - start < 1.2
+    np.testing.assert_array_equal(frame[200:230, 5:9], data[200:230, 5:9])
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "problem"),
+    [
+        (web.reset, "the connection failed: Connection reset by peer"),
+        (web.hang_up, r"the answer ends after 1\d+ of 2\d+ bytes"),
+        (web.garbage, "the connection failed: "),
+        (lambda handler: handler.answer(206, b"x" * 10), "206 with Content-Range ''"),
+        (lambda handler: handler.answer(206, b"x" * 10, Content_Range="bytes 5-14/20"), "is 'bytes 5-14/20'"),
+        (lambda handler: handler.answer(206, b"x" * 10, Content_Range="bytes 0-9/20"), "wanted bytes 0-65535"),
+        (lambda handler: handler.answer(206, b"x" * 10, Content_Range="bytes 0-9/*"), "wanted bytes 0-65535"),
+        (lambda handler: handler.answer(206, b"x" * 10, Content_Range="bytes 0-8/9"), "answer of 10 bytes, wanted 9"),
+    ],
+)  # fmt: skip
+def test_broken_answers(server: WebServer, open_store: Open, behaviour: web.Behaviour, problem: str) -> None:
+    """A reset, a body shorter than its length, nonsense: unavailable; the next time the frame is read."""
+    server.behaviours["/data/a.fits"] = web.first(behaviour)
+    store = open_store()
+    with pytest.raises(FrameUnavailable, match=problem):
+        store.open("a.fits")
+    assert store.open("a.fits").shape == (61, 83)
+
+
+def test_kept_connection_that_was_closed(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
+    """A server may close a connection that is kept: the request is repeated on a new one."""
+    server.files["/data/b.fits"] = server.files["/data/a.fits"]
+
+    def serve_and_close(handler: web.Handler) -> None:
+        web.serve(handler)
+        handler.close_connection = True
+
+    server.behaviours["/data/a.fits"] = serve_and_close
+    store = open_store()
+    store.open("a.fits")
+    time.sleep(0.05)
+    np.testing.assert_array_equal(store.open("b.fits")[ALL], pixels)
+
+
+def test_server_that_is_down(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
+    """A server that is down is unavailable for that long; when it is back the frame is read."""
+    with WebServer() as other:
+        port, url = other.server_port, other.url
+    store = open_store(url)
+    with pytest.raises(FrameUnavailable, match=f"no connection to 127.0.0.1:{port}: Connection refused"):
+        store.open("a.fits")
+    with WebServer(port) as other:
+        other.files["/a.fits"] = server.files["/data/a.fits"]
+        np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)
+
+
+def test_unknown_host(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without an address is unavailable: names come and go."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(FrameUnavailable, match=r"host 'frames\.example' is not found: Name or service not known"):
+        open_store("http://frames.example/").open("a.fits")
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [(b"<html>not found</html>", "HDU 0 begins with '<html>"), (b"", "the file is empty"), (b"SIMPLE  = ", "END card")],
+)
+@pytest.mark.parametrize("how", [web.serve, web.without_ranges])
+def test_bodies_that_are_not_fits(
+    server: WebServer, open_store: Open, body: bytes, problem: str, how: web.Behaviour
+) -> None:
+    """A page with status 200, nothing, half a header: corrupt."""
+    server.files["/data/a.fits"] = body
+    server.behaviours["/data/a.fits"] = how
+    with pytest.raises(FrameCorrupt, match=rf"a\.fits: .*{problem}"):
+        open_store().open("a.fits")
+
+
+def test_truncated_file(server: WebServer, open_store: Open) -> None:
+    """A file that is shorter than its header says is corrupt when it is opened."""
+    server.files["/data/a.fits"] = server.files["/data/a.fits"][:10_000]
+    with pytest.raises(FrameCorrupt, match="truncated: the data of HDU 0"):
+        open_store().open("a.fits")
+
+
+def test_download_limits(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """A body above max_download_bytes is refused: unread where its length is said, cut off where it is not."""
+    wide(tmp_path / "b.fits", (500, 400))
+    server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
+    server.files["/data/b.fits.gz"] = gzip.compress(server.files["/data/b.fits"])
+    server.behaviours |= {
+        "/data/b.fits": web.without_ranges,
+        "/data/c.fits": lambda handler: handler.answer(200, length=10**15),
+        "/data/endless.fits": web.endless,
+    }
+    store = open_store(max_download_bytes=100_000, total_s=5.0)
+    for name in ("b.fits", "b.fits.gz", "c.fits"):
+        with pytest.raises(FrameRefused, match=r"above the 100000 allowed \(frames\.max_download_bytes\)"):
+            store.open(name)
+    with pytest.raises(FrameRefused, match="more than the 100000 bytes allowed"):
+        store.open("endless.fits")
+    server.behaviours.clear()
+    frame = store.open("b.fits")
+    assert frame[10:30, 5:9].shape == (20, 4)
+    with pytest.raises(FrameRefused, match=r"bytes at once, above the 100000 allowed"):
+        frame[ALL]
+
+
+def test_bomb(server: WebServer, open_store: Open) -> None:
+    """A gzip bomb from a server is refused as one from disk is."""
+    server.files["/data/a.fits.gz"] = gzip.compress(bytes(20_000_000))
+    with pytest.raises(FrameRefused, match="decompresses to more than the 1000000 bytes allowed"):
+        open_store(max_decompressed_bytes=1_000_000).open("a.fits.gz")
+
+
+@pytest.mark.parametrize("how", [web.serve, web.without_ranges])
+def test_what_is_kept_is_bounded(server: WebServer, open_store: Open, tmp_path: Path, how: web.Behaviour) -> None:
+    """What came from servers stays within cache_bytes, is fetched again when needed, and goes after a batch."""
+    planes = []
+    for i in range(4):
+        planes.append(wide(tmp_path / f"{i}.fits", (200, 300)) + 0)
+        server.files[f"/data/{i}.fits"] = (tmp_path / f"{i}.fits").read_bytes()
+        server.behaviours[f"/data/{i}.fits"] = how
+    store = open_store(cache_bytes=600_000, total_s=5.0)
+    for i in (0, 1, 2, 3, 0, 3):
+        np.testing.assert_array_equal(store.open(f"{i}.fits")[ALL], planes[i])
+        assert store.cached_bytes <= 600_000
+    store.trim()
+    store.trim()
+    assert store.cached_bytes == 0
+    np.testing.assert_array_equal(store.open("2.fits")[20:40, 5:9], planes[2][20:40, 5:9])
+
+
+@pytest.mark.parametrize("name", ["b.fits", "b.fits.gz"])
+def test_file_that_changes(server: WebServer, open_store: Open, tmp_path: Path, name: str) -> None:
+    """A file replaced while it is open is unavailable where its bytes would mix, and read anew at the next open."""
+    old = wide(tmp_path / "b.fits", (400, 200))
+    raw = (tmp_path / "b.fits").read_bytes()
+    fits.PrimaryHDU(old + 1).writeto(tmp_path / "new.fits")
+    new = (tmp_path / "new.fits").read_bytes()
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    server.files[f"/data/{name}"] = pack(raw)
+    store = open_store(total_s=5.0)
+    frame = store.open(name)
+    server.files[f"/data/{name}"] = pack(new)
+    server.behaviours[f"/data/{name}"] = lambda handler: web.serve(handler, etag='"2"')
+    store.trim()
+    store.trim()
+    with pytest.raises(FrameUnavailable, match="another one than when it was opened"):
+        frame[300:320, 5:9]
+    np.testing.assert_array_equal(store.open(name)[300:320, 5:9], old[300:320, 5:9] + 1)
+
+
+def test_old_frames_are_opened_anew(
+    server: WebServer, open_store: Open, write: Callable[..., Path], pixels: np.ndarray
+) -> None:
+    """After remote_age_s nothing that is kept is used."""
+    store = open_store(remote_age_s=0.2)
+    np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)
+    server.files["/data/a.fits"] = write("b.fits", pixels + 1).read_bytes()
+    np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)
+    time.sleep(0.25)
+    np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels + 1)
+
+
+@pytest.mark.parametrize("query", ["X-Amz-Signature=hunter2", "sv=1&sig=hunter2", "a=1&access_token=hunter2"])
+def test_credentials_are_used_and_not_shown(
+    server: WebServer, open_store: Open, query: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name, a password and a signed query go to the server, and into no URL, message or log."""
+    path = f"/data/a.fits?{query}"
+    store = open_store()
+    given = server.url.replace("http://", "http://jane:hunter2@") + path[1:]
+    caplog.set_level(logging.DEBUG)
+    assert store.open(given).url == url_of(server)
+    assert server.requests[0][0] == path
+    assert server.headers[0]["Authorization"] == "Basic amFuZTpodW50ZXIy"
+    for behaviour in (web.status(403), web.status(404), web.status(503), web.reset, web.redirect("/x"), web.garbage):
+        server.behaviours[path + "&n=1"] = behaviour
+        with pytest.raises(FrameError, match=rf"^{re.escape(url_of(server))}: ") as caught:
+            store.open(given + "&n=1")
+        assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in caplog.text
+    assert "hunter2" not in repr(store.open(given))
+
+
+def test_other_queries_are_kept(server: WebServer, open_store: Open) -> None:
+    """A query that only says which file is meant belongs to the frame's URL."""
+    assert open_store().open(url_of(server) + "?id=7&ccd=3").url == url_of(server) + "?id=7&ccd=3"
+    assert server.requests[0][0] == "/data/a.fits?id=7&ccd=3"
+
+
+def test_netrc(
+    server: WebServer,
+    open_store: Open,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Credentials for a host come from the netrc file; one that cannot be read is said in the log."""
+    store = open_store(remote_age_s=0.0)
+    store.open("a.fits")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login jane password hunter2\n")
+    store.open("a.fits")
+    (tmp_path / "netrc").write_text("machine")
+    store.open("a.fits")
+    sent = [headers.get("Authorization") for headers in server.headers]
+    assert sent == [None, "Basic amFuZTpodW50ZXIy", None]
+    assert "netrc cannot be used" in caplog.text
+
+
+def test_no_connection_is_leaked(server: WebServer, open_store: Open) -> None:
+    """Two hundred good and bad answers leave one connection, and none after the store is closed."""
+    server.behaviours |= {
+        "/data/r.fits": web.reset,
+        "/data/e.fits": web.status(500),
+        "/data/x.fits": web.redirect("/x"),
+    }
+    store = open_store(remote_age_s=0.0)
+    for _ in range(50):
+        store.open("a.fits")
+        for name in ("r.fits", "e.fits", "x.fits"):
+            with pytest.raises(FrameError, match=name):
+                store.open(name)
+    assert connections(server) <= 2
+    store.close()
+    assert connections(server) == 0
+
+
+def connections(server: WebServer) -> int:
+    """Count this process's client sockets to the server."""
+    remote = f"0100007F:{server.server_port:04X}"
+    return sum(line.split()[2:4] == [remote, "01"] for line in Path("/proc/self/net/tcp").read_text().splitlines())
+
+
+def test_s3_root_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library an s3: root stops the start and names the extra."""
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match=r"pip install 'stampworker\[s3\]'"):
+        FrameStore(FrameSettings(frame_roots=("s3://bucket/",)))
