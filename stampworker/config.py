@@ -88,7 +88,7 @@ class VerdictSettings(_Section):
     """Largest scale of an artefact."""
     needed: float = Field(16.3, ge=0)
     """The adjustment was needed where chi2_0 − chi2 is above this (three parameters at 1e-3)."""
-    point_gain: float = Field(6.0, ge=0)
+    point_gain: float = Field(12.0, ge=0)
     """No artefact where a point source lowers chi2 by more than this below a shift and scale of the template."""
 
 

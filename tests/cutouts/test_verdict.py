@@ -53,9 +53,9 @@ def test_thresholds_are_arguments() -> None:
 
 def test_point_source_that_explains_it_better_is_no_artefact() -> None:
     """Where a point source beats the adjustment clearly, the candidate is a transient."""
-    assert not is_artefact(fitted(point_gain=7.0))
-    assert is_artefact(fitted(point_gain=5.0))
-    assert is_artefact(fitted(point_gain=7.0), point_gain=9.0)
+    assert not is_artefact(fitted(point_gain=13.0))
+    assert is_artefact(fitted(point_gain=11.0))
+    assert is_artefact(fitted(point_gain=13.0), point_gain=15.0)
 
 
 def disc(x: float, y: float, width: float) -> Any:
