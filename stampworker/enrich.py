@@ -101,6 +101,7 @@ def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings)
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, alert in enumerate(alerts):
         groups.setdefault(tuple(sorted(alert.frames.items())), []).append(i)
+    store.prefetch(url for alert in alerts for url in alert.frames.values())
     results: dict[int, Packet | Reject] = {}
     for frames, members in groups.items():
         try:
