@@ -21,13 +21,14 @@ help: ## list what can be made
 demo: $(venv)/.viewer ## install, and run a small simulated survey night through the real worker (no Docker)
 	$(bin)/stampworker demo
 
-test: lint ## environment, ruff, mypy and every test, with a real Kafka broker in a container
+test: lint ## environment, ruff, mypy and every test, with a real Kafka broker in a container, real servers of frames
+	deploy/servers.sh
 	deploy/engine.sh
 	deploy/kafka/image.sh
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
-test-unit: $(venv)/.test ## the tests that need no Docker
-	$(bin)/python -m pytest -m "not broker" $(PYTEST_ARGS)
+test-unit: $(venv)/.test ## the tests that need no Docker and no other servers
+	$(bin)/python -m pytest -m "not broker and not server" $(PYTEST_ARGS)
 
 lint: $(venv)/.test ## ruff and mypy
 	$(bin)/ruff format --check .

@@ -97,7 +97,7 @@ class FrameSettings(_Section):
 
     frame_roots: Names = ()
     """Folders and URL prefixes (``https://host/path/``, ``s3://bucket/prefix/``) beneath which frames may be read;
-    relative paths start at the first."""
+    relative paths start at the first. Loopback and link-local addresses must be named themselves."""
     max_open_frames: int = Field(64, ge=1)
     """Frames kept open."""
     cache_bytes: int = Field(2 << 30, ge=0)

@@ -167,7 +167,7 @@ class BucketFile:
     def begin(self) -> Beginning:
         """Ask for the first bytes."""
         data, self._size, self._tag = self._client.get(self._address, {"range": (0, FIRST)}, FIRST)
-        return Beginning(data, self._size, ranges=True)
+        return Beginning(data, self._size)
 
     def range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""

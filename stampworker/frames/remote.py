@@ -37,17 +37,14 @@ class Beginning:
 
     Attributes
     ----------
-    data : bytes or bytearray
-        The first `FIRST` bytes or what there is; the whole file where ``ranges`` is false.
+    data : bytearray
+        The first `FIRST` bytes or what there is; the whole file where the server serves no ranges.
     size : int
         Of the whole file.
-    ranges : bool
-        The server serves ranges.
     """
 
-    data: bytes | bytearray
+    data: bytearray
     size: int
-    ranges: bool
 
 
 class Remote(Protocol):
@@ -88,9 +85,7 @@ class RangedFile:
         self._remote, self._budget = remote, budget
         self._lock = threading.Lock()
         self._blocks: dict[int, bytes] = {}
-        data = bytes(beginning.data)
-        whole = len(data) if len(data) == self.size else len(data) - len(data) % _BLOCK
-        self._keep(0, data[:whole])
+        self._keep(0, bytes(beginning.data))  # whole blocks, FIRST being a multiple
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on, with at most one request."""
@@ -124,8 +119,9 @@ class RangedFile:
             self.release()
         if self._budget.room(self, len(data)):
             with self._lock:
-                self._blocks.update((first + i, block) for i, block in enumerate(_split(data)))
-                self.held = sum(map(len, self._blocks.values()))
+                for i, block in enumerate(_split(data), first):
+                    self.held += len(block) if i not in self._blocks else 0
+                    self._blocks[i] = block
             self._budget.settle(self)
 
 
@@ -134,7 +130,7 @@ def _split(data: bytes) -> Iterator[bytes]:
 
 
 def open_remote(remote: Remote, url: str, budget: Budget) -> Source:
-    """Return a source over a remote file: by ranges, or whole where it is gzip or the server has no ranges.
+    """Return a source over a remote file: by ranges, or whole where it is small, gzip, or the server has no ranges.
 
     Parameters
     ----------
@@ -157,8 +153,8 @@ def open_remote(remote: Remote, url: str, budget: Budget) -> Source:
     beginning = remote.begin()
     if beginning.size == 0:
         raise FrameCorrupt(url, "the file is empty, wanted FITS")
-    if not beginning.ranges:
-        return Kept(remote.whole, url, budget, bytearray(beginning.data))
+    if len(beginning.data) == beginning.size:
+        return Kept(remote.whole, url, budget, beginning.data)
     if beginning.data[:2] == GZIP_MAGIC:
         return Kept(remote.whole, url, budget)
     return RangedFile(remote, beginning, budget)

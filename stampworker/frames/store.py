@@ -101,7 +101,9 @@ class Frame:
         FrameCorrupt
             A tile of a compressed frame cannot be decoded.
         FrameUnavailable
-            The file cannot be read, or shrank since it was opened.
+            The file cannot be read, or changed since it was opened.
+        FrameMissing, FrameRefused
+            Of remote files: it is gone; the section is above ``max_download_bytes``.
         """
         rows, columns = index
         y0, y1, y_step = rows.indices(self._ny)
@@ -326,9 +328,11 @@ class FrameStore:
         Parameters
         ----------
         urls : iterable of str
-            As for `open`; paths and ``file:`` URLs, which open at once, are passed over.
+            As for `open`, in the order of their use: the first ``max_open_frames`` count. Local ones, which open at
+            once, are passed over.
         """
-        wanted = {url for url in urls if scheme_of(url) in REMOTE or (self._base_url and scheme_of(url) is None)}
+        wanted = list(dict.fromkeys(url for url in urls if self._is_remote(split_fragment(url)[0])))
+        del wanted[self._settings.max_open_frames :]  # more would push each other out
         if len(wanted) < 2:  # nothing to do at the same time
             return
         with ThreadPoolExecutor(min(len(wanted), self._settings.prefetch_threads), "prefetch") as threads:

@@ -232,7 +232,7 @@ class WebClient:
         except (OSError, UnicodeError) as exc:
             raise self.failed(first, f"host {address.host!r} is not found: {_said(exc)}", server=True) from exc
         named = {root.host for root in self.roots}
-        allowed = []
+        allowed, refused = [], "no"
         for family, _, _, _, sockaddr in found:
             ip = str(sockaddr[0])
             if ip in named or address.host == "localhost" or not (what := forbidden(ip)):
@@ -372,18 +372,18 @@ class WebFile:
         with self._answer(f"bytes=0-{FIRST - 1}") as answer:
             self._version = answer.version
             if answer.status == 416:  # nothing to take a range of
-                return Beginning(b"", 0, ranges=True)
+                return Beginning(bytearray(), 0)
             if answer.status == 200:
                 body = answer.body()
                 self._size = len(body)
-                return Beginning(body, len(body), ranges=False)
+                return Beginning(body, len(body))
             start, stop, size = self._content_range(answer)
             if size is None or (start, stop) != (0, min(FIRST, size)):
                 raise self._client.failed(
                     self._address, f"Content-Range is {answer.header('Content-Range')!r}, wanted bytes 0-{FIRST - 1}"
                 )
             self._size = size
-            return Beginning(answer.body(stop), size, ranges=True)
+            return Beginning(answer.body(stop), size)
 
     def range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
@@ -487,10 +487,10 @@ def _retry_after(value: str | None) -> float | None:
 
 def _from_netrc(host: str) -> str | None:
     """Return the Authorization header for a host from the user's netrc file, read at each request: it may change."""
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    path = Path(os.environ.get("NETRC") or "~/.netrc")
     try:
-        found = netrc.netrc(path).authenticators(host)
-    except FileNotFoundError:
+        found = netrc.netrc(path.expanduser()).authenticators(host)
+    except (FileNotFoundError, RuntimeError):  # no file, or no home that it could be in
         return None
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as exc:
         log.error("%s cannot be used: %s", path, exc)

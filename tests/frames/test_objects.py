@@ -61,7 +61,7 @@ def test_same_pixels(server: WebServer, open_store: Open, pixels: np.ndarray, na
     np.testing.assert_array_equal(store.open(name)[5:9, 70:90], pixels[5:9, 70:90])
     assert frame.url == f"s3://bucket/night/{name}#0"
     assert server.requests[0] == (f"/bucket/night/{name}", "bytes=0-65535")
-    assert len(server.requests) == (2 if name.endswith("gz") else 1)
+    assert len(server.requests) == 1
 
 
 def test_endpoint_of_the_environment(

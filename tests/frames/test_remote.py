@@ -154,6 +154,15 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
     assert len(server.requests) == 7
 
 
+def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
+    """No more is opened beforehand than stays open."""
+    for i in range(6):
+        server.files[f"/data/{i}.fits"] = server.files["/data/a.fits"]
+    store = open_store(max_open_frames=3)
+    store.prefetch(f"{i}.fits" for i in range(6))
+    assert {path for path, _ in server.requests} == {"/data/0.fits", "/data/1.fits", "/data/2.fits"}
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -417,6 +426,24 @@ def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, tmp_p
         frame[200:230, 5:9]
     assert time.monotonic() - start < 1.2
     np.testing.assert_array_equal(frame[200:230, 5:9], data[200:230, 5:9])
+
+
+def test_slow_headers_cost_the_alert(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """Opening a file of many HDUs, each answer in time, ends within the total time."""
+    spectra = [fits.ImageHDU(np.zeros(30_000, "f4")) for _ in range(20)]
+    fits.HDUList([fits.PrimaryHDU(), *spectra, fits.ImageHDU(np.zeros((5, 7), "f4"))]).writeto(tmp_path / "m.fits")
+    server.files["/data/m.fits"] = (tmp_path / "m.fits").read_bytes()
+    assert open_store(total_s=10.0).open("m.fits").shape == (5, 7)
+
+    def sleepy(handler: web.Handler) -> None:
+        time.sleep(0.1)
+        web.serve(handler)
+
+    server.behaviours["/data/m.fits"] = sleepy
+    start = time.monotonic()
+    with pytest.raises(FrameUnavailable, match=r"within total_s \(0\.6 s\)"):
+        open_store().open("m.fits")
+    assert 0.5 < time.monotonic() - start < 1.0
 
 
 @pytest.mark.parametrize(
