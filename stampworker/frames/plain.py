@@ -10,8 +10,11 @@ from stampworker.frames.header import Cards, Hdu, bitpix_of
 from stampworker.frames.scaling import STORED, converter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
+    from stampworker.frames.remote import Box
     from stampworker.frames.sources import Source
 
 
@@ -38,6 +41,11 @@ class PlainImage:
         self.shape = hdu.plane
         self.dtype, self._convert = converter(cards, bitpix, mask=mask)
         self._source, self._offset, self._stored = source, hdu.offset, STORED[bitpix]
+
+    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+        """Return offset and length of the bytes that boxes, all inside the image, need."""
+        stride = self.shape[1] * self._stored.itemsize
+        return [(self._offset + y0 * stride, (y1 - y0) * stride) for y0, y1, _, _ in boxes]
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image; only these rows are read."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
 
     from stampworker.frames.budget import Budget
 
+Box = tuple[int, int, int, int]
+"""y0, y1, x0, x1 of a section, half-open."""
+
 FIRST = 1 << 16
 """Bytes asked for at first: magic, the headers of most frames."""
 
 # Ranges are widened to blocks; 63 rows of 3072 float32 are 47 of these, so the widening costs at most 4 %.
 _BLOCK = 1 << 14
+# Of two ranges that lie so near it is cheaper to fetch what is between, too, than to ask twice.
+_GAP = 4
+_RUN = 256  # blocks, 4 MiB: longer runs are fetched in pieces, at the same time
 _MOST_REMEMBERED = 10_000
 
 
@@ -95,13 +102,36 @@ class RangedFile:
         blocks = {index: kept.get(index) for index in wanted}
         missing = [index for index, block in blocks.items() if block is None]
         if missing:
-            start, stop = missing[0] * _BLOCK, min((missing[-1] + 1) * _BLOCK, self.size)
-            data = self._remote.range(start, stop - start)
-            self._keep(missing[0], data)
-            blocks |= {missing[0] + i: block for i, block in enumerate(_split(data))}
+            blocks |= self._fetch(missing[0], missing[-1])
         joined = b"".join(block for block in blocks.values() if block is not None)
         start = offset - wanted.start * _BLOCK
         return joined[start : start + length]
+
+    def fetches(self, spans: Iterable[tuple[int, int]]) -> list[Callable[[], object]]:
+        """Return what to call, in any order or at the same time, to have spans of bytes here before they are read.
+
+        Parameters
+        ----------
+        spans : iterable of (int, int)
+            Offset and length.
+
+        Returns
+        -------
+        fetches : list of callable
+            One a request; none where there is no room to keep the bytes.
+        """
+        kept = self._blocks
+        spans = [span for span in spans if span[1]]
+        blocks = {i for start, length in spans for i in range(start // _BLOCK, -(-(start + length) // _BLOCK))}
+        runs: list[list[int]] = []
+        for index in sorted(blocks.difference(kept)):
+            if runs and index - runs[-1][1] <= _GAP and index - runs[-1][0] < _RUN:
+                runs[-1][1] = index
+            else:
+                runs.append([index, index])
+        if not self._budget.room(self, sum(last + 1 - first for first, last in runs) * _BLOCK):
+            return []
+        return [partial(self._fetch, first, last) for first, last in runs]
 
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
@@ -113,6 +143,12 @@ class RangedFile:
         """Forget the blocks."""
         with self._lock:
             self._blocks, self.held = {}, 0
+
+    def _fetch(self, first: int, last: int) -> dict[int, bytes]:
+        start = first * _BLOCK
+        data = self._remote.range(start, min((last + 1) * _BLOCK, self.size) - start)
+        self._keep(first, data)
+        return dict(enumerate(_split(data), first))
 
     def _keep(self, first: int, data: bytes) -> None:
         if not self._budget.room(self, len(data)):

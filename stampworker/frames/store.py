@@ -27,7 +27,7 @@ from stampworker.frames.budget import Budget
 from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
 from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
-from stampworker.frames.remote import Memory, Remote, open_remote, time_limit
+from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote, time_limit
 from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
 from stampworker.frames.sources import GZIP_MAGIC, Kept, Source, inflate, open_file
 from stampworker.frames.tiles import TiledImage
@@ -58,6 +58,10 @@ class Pixels(Protocol):
         """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image."""
         ...
 
+    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+        """Return offset and length of the bytes that boxes, all inside the image, need."""
+        ...
+
 
 class Frame:
     """One plane of pixels with its header; slicing reads only what is sliced.
@@ -78,13 +82,16 @@ class Frame:
 
     ndim = 2
     resampled = False
+    _fetches: Callable[[Iterable[Box]], list[Callable[[], object]]] | None = None
 
-    def __init__(self, url: str, hdu: Hdu, pixels: Pixels) -> None:
+    def __init__(self, url: str, hdu: Hdu, pixels: Pixels, source: Source) -> None:
         self.url = url
         self.shape = pixels.shape
         self.dtype = pixels.dtype
         self._ny, self._nx = pixels.shape
         self._read = pixels.read
+        if isinstance(source, RangedFile):
+            self._fetches = lambda boxes: source.fetches(pixels.spans(boxes))
         self._hdu = hdu
         self._lock = threading.Lock()
         self._header: fits.Header | None = None
@@ -113,6 +120,13 @@ class Frame:
         if y1 <= y0 or x1 <= x0:
             return np.empty((max(y1 - y0, 0), max(x1 - x0, 0)), self.dtype)
         return self._read(y0, y1, x0, x1)
+
+    def fetches(self, boxes: Iterable[Box]) -> list[Callable[[], object]]:
+        """Return what `FrameStore.fetch` calls so that boxes, which may hang over the edge, are here when sliced."""
+        if self._fetches is None:
+            return []
+        cut = [(max(y0, 0), min(y1, self._ny), max(x0, 0), min(x1, self._nx)) for y0, y1, x0, x1 in boxes]
+        return self._fetches(box for box in cut if box[0] < box[1] and box[2] < box[3])
 
     @property
     def bunit(self) -> str | None:
@@ -333,14 +347,33 @@ class FrameStore:
         """
         wanted = list(dict.fromkeys(url for url in urls if self._is_remote(split_fragment(url)[0])))
         del wanted[self._settings.max_open_frames :]  # more would push each other out
-        if len(wanted) < 2:  # nothing to do at the same time
-            return
-        with ThreadPoolExecutor(min(len(wanted), self._settings.prefetch_threads), "prefetch") as threads:
-            list(threads.map(self._prefetch, wanted))
+        self._together([partial(self.open, url) for url in wanted])
 
-    def _prefetch(self, url: str) -> None:
-        with contextlib.suppress(FrameError):  # open() says it, from what is remembered
-            self.open(url)
+    def fetch(self, sections: Iterable[tuple[Frame, Iterable[Box]]]) -> None:
+        """Fetch what several sections of remote frames need, with few requests, several at a time.
+
+        Rows or tiles that sections share, or that lie close together, are asked for once. What fails, fails again when
+        the section is read.
+
+        Parameters
+        ----------
+        sections : iterable of (Frame, iterable of (int, int, int, int))
+            Frames with the boxes ``y0, y1, x0, x1`` that will be sliced; they may hang over the edge. Local and
+            regridded frames are passed over.
+        """
+        self._together([fetch for frame, boxes in sections for fetch in frame.fetches(boxes)])
+
+    def _together(self, tasks: list[Callable[[], object]]) -> None:
+        def attempt(task: Callable[[], object]) -> None:
+            # The failure is remembered, and told when the frame itself is asked for.
+            with contextlib.suppress(FrameError):
+                task()
+
+        if len(tasks) == 1:
+            attempt(tasks[0])
+        elif tasks:
+            with ThreadPoolExecutor(min(len(tasks), self._settings.prefetch_threads), "frames") as threads:
+                list(threads.map(attempt, tasks))
 
     def open(self, url: str, *, mask: bool = False) -> Frame:
         """Return the frame at a URL or path.
@@ -469,9 +502,9 @@ class FrameStore:
                 f"the file at {source.size}",
             )
         if hdu.kind == "image":
-            return Frame(url, hdu, PlainImage(source, hdu, url, mask=mask))
+            return Frame(url, hdu, PlainImage(source, hdu, url, mask=mask), source)
         limit = settings.max_decompressed_bytes
-        return Frame(url, hdu, TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit))
+        return Frame(url, hdu, TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit), source)
 
     def _path(self, given: str, url: str) -> Path:
         """Return the absolute path, as named, of a URL or path without fragment."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stampworker.frames.budget import Budget
+    from stampworker.frames.remote import Box
     from stampworker.frames.sources import Source
 
 _TFORM = re.compile(r"(\d*)([LXBIJKAEDCMPQ])")
@@ -124,8 +125,7 @@ class TiledImage:
         if not values.size:
             return values
         height, width = self._tile
-        rows = range(y0 // height, (y1 - 1) // height + 1)
-        columns = range(x0 // width, (x1 - 1) // width + 1)
+        rows, columns = self._touched((y0, y1, x0, x1))
         tiles = self._tiles([row * self._across + column for row in rows for column in columns])
         at = iter(tiles)
         for row in rows:
@@ -136,6 +136,23 @@ class TiledImage:
                 c, d = max(x0, left), min(x1, left + width)
                 values[a - y0 : b - y0, c - x0 : d - x0] = next(at)[a - top : b - top, c - left : d - left]
         return values
+
+    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+        """Return offset and length of the tiles' bytes that boxes, all inside the image, need."""
+        heap = self._heaps["COMPRESSED_DATA"]
+        touched = {
+            row * self._across + column
+            for rows, columns in map(self._touched, boxes)
+            for row in rows
+            for column in columns
+        }
+        return [(int(heap.offsets[index]), int(heap.lengths[index])) for index in sorted(touched)]
+
+    def _touched(self, box: Box) -> tuple[range, range]:
+        """Return the rows and columns of tiles that a box touches."""
+        y0, y1, x0, x1 = box
+        height, width = self._tile
+        return range(y0 // height, (y1 - 1) // height + 1), range(x0 // width, (x1 - 1) // width + 1)
 
     def _tiles(self, indices: list[int]) -> list[NDArray[Any]]:
         self.used = self._budget.tick()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import posixpath
 import re
 import socket
 import sys
@@ -12,16 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import web_server as web
 from astropy.io import fits
+from hypothesis import given
+from hypothesis import strategies as st
 from web_server import WebServer
 
 from stampworker.config import FrameSettings
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames import FrameStore
+from stampworker.frames.address import parse, parse_root
 from stampworker.frames.web import forbidden
 
 ALL = (slice(None), slice(None))
@@ -152,6 +157,52 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
     with pytest.raises(FrameMissing, match=r"the server says 404 Not Found \(.* s ago; asked again in"):
         store.open("none.fits")
     assert len(server.requests) == 7
+
+
+def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """What a batch of stamps needs comes beforehand: near rows in one request, far ones at a time, none twice."""
+    data = wide(tmp_path / "b.fits", (3000, 400))
+    tiled = wide(tmp_path / "c.fz", (800, 700), compression_type="RICE_1", tile_shape=(64, 64), quantize_method=1)
+    for name in ("b.fits", "c.fz"):
+        server.files[f"/data/{name}"] = (tmp_path / name).read_bytes()
+    store = open_store(total_s=10.0, read_s=10.0)
+    frame, tiles = store.open("b.fits"), store.open("c.fz")
+    opened = len(server.requests)
+    together = threading.Barrier(2)
+
+    def meet(handler: web.Handler) -> None:
+        together.wait(5)
+        web.serve(handler)
+
+    server.behaviours["/data/b.fits"] = meet
+    boxes = [(500, 531, 5, 36), (510, 541, 90, 121), (560, 591, 0, 31), (2000, 2031, 5, 36), (2990, 3021, -5, 26)]
+    store.fetch([(frame, boxes[:4])])
+    assert len(server.requests) == opened + 2
+    server.behaviours.clear()
+    store.fetch([(frame, [*boxes, (-40, -9, 0, 31)]), (tiles, [(100, 131, 300, 331), (90, 121, 310, 341)])])
+    asked = len(server.requests)
+    assert asked <= opened + 6
+    for y0, y1, x0, x1 in boxes:
+        section = np.s_[y0:y1, max(x0, 0) : x1]
+        np.testing.assert_array_equal(frame[section], data[section])
+    np.testing.assert_array_equal(tiles[100:131, 300:331], tiled[100:131, 300:331])
+    np.testing.assert_array_equal(tiles[90:121, 310:341], tiled[90:121, 310:341])
+    assert len(server.requests) == asked
+    server.behaviours["/data/b.fits"] = web.status(500)
+    store.fetch([(frame, [(1000, 1031, 0, 31)])])
+    with pytest.raises(FrameUnavailable, match="the server says 500"):
+        frame[1000:1031, 0:31]
+
+
+def test_no_more_is_fetched_than_can_be_kept(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """Sections that would not fit into the cache are left to be read one by one."""
+    data = wide(tmp_path / "b.fits", (1000, 400))
+    server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
+    store = open_store(cache_bytes=300_000, total_s=10.0)
+    frame = store.open("b.fits")
+    store.fetch([(frame, [(0, 1000, 0, 400)])])
+    assert len(server.requests) == 1
+    np.testing.assert_array_equal(frame[ALL], data)
 
 
 def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
@@ -683,3 +734,23 @@ def test_s3_root_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"pip install 'stampworker\[s3\]'"):
         FrameStore(FrameSettings(frame_roots=("s3://bucket/",)))
+
+
+PIECES = [*".;?@:% \t\\/", "..", "a", "é", "data", "2e", "%2e", "%2E", "%25", "%2f", "%5c", "%c0%ae"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.sampled_from(["http", "s3"]))
+def test_no_url_leaves_its_root(path: str, scheme: str) -> None:
+    """Whatever follows the root: the URL is refused, or what is asked for lies beneath, however often it is decoded."""
+    root = parse_root(f"{scheme}://host/data/")
+    try:
+        address = parse(f"{scheme}://host/data/{path}")
+    except FrameRefused:
+        return
+    if not address.beneath(root):
+        return
+    asked = address.target.partition("?")[0] if scheme == "http" else "/" + address.target
+    for _ in range(5):
+        resolved = posixpath.normpath(re.sub(r";[^/]*", "", asked.replace("\\", "/")))
+        assert resolved == "/data" or resolved.startswith("/data/")
+        asked = unquote(asked, errors="surrogateescape")
