@@ -130,14 +130,17 @@ class BucketClient:
             return missing
         if isinstance(exc, problems.PreconditionError):
             return _Changed(address.shown, "the object is another one than when it was opened")
-        if isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError):
+        # Without credentials obstore asks a cloud machine's metadata service for some, and elsewhere there is none.
+        denied = isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError)
+        nobody = "://169.254.169.254/" in said
+        if denied or nobody:
             problem = (
                 f"access denied ({said}); credentials come from the environment (AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY, a role), the place from frames.s3_endpoint and frames.s3_region"
             )
             log.error("%s: %s", address.shown, problem)
             error = FrameUnavailable(address.shown, problem)
-            self.memory.note(key, error)
+            self.memory.note(address.origin if nobody else key, error)
             return error
         if "status code: 416" in said:
             return FrameCorrupt(address.shown, "the file is empty, wanted FITS")

@@ -18,6 +18,7 @@ import logging
 import netrc
 import os
 import re
+import select
 import socket
 import ssl
 import threading
@@ -196,15 +197,22 @@ class WebClient:
 
     def _connection(self, address: Address, end: float, first: Address) -> tuple[http.client.HTTPConnection, bool]:
         """Return a connection, and whether it is a new one."""
-        with self._lock:
-            for i in range(len(self._idle) - 1, -1, -1):
-                if self._idle[i][0] == address.origin:
-                    return self._idle.pop(i)[1], False
+        while (kept := self._take(address.origin)) is not None:
+            if _is_quiet(kept.sock):
+                return kept, False
+            kept.close()
         connection = http.client.HTTPConnection(address.host, address.port)
         connection.sock = self._connect(address, end, first)
         # http.client would reconnect by itself, to an address that nobody checked.
         connection.auto_open = 0
         return connection, True
+
+    def _take(self, origin: Origin) -> http.client.HTTPConnection | None:
+        with self._lock:
+            for i in range(len(self._idle) - 1, -1, -1):
+                if self._idle[i][0] == origin:
+                    return self._idle.pop(i)[1]
+        return None
 
     def _connect(self, address: Address, end: float, first: Address) -> socket.socket:
         problem: Exception | None = None
@@ -462,6 +470,13 @@ def forbidden(ip: str) -> str | None:
         "a multicast": address.is_multicast,
     }
     return next((name for name, applies in kinds.items() if applies), None)
+
+
+def _is_quiet(sock: socket.socket) -> bool:
+    """Say whether nothing has come since the last answer: neither the end nor, as some servers do before it, a 408."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
 
 
 def _remaining(end: float, most: float) -> float:

@@ -519,12 +519,14 @@ def test_broken_answers(server: WebServer, open_store: Open, behaviour: web.Beha
     assert store.open("a.fits").shape == (61, 83)
 
 
-def test_kept_connection_that_was_closed(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
-    """A server may close a connection that is kept: the request is repeated on a new one."""
+@pytest.mark.parametrize("last", [b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"])
+def test_kept_connection_that_was_closed(server: WebServer, open_store: Open, pixels: np.ndarray, last: bytes) -> None:
+    """A server may close a kept connection, with a last word or without: the next frame is read on a new one."""
     server.files["/data/b.fits"] = server.files["/data/a.fits"]
 
     def serve_and_close(handler: web.Handler) -> None:
         web.serve(handler)
+        handler.send(last)
         handler.close_connection = True
 
     server.behaviours["/data/a.fits"] = serve_and_close
@@ -532,6 +534,20 @@ def test_kept_connection_that_was_closed(server: WebServer, open_store: Open, pi
     store.open("a.fits")
     time.sleep(0.05)
     np.testing.assert_array_equal(store.open("b.fits")[ALL], pixels)
+
+
+def test_kept_connection_that_closes_at_the_request(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
+    """A kept connection may close just when a request is sent: it is sent again, once, on a new one."""
+    server.files["/data/b.fits"] = server.files["/data/a.fits"]
+
+    def hang_up(handler: web.Handler) -> None:
+        handler.close_connection = True
+
+    server.behaviours["/data/b.fits"] = web.first(hang_up)
+    store = open_store()
+    store.open("a.fits")
+    np.testing.assert_array_equal(store.open("b.fits")[ALL], pixels)
+    assert [path for path, _ in server.requests] == ["/data/a.fits", "/data/b.fits", "/data/b.fits"]
 
 
 def test_server_that_is_down(server: WebServer, open_store: Open, pixels: np.ndarray) -> None:
