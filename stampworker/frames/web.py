@@ -398,8 +398,8 @@ class WebFile:
         self._fits(length)
         with self._answer(f"bytes={offset}-{offset + length - 1}") as answer:
             self._unchanged(answer)
-            if answer.status != 206:
-                raise self._client.failed(self._address, f"status {answer.status} to a range, after it has served some")
+            if answer.status != 206:  # the file shrank, or another server answers: begin again
+                raise self._other(f"status {answer.status} to a range, after it has served some")
             start, stop, size = self._content_range(answer)
             if size != self._size:
                 raise self._other(f"{size} bytes, {self._size} when it was opened")

@@ -663,6 +663,18 @@ def test_file_that_changes(server: WebServer, open_store: Open, tmp_path: Path, 
     np.testing.assert_array_equal(store.open(name)[300:320, 5:9], old[300:320, 5:9] + 1)
 
 
+def test_ranges_that_cease(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """A server that stops serving ranges makes an open frame unavailable; the next open takes the file whole."""
+    data = wide(tmp_path / "b.fits", (400, 200))
+    server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
+    store = open_store(total_s=5.0)
+    frame = store.open("b.fits")
+    server.behaviours["/data/b.fits"] = web.without_ranges
+    with pytest.raises(FrameUnavailable, match="status 200 to a range"):
+        frame[300:320, 5:9]
+    np.testing.assert_array_equal(store.open("b.fits")[300:320, 5:9], data[300:320, 5:9])
+
+
 def test_old_frames_are_opened_anew(
     server: WebServer, open_store: Open, write: Callable[..., Path], pixels: np.ndarray
 ) -> None:
