@@ -67,6 +67,8 @@ def run(directory: Path, *, candidates: int, seed: int, settings: Settings) -> i
 
 def _make_room(directory: Path) -> None:
     mark = directory / f".{_MARK}"
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory}: found a file, wanted a folder")
     if directory.exists() and any(directory.iterdir()):
         if not mark.exists():
             raise ConfigError(f"{directory} is there and not empty, and no demo made it; give another folder")

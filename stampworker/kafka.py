@@ -29,11 +29,13 @@ Headers = list[tuple[str, str | bytes | None]]
 _FENCED = (KafkaError._FENCED, KafkaError.PRODUCER_FENCED)
 _CONTACT_S = 15.0
 _LEAST_CALL_S = 1.0
+_PAUSE_S = 0.1
 # A topic's limit is held against a batch of records: a header of 61 bytes, and some 30 around each record. The client
 # counts neither when it takes a record. 1000 bytes are the least that it can be told.
 _FRAMING = 128
 # The promise hangs on these; a user's value for them would break it silently.
 _OURS = (
+    "auto.offset.reset",
     "enable.auto.commit",
     "enable.auto.offset.store",
     "enable.partition.eof",
@@ -137,7 +139,12 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
     ConfigError
         No broker answers, or a topic does not exist.
     """
-    servers = settings.kafka["bootstrap.servers"]
+    servers = settings.kafka.get("bootstrap.servers")
+    if not servers:
+        raise ConfigError("kafka.bootstrap.servers: found nothing, wanted host:port of a broker")
+    for topic in topics:
+        if topic.startswith("^"):  # a pattern to librdkafka
+            raise ConfigError(f"kafka: found the pattern {topic!r}, wanted the name of a topic")
     try:
         known = admin(settings).list_topics(timeout=_CONTACT_S).topics
     except KafkaException as exc:
@@ -146,6 +153,21 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
         if topic not in known:
             raise ConfigError(f"kafka: found no topic {topic!r} at {servers}; create it first")
     return {topic: len(known[topic].partitions) for topic in topics}
+
+
+def committed(reader: Consumer, places: Sequence[TopicPartition], timeout: float) -> list[TopicPartition]:
+    """Return the group's committed offsets, ``OFFSET_INVALID`` where there is none.
+
+    Raises
+    ------
+    KafkaException
+        Those of a partition are not known: that is not the same as none.
+    """
+    found = reader.committed(list(places), timeout=timeout)
+    for place in found:
+        if place.error is not None:
+            raise KafkaException(place.error)
+    return found
 
 
 def message_limit(settings: Settings, topic: str) -> int | None:
@@ -232,7 +254,11 @@ class ExactlyOnce:
 
     def start(self) -> None:
         """Take the transactional id: a worker that held it is fenced, and what it left open is aborted."""
-        self._until(self._producer.init_transactions, time.monotonic() + self._settings.worker.deadline_s)
+        try:
+            self._until(self._producer.init_transactions, time.monotonic() + self._settings.worker.deadline_s)
+        except KafkaException as exc:
+            who = self._settings.worker.transactional_id()
+            raise PublishError(f"the transactional id {who!r} cannot be taken: {exc.args[0].str()}") from exc
 
     def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
         """See `Publisher.publish`."""
@@ -246,7 +272,7 @@ class ExactlyOnce:
             self._until(lambda s: self._producer.send_offsets_to_transaction(list(offsets), metadata, s), deadline)
             # Commit.
             self._until(self._producer.commit_transaction, deadline)
-        except RecordTooLarge:
+        except (RecordTooLarge, TransactionAborted):  # of `_produce`: the transaction is still open
             self._abort(deadline)
             raise
         except KafkaException as exc:
@@ -275,12 +301,14 @@ class ExactlyOnce:
                 if not exc.args[0].retriable() or left <= 0:
                     raise
                 log.warning("%s; trying again for %.0f s", exc.args[0].str(), left)
+                time.sleep(_PAUSE_S)  # the answer may have come at once
             else:
                 return
 
     def _after(self, error: KafkaError, deadline: float) -> None:
         """Turn a failed transaction into the one exception that says what to do now."""
         if error.code() in _FENCED or (error.fatal() and error.code() == KafkaError.INVALID_PRODUCER_EPOCH):
+            self._unless_too_slow(error, deadline)
             who = self._settings.worker.transactional_id()
             raise ProducerFenced(f"another worker took the transactional id {who!r}: {error.str()}") from None
         if error.fatal():
@@ -291,6 +319,17 @@ class ExactlyOnce:
             # Whether it was committed is not known: a new producer under the same id ends it one way or the other.
             self._replace(deadline)
         raise TransactionAborted(error.str(), too_large=error.code() == KafkaError.MSG_SIZE_TOO_LARGE)
+
+    def _unless_too_slow(self, error: KafkaError, deadline: float) -> None:
+        """Go on where the broker ended the transaction for its age, which looks as if another worker had fenced it.
+
+        Should it have been another worker after all, that one is fenced now, and stops: one of them is left.
+        """
+        worker = self._settings.worker
+        age = time.monotonic() - (deadline - worker.deadline_s)
+        if age >= worker.transaction_timeout_s:
+            self._replace(deadline)
+            raise TransactionAborted(f"open for {age:.1f} s, over worker.transaction_timeout_s: {error.str()}")
 
     def _abort(self, deadline: float) -> None:
         try:
@@ -337,13 +376,17 @@ class AtLeastOnce:
             if error is not None:
                 failed.append(error)
 
-        for place, record in enumerate(records):
-            _produce(self._producer, record, place, deadline, delivered)
+        try:
+            for place, record in enumerate(records):
+                _produce(self._producer, record, place, deadline, delivered)
+        except KafkaException as exc:
+            raise PublishError(f"the producer cannot go on: {exc.args[0].str()}") from exc
         left = self._producer.flush(max(deadline - time.monotonic(), _LEAST_CALL_S))
         if left or failed:
             self._producer.purge()
             reason = failed[0].str() if failed else f"{left} records not delivered"
-            raise TransactionAborted(f"not published: {reason}")
+            too_large = any(error.code() == KafkaError.MSG_SIZE_TOO_LARGE for error in failed)
+            raise TransactionAborted(f"not published: {reason}", too_large=too_large)
         try:
             self._consumer.commit(offsets=list(offsets), asynchronous=False)
         except KafkaException as exc:

@@ -14,10 +14,11 @@ from confluent_kafka import OFFSET_INVALID, Consumer, KafkaException, TopicParti
 
 from stampworker.config import Settings
 from stampworker.errors import ConfigError
-from stampworker.kafka import check_topics, consumer
+from stampworker.kafka import check_topics, committed, consumer
 from stampworker.worker import Place, Totals, Worker
 
 _CALL_S = 15.0
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[P
     try:
         ends: dict[Place, int] = {}
         places = [TopicPartition(topic, partition) for partition in range(count)]
-        begun = {p.partition for p in reader.committed(places, timeout=_CALL_S) if p.offset != OFFSET_INVALID}
+        begun = {p.partition for p in committed(reader, places, _CALL_S) if p.offset != OFFSET_INVALID}
         starts = []
         for place in places:
             low, high = reader.get_watermark_offsets(place, timeout=_CALL_S)
@@ -131,6 +132,7 @@ def _offset(reader: Consumer, place: TopicPartition, bound: Bound, default: int,
         return min(max(bound.offset, low), high)
     if bound.time is None:
         return default
-    milliseconds = int(bound.time.timestamp() * 1000)
+    # The first millisecond at or after the time; as a float it would be off by one now and then.
+    milliseconds = -((_EPOCH - bound.time) // datetime.timedelta(milliseconds=1))
     found = reader.offsets_for_times([TopicPartition(place.topic, place.partition, milliseconds)], timeout=_CALL_S)[0]
     return found.offset if found.offset >= 0 else high

@@ -39,6 +39,7 @@ from stampworker.kafka import (
     Record,
     RecordTooLarge,
     check_topics,
+    committed,
     consumer,
     message_limit,
 )
@@ -57,6 +58,8 @@ HEADERS_PREFIX = "stampworker."
 _SLICE_S = 0.2
 _CALL_S = 10.0
 _SEEK_S = 5.0
+# Leaving the group takes a moment; without a broker it may take for ever.
+_CLOSE_S = 30.0
 _STAGES = {  # stage of a reject: what was at work, for the header class.name
     "decode": "stampworker.alerts.decode",
     "frames": "stampworker.frames.FrameStore",
@@ -171,17 +174,20 @@ class Worker:
         PublishError
             Publishing cannot go on.
         """
-        self._connect()
         try:
-            with FrameStore(self._settings.frames) as store, ThreadPoolExecutor(1, "publish") as thread:
-                while not self._finished():
-                    self._turn(store, thread)
-                self._settle()
-            self._raise_failure()
-        finally:
-            # Committed first, closed after: closing hands the partitions on.
-            self._consumer.close()
-            self._publisher.close()
+            self._connect()
+            try:
+                with FrameStore(self._settings.frames) as store, ThreadPoolExecutor(1, "publish") as thread:
+                    while not self._finished():
+                        self._turn(store, thread)
+                    self._settle()
+                self._raise_failure()
+            finally:
+                # Committed first, closed after: closing hands the partitions on.
+                self._close_consumer()
+                self._publisher.close()
+        except KafkaException as exc:
+            raise PublishError(f"kafka: {exc.args[0].str()}") from exc
         return self.totals
 
     def _connect(self) -> None:
@@ -200,6 +206,14 @@ class Worker:
             list(worker.input_topic), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         log.info("group %s slot %s: %s", worker.group, worker.slot_number(), worker.guarantee)
+
+    def _close_consumer(self) -> None:
+        # In a thread that the process does not wait for: the call has no time limit of its own.
+        thread = threading.Thread(target=self._consumer.close, name="close", daemon=True)
+        thread.start()
+        thread.join(_CLOSE_S)
+        if thread.is_alive():
+            log.warning("the consumer did not close within %g s; its partitions are free after its session", _CLOSE_S)
 
     def _limit(self) -> int | None:
         """Return the bytes of the largest record that the output topics take; warn where a packet may be larger."""
@@ -273,7 +287,7 @@ class Worker:
             # Commit markers take offsets too, so the last alert may lie well before the end; only this event tells.
             if self._drained and _offset(message) >= self._end(_place(message)):
                 self._ended.add(_place(message))
-        elif error.fatal():
+        elif error.fatal() or error.code() == KafkaError._FATAL:  # the client marks none of its messages as fatal
             raise PublishError(f"the consumer cannot go on: {error.str()}")
         else:
             log.warning("%s: %s", message.topic() or "consumer", error.str())
@@ -290,9 +304,11 @@ class Worker:
         return self._drained and self._seen_assignment and self._assigned <= self._ended
 
     def _finished(self) -> bool:
-        if self._behind or self._failure is not None:
+        if self._failure is not None:
             return False
-        return self._stop.is_set() or (self._input_ended() and self._pending is None)
+        if self._stop.is_set():
+            return True  # the next owner begins at the committed offsets, so nothing need be set back
+        return not self._behind and self._input_ended() and self._pending is None
 
     # -- enriching ----------------------------------------------------------------------------------------------
 
@@ -409,8 +425,10 @@ class Worker:
     def _on_revoke(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         # The generation is still ours inside this callback, so what is being published can be committed now, and the
         # next owner starts behind it. What was polled since belongs to the next owner.
-        self._settle()
-        self._unassign(partitions)
+        try:
+            self._settle()
+        finally:
+            self._unassign(partitions)
         log.info("revoked %s", _listed({(p.topic, p.partition) for p in partitions}))
 
     def _on_lost(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
@@ -429,23 +447,23 @@ class Worker:
             self._first.pop(place, None)
 
     def _rewind(self) -> None:
-        """Set every assigned partition back to its committed offset, or to where reading began."""
+        """Set the partitions that were read back to their committed offsets, or to where reading began."""
         self._behind = False
-        self._ended.clear()
-        wanted = [TopicPartition(*place) for place in sorted(self._assigned)]
+        # The others stand where they began: one that is not fetched yet cannot be set back, and one at its end would
+        # not report that again.
+        wanted = [TopicPartition(*place) for place in sorted(self._assigned & self._first.keys())]
         for found in self._committed(wanted):
             place = found.topic, found.partition
             if found.offset == OFFSET_INVALID:
-                if place not in self._first:
-                    continue  # nothing was read of it
                 found.offset = self._first[place]
+            self._ended.discard(place)
             self._seek(found)
 
     def _committed(self, wanted: list[TopicPartition]) -> list[TopicPartition]:
         deadline = time.monotonic() + self._settings.worker.deadline_s
         while wanted:
             try:
-                return self._consumer.committed(wanted, timeout=_CALL_S)
+                return committed(self._consumer, wanted, _CALL_S)
             except KafkaException as exc:
                 if time.monotonic() > deadline:
                     raise PublishError(f"committed offsets cannot be read: {exc.args[0].str()}") from exc
