@@ -234,7 +234,9 @@ def _reconcile(tables: Sequence[Table]) -> None:
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:
     if not settings.frames.frame_roots:
-        raise ConfigError("frames.frame_roots: found nothing, wanted the folders that alerts may name frames of")
+        raise ConfigError(
+            "frames.frame_roots: found nothing, wanted the folders or URL prefixes that alerts may name frames of"
+        )
     worker = Worker(settings, drained=args.drain)
     _stop_on_signals(worker, settings)
     return _totals(args, worker.run())
@@ -242,7 +244,9 @@ def _run(args: argparse.Namespace, settings: Settings) -> int:
 
 def _replay(args: argparse.Namespace, settings: Settings) -> int:
     if not settings.frames.frame_roots:
-        raise ConfigError("frames.frame_roots: found nothing, wanted the folders that alerts may name frames of")
+        raise ConfigError(
+            "frames.frame_roots: found nothing, wanted the folders or URL prefixes that alerts may name frames of"
+        )
     run = args.run or datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     totals = replay(
         settings,
@@ -398,7 +402,7 @@ def _frame_flags(parser: argparse.ArgumentParser) -> None:
         dest="frame_roots",
         action="append",
         metavar="DIR",
-        help="frames are read beneath this folder only; repeatable",
+        help="frames are read beneath this folder, or URL prefix, only; repeatable",
     )
     parser.add_argument("--radius", type=float, help="half-size of a stamp, pixels")
 

@@ -11,9 +11,10 @@ For each group of alerts that name the same frames::
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,8 +112,12 @@ def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings)
                 log.exception("frames %s: unexpected error", ", ".join(plane for plane, _ in frames))
             results |= {i: Reject(alerts[i].alert_id, "frames", exc) for i in members}
             continue
+        radius = math.ceil(settings.enrich.radius)
+        group = [alerts[i] for i in members]
+        store.fetch((frame, _boxes(group, frame_set.science, radius)) for frame in frame_set.planes.values())
         for i in members:
-            results[i] = _packet_or_reject(alerts[i], frame_set, settings)
+            with store.time_limit():
+                results[i] = _packet_or_reject(alerts[i], frame_set, settings)
     store.trim()
     return [results[i] for i in range(len(alerts))]
 
@@ -171,7 +176,7 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
             raise AlertError(f"frames: found no {plane!r}, which enrich.required_planes wants")
     x, y = _position(alert, frames.science)
     radius = math.ceil(settings.enrich.radius)
-    x1, y1 = math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
+    x1, y1 = _corner(x, y, radius)
     others: dict[str, Any] = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
     cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **others)
     side = 2 * radius + 1
@@ -233,6 +238,20 @@ def _position(alert: Alert, science: Frame) -> tuple[float, float]:
         where = f"x {x}, y {y}" if alert.x is not None else f"ra {alert.ra}, dec {alert.dec}"
         raise AlertError(f"position: found {where}, wanted one that the science frame's pixel grid can hold")
     return x, y
+
+
+def _corner(x: float, y: float, radius: int) -> tuple[int, int]:
+    """Return the first pixel of the stamp around a position; halves round up."""
+    return math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
+
+
+def _boxes(alerts: Sequence[Alert], science: Frame, radius: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``y0, y1, x0, x1`` of each alert's stamp; one without a position is told of when its packet is made."""
+    side = 2 * radius + 1
+    for alert in alerts:
+        with contextlib.suppress(AlertError, FrameError):
+            x1, y1 = _corner(*_position(alert, science), radius)
+            yield y1, y1 + side, x1, x1 + side
 
 
 def _pixel(wcs: WCS, ra: float, dec: float) -> tuple[float, float]:
