@@ -59,7 +59,7 @@ _SLICE_S = 0.2
 _CALL_S = 10.0
 _SEEK_S = 5.0
 # Leaving the group takes a moment; without a broker it may take for ever.
-_CLOSE_S = 30.0
+_CLOSE_S = 15.0
 _STAGES = {  # stage of a reject: what was at work, for the header class.name
     "decode": "stampworker.alerts.decode",
     "frames": "stampworker.frames.FrameStore",
