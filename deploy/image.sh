@@ -37,7 +37,7 @@ rm -rf build/wheels
 build_tools=$("$python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
 # shellcheck disable=SC2086 # several words
 "$python" -m pip download --disable-pip-version-check --quiet --dest build/wheels -c constraints.txt \
-    --python-version "$version" --only-binary :all: . $build_tools
+    --python-version "$version" --only-binary :all: '.[s3]' $build_tools
 
 echo "stampworker: making the image $name from $BASE" >&2
 docker build --build-arg BASE="$BASE" --build-arg BUILD_BASE="$BUILD_BASE" --build-arg PIP_NO_INDEX=1 --network none \
