@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from astropy.io import fits
 from astropy.table import Table
 
 from stampworker.alerts import Alert, decode, decode_container, from_record, from_table, masked_column
@@ -22,6 +23,8 @@ _TABLES = {  # ending: format of astropy's reader
     ".fit": "fits",
     ".csv": "ascii.csv",
     ".tsv": "ascii.tab",
+    ".cat": "ascii.sextractor",
+    ".ldac": "fits",
 }
 
 
@@ -92,14 +95,25 @@ def read_alerts(
 def _read_table(path: Path, options: TableOptions) -> tuple[list[Alert | AlertError], Table]:
     if "science" not in options.frames:
         raise AlertError(f"{path}: a table names no frames, wanted at least --science FILE")
+    if not path.is_file():
+        raise AlertError(f"{path}: found no such file, wanted a table of candidates")
+    kind = _TABLES[path.suffix.lower()]
     try:
-        table = Table.read(path, format=_TABLES[path.suffix.lower()])
+        options_of_kind = {"hdu": _ldac_objects(path)} if kind == "fits" else {}
+        table = Table.read(path, format=kind, **options_of_kind)
     except Exception as exc:  # astropy's readers raise many kinds of error
         raise AlertError(f"{path}: found no table: {type(exc).__name__}: {str(exc)[:200]}") from exc
     alerts = from_table(
         table, options.frames, columns=options.columns, pixel_origin=options.pixel_origin, source=path.name
     )
     return alerts, table
+
+
+def _ldac_objects(path: Path) -> int:
+    """Return the HDU of the candidates: SExtractor's FITS_LDAC has another table before them."""
+    with fits.open(path) as hdus:
+        names = [hdu.name for hdu in hdus]
+    return names.index("LDAC_OBJECTS") if "LDAC_OBJECTS" in names else 1
 
 
 def _read_alerts(data: bytes, schema_folder: Path | None) -> list[Alert | AlertError]:

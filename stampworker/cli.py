@@ -425,9 +425,16 @@ def _add_replay(commands: Any) -> None:
     parser = _add(commands, "replay", _replay, "send a retained topic through the worker again, into another topic")
     parser.add_argument("topic", metavar="TOPIC")
     parser.add_argument("--to-topic", required=True, metavar="TOPIC")
-    parser.add_argument("--from", dest="start", metavar="WHEN", help="offset or ISO time to begin at")
-    parser.add_argument("--until", dest="end", metavar="WHEN", help="offset or ISO time to end before")
-    parser.add_argument("--run", metavar="NAME", help="name of the replay; the same name goes on with it")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="WHEN",
+        help="begin at this offset, in every partition, or at this ISO time (UTC where it names no zone)",
+    )
+    parser.add_argument("--until", dest="end", metavar="WHEN", help="end before this offset or time")
+    parser.add_argument(
+        "--run", metavar="NAME", help="name of the replay; the same name goes on with it (by default the present time)"
+    )
     _worker_flags(parser)
 
 

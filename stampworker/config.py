@@ -30,8 +30,15 @@ _SECRET = re.compile(r"password|passphrase|secret|jaas|token|\.pem$|oauthbearer\
 
 
 def _split(value: object) -> object:
-    """Let a comma-separated string, as the environment has it, stand for a list."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """Let a comma-separated string, or a list as `describe` prints it, stand for a list."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as exc:
+            raise ValueError(f'a list is written a,b or ["a", "b"]: {exc}') from None
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -216,6 +223,10 @@ class Settings(_Section):
         return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
 
 
+def _without_credentials(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//********@", text)
+
+
 def nearest(name: str, known: object) -> str:
     """Return ``; the nearest known is …``, or nothing where none is near."""
     found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)  # type: ignore[attr-defined]
@@ -293,9 +304,8 @@ def describe(settings: Settings) -> str:
             name = json.dumps(key) if section == "kafka" else key
             shown = "********" if section == "kafka" and _SECRET.search(key) else value
             # JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null.
-            lines.append(
-                f"# {name} is not set" if shown is None else f"{name} = {json.dumps(shown, ensure_ascii=False)}"
-            )
+            written = _without_credentials(json.dumps(shown, ensure_ascii=False))
+            lines.append(f"# {name} is not set" if shown is None else f"{name} = {written}")
         lines.append("")
     return "\n".join(lines)
 
@@ -334,11 +344,12 @@ def _sections() -> dict[str, type[_Section]]:
 
 def _complaint(error: Any, sources: Mapping[str, str]) -> str:
     where = ".".join(str(part) for part in error["loc"])
-    source = sources.get(".".join(str(part) for part in error["loc"][:2]))
+    key = ".".join(str(part) for part in error["loc"][:2])
+    source = sources.get(key) or next((s for name, s in sources.items() if name.startswith(f"{key}.")), None)
     prefix = f"{source}: {where}" if source else where
     if error["type"] != "extra_forbidden":
         # Not the input of a whole section: it may hold secrets, and the message says what is wrong.
-        found = "" if isinstance(error["input"], Mapping) else f"found {error['input']!r}; "
+        found = "" if isinstance(error["input"], Mapping) else f"found {_without_credentials(repr(error['input']))}; "
         problem = error["msg"].removeprefix("Value error, ")
         return f"{prefix}: {found}{problem[0].lower()}{problem[1:]}"
     section, *rest = error["loc"]

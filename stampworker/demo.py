@@ -137,7 +137,8 @@ def _show(directory: Path, night: Night, packets: Mapping[str, Packet], number: 
         print("Called artefact, by true class and S/N, beside STDWeb's thresholds alone:")
         print(format_confusion(confusion(truth, results)), end="\n\n")
         found = recovery(truth, results)
-        print("recovered: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+        print(f"shifts of {found['dipoles']} dipoles recovered to {found['shift']:.3f} px (median)", end=", ")
+        print(f"scales of {found['scale_errors']} scale errors to {found['scale']:.4f}")
     folder = directory / "packets"
     folder.mkdir()
     for packet in packets.values():
@@ -161,6 +162,6 @@ def _table(rows: Sequence[Any], packets: Sequence[Packet]) -> str:
         if m:
             shift = f"{m['adjust_dx']:7.3f} {m['adjust_dy']:7.3f} {m['adjust_scale']:6.3f}"
             fit = f"{shift} {m['adjust_chi2_0']:9.1f} {m['adjust_chi2']:9.1f} {m['adjust_pval']:8.2g}"
-        verdict = {True: "artefact", False: "real", None: packet.adjust_status}[packet.adjust_artefact]
+        verdict = {True: "artefact", False: "not an artefact", None: packet.adjust_status}[packet.adjust_artefact]
         lines.append(f"{packet.alert_id:14} {row['class']!s:17} {float(row['snr']):6.1f} {fit}  {verdict}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
-from stampworker.config import Settings
+from stampworker.config import Settings, nearest
 from stampworker.errors import ConfigError, ProducerFenced, PublishError, TransactionAborted
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,16 @@ _OURS = (
     "enable.idempotence",
 )
 
+# Properties that people set, to name the nearest of them; librdkafka knows hundreds, and does not list them here.
+_COMMON = (
+    *("bootstrap.servers", "client.id", "client.rack", "security.protocol", "debug", "log_level"),
+    *("sasl.mechanism", "sasl.mechanisms", "sasl.username", "sasl.password", "sasl.oauthbearer.config"),
+    *("ssl.ca.location", "ssl.certificate.location", "ssl.key.location", "ssl.key.password"),
+    *("group.protocol", "group.instance.id", "session.timeout.ms", "heartbeat.interval.ms", "max.poll.interval.ms"),
+    *("fetch.min.bytes", "fetch.max.bytes", "fetch.wait.max.ms", "max.partition.fetch.bytes", "queued.min.messages"),
+    *("compression.type", "linger.ms", "batch.size", "message.max.bytes", "queue.buffering.max.messages"),
+    *("partition.assignment.strategy", "socket.timeout.ms", "topic.metadata.refresh.interval.ms"),
+)
 # [kafka] is shared, and each client warns of what is meant for the other.
 _CONSUMER_ONLY = re.compile(
     r"(group|session|heartbeat|fetch|queued|auto\.offset|partition\.assignment|coordinator|max\.poll)\..*|check\.crcs"
@@ -128,7 +138,9 @@ def _build(client: Callable[..., Any], settings: Settings, ours: Mapping[str, An
     try:
         return client({**ours, **shared}, logger=_client_log)
     except KafkaException as exc:
-        raise ConfigError(f"kafka: {exc.args[0].str()}") from exc
+        unknown = [name for name in shared if f'"{name}"' in exc.args[0].str()]
+        hint = nearest(unknown[0], _COMMON) if unknown else ""
+        raise ConfigError(f"kafka: {exc.args[0].str()}{hint}") from exc
 
 
 def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:

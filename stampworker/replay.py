@@ -87,10 +87,13 @@ def replay(
     Raises
     ------
     ConfigError
-        A topic is not there, or the packets would go to the topic that is read.
+        A topic is not there, the packets would go to a topic that is in use, or the range ends before it begins.
     """
-    if topic == to_topic:
-        raise ConfigError(f"--to-topic: found the topic that is replayed, {topic!r}, wanted another")
+    live = {topic: "the topic that is replayed", settings.worker.packet_topic: "the live packets' topic"}
+    live[settings.worker.reject_topic] = "the topic of rejects"
+    if to_topic in live:
+        raise ConfigError(f"--to-topic: found {to_topic!r}, {live[to_topic]}; wanted one of its own")
+    _check_range(start or Bound(), end or Bound())
     group = f"{settings.worker.group}-replay-{run}"
     worker_settings = settings.worker.model_copy(
         update={"input_topic": (topic,), "packet_topic": to_topic, "group": group}
@@ -101,6 +104,12 @@ def replay(
     if on_worker is not None:
         on_worker(worker)
     return worker.run()
+
+
+def _check_range(start: Bound, end: Bound) -> None:
+    backwards = start.offset is not None and end.offset is not None and start.offset >= end.offset
+    if backwards or (start.time is not None and end.time is not None and start.time >= end.time):
+        raise ConfigError("--from, --until: found a range that ends before it begins")
 
 
 def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[Place, int]:

@@ -60,6 +60,8 @@ _CALL_S = 10.0
 _SEEK_S = 5.0
 # Leaving the group takes a moment; without a broker it may take for ever.
 _CLOSE_S = 15.0
+# The topic of rejects must take the alert and these headers.
+_LONGEST_HEADER = 8_000
 _STAGES = {  # stage of a reject: what was at work, for the header class.name
     "decode": "stampworker.alerts.decode",
     "frames": "stampworker.frames.FrameStore",
@@ -511,8 +513,8 @@ def _error_headers(message: Message, reject: Reject) -> list[tuple[str, Any]]:
         "stage": reject.stage,
         "class.name": _STAGES[reject.stage],
         "exception.class.name": f"{type(error).__module__}.{type(error).__name__}",
-        "exception.message": error,
-        "exception.stacktrace": "".join(traceback.format_exception(error)),
+        "exception.message": str(error)[:_LONGEST_HEADER],
+        "exception.stacktrace": "".join(traceback.format_exception(error))[-_LONGEST_HEADER:],
         "attempt": 1,
     }
     return [(ERRORS_PREFIX + name, str(value)) for name, value in values.items()]

@@ -20,13 +20,19 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def real_data(folder: Path) -> Path:
+    """Return a folder of real data; where there is none skip, or fail under STAMPWORKER_TEST_DATA_REQUIRED."""
+    if not folder.is_dir():
+        problem = f"no real data: found no folder {folder.parent.name}/{folder.name} beside the checkout"
+        (pytest.fail if "STAMPWORKER_TEST_DATA_REQUIRED" in os.environ else pytest.skip)(problem)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real alerts and frames beside the checkout."""
     folder = (Path(__file__).parents[1] / "../shared/data").resolve()
-    if not folder.is_dir():
-        pytest.skip(f"no real data: found no folder {folder.parent.name}/{folder.name} beside the checkout")
-    return folder
+    return real_data(folder)
 
 
 class SeededFrame(NamedTuple):

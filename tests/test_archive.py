@@ -6,6 +6,7 @@ import json
 import fastavro
 import numpy as np
 import pytest
+from astropy.io import fits
 from astropy.table import Table
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,7 +121,7 @@ def test_file_that_is_not_there(tmp_path):
         read_alerts(tmp_path / "absent.json")
     with pytest.raises(AlertError, match="Is a directory"):
         read_alerts(tmp_path)
-    with pytest.raises(AlertError, match=r"absent\.ecsv: found no table: FileNotFoundError"):
+    with pytest.raises(AlertError, match=r"absent\.ecsv: found no such file"):
         read_alerts(tmp_path / "absent.ecsv", TableOptions(FRAMES))
 
 
@@ -189,3 +190,25 @@ def test_fields_become_columns(tmp_path):
     assert list(table["band"]) == ["r", "3"]
     assert list(table["fwhm"].mask) == [True, False]
     assert list(table["x"]) == [41.3, 41.3]
+
+
+SEXTRACTOR = """# 1 NUMBER Running object number
+# 2 X_IMAGE Object position along x [pixel]
+# 3 Y_IMAGE Object position along y [pixel]
+# 4 FWHM_IMAGE FWHM assuming a gaussian core [pixel]
+ 1 10.5 20.25 4.5
+ 2 30.0 40.0 5.5
+"""
+
+
+def test_sextractor_catalogues(tmp_path):
+    """Its ASCII_HEAD and its FITS_LDAC, whose candidates stand in the second table, with pixels from 1."""
+    (tmp_path / "head.cat").write_text(SEXTRACTOR)
+    candidates = Table({"NUMBER": [1, 2], "X_IMAGE": [10.5, 30.0], "Y_IMAGE": [20.25, 40.0], "FWHM_IMAGE": [4.5, 5.5]})
+    hdus = [fits.PrimaryHDU(), fits.BinTableHDU(Table({"Field Header Card": ["x"]}), name="LDAC_IMHEAD")]
+    fits.HDUList([*hdus, fits.BinTableHDU(candidates, name="LDAC_OBJECTS")]).writeto(tmp_path / "two.ldac")
+    columns = {"x": "X_IMAGE", "y": "Y_IMAGE", "fwhm": "FWHM_IMAGE"}
+    for name in ("head.cat", "two.ldac"):
+        alerts, _ = read_alerts(tmp_path / name, TableOptions({"science": "s.fits"}, columns, pixel_origin=1))
+        assert [(a.x, a.y, a.fwhm) for a in alerts] == [(9.5, 19.25, 4.5), (29.0, 39.0, 5.5)]
+        assert [a.extra["NUMBER"] for a in alerts] == [1, 2]

@@ -239,3 +239,25 @@ def test_slot_is_the_number_that_the_host_name_ends_in(monkeypatch, host, slot):
     monkeypatch.setattr("socket.gethostname", lambda: host)
     assert WorkerSettings(group="g").transactional_id() == f"g-{slot}"
     assert WorkerSettings(group="g", slot=5).transactional_id() == "g-5"
+
+
+def test_list_as_it_is_printed_is_a_list():
+    """What `describe` prints of a list can be given back as a flag or in the environment; half a list is an error."""
+    assert load(flags={"frames.frame_roots": '["a", "b,c"]'}).frames.frame_roots == ("a", "b,c")
+    with pytest.raises(ConfigError, match="a list is written a,b"):
+        load(flags={"frames.frame_roots": '["a"'})
+
+
+def test_credentials_in_a_root_are_not_shown():
+    """A password in a URL is masked where settings are printed."""
+    text = describe(load(flags={"frames.frame_roots": "https://user:hunter2@host/x/"}))
+    assert "hunter2" not in text
+    assert "https://********@host/x/" in text
+
+
+def test_section_that_is_unknown_names_its_file(tmp_path):
+    """The complaint says where it stands."""
+    path = tmp_path / "worker.toml"
+    path.write_text("[fitt]\nmax_shift = 2\n")
+    with pytest.raises(ConfigError, match=r"worker\.toml: fitt is not a setting; the nearest known is 'fit'"):
+        load(path)

@@ -332,3 +332,9 @@ def test_topics_are_checked(cluster: MockCluster, settings: Settings) -> None:
         check_topics(settings, ["^a"])
     with pytest.raises(ConfigError, match=r"kafka\.bootstrap\.servers: found nothing"):
         check_topics(load(flags={"kafka.bootstrap.servers": ""}), [topic])
+
+
+def test_unknown_property_names_the_nearest() -> None:
+    """A slip in [kafka] is a ConfigError that names what was meant."""
+    with pytest.raises(ConfigError, match=r"bootstrap\.server.*the nearest known is 'bootstrap\.servers'"):
+        stampworker.kafka.admin(load(flags={"kafka.bootstrap.server": "localhost:1"}))

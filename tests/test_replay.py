@@ -36,10 +36,25 @@ def test_bound_that_is_neither_is_refused(text: str) -> None:
         parse_bound(text)
 
 
-def test_replay_into_the_same_topic_is_refused() -> None:
-    """Packets never go to the topic that is read."""
-    with pytest.raises(ConfigError, match="found the topic that is replayed, 'alerts'"):
-        replay(Settings(), "alerts", "alerts", run="one")
+@pytest.mark.parametrize(
+    ("to_topic", "what"),
+    [
+        ("alerts", "the topic that is replayed"),
+        ("packets", "the live packets' topic"),
+        ("rejects", "the topic of rejects"),
+    ],
+)
+def test_replay_into_a_topic_in_use_is_refused(to_topic: str, what: str) -> None:
+    """Packets never go to the topic that is read, nor among the live packets or the rejects."""
+    with pytest.raises(ConfigError, match=f"found '{to_topic}', {what}"):
+        replay(Settings(), "alerts", to_topic, run="r")
+
+
+@pytest.mark.parametrize(("start", "end"), [("9", "3"), ("3", "3"), ("2026-01-02T00:00:00", "2026-01-01T00:00:00")])
+def test_range_that_ends_before_it_begins_is_refused(start: str, end: str) -> None:
+    """Such a range is a slip, not an empty replay."""
+    with pytest.raises(ConfigError, match="ends before it begins"):
+        replay(Settings(), "alerts", "again", run="r", start=parse_bound(start), end=parse_bound(end))
 
 
 class Reader:

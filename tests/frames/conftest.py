@@ -81,9 +81,6 @@ def store(tmp_path: Path) -> Iterator[FrameStore]:
 
 
 @pytest.fixture
-def odd() -> Path:
+def odd(shared_data: Path) -> Path:
     """Find the folder of damaged and unusual frames, where it lies beside the checkout."""
-    folder = Path(__file__).parents[2] / "../shared/data/odd"
-    if not folder.is_dir():
-        pytest.skip(f"no example frames at {folder}")
-    return folder.resolve()
+    return shared_data / "odd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import statistics
 import subprocess
@@ -67,6 +68,7 @@ def test_real_candidates_each_once_as_enrich_makes_them(
 ) -> None:
     """Every real candidate (of a simulated night where there are none) comes out once, with the bytes of `enrich`."""
     data = Path(__file__).parents[3] / "shared" / "data"
+    assert data.is_dir() or "STAMPWORKER_TEST_DATA_REQUIRED" not in os.environ
     alerts, roots = real_alerts(data) if data.is_dir() else night
     chain = make_chain(alerts, roots)
     totals = drain(chain, worker__batch_count=50)
