@@ -28,6 +28,7 @@ from astropy.table import Table
 from astropy.wcs import WCS, NoConvergence
 from astropy.wcs.utils import wcs_to_celestial_frame
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from stampworker.alerts import Alert, from_table, masked_column
 from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
@@ -441,12 +442,17 @@ def enrich_table(
     ValueError
         ``radius`` or ``pixel_origin`` is out of range.
     """
-    urls = {plane: file_url(path) for plane, path in frames.items()}
-    alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
+    if not isinstance(table, Table):
+        raise ValueError(f"table: found {type(table).__name__}, wanted an astropy Table; Table.read reads a file")
     wanted = settings or Settings()
     if radius is not None:
-        enrich = EnrichSettings.model_validate(wanted.enrich.model_dump() | {"radius": radius})
+        try:
+            enrich = EnrichSettings.model_validate(wanted.enrich.model_dump() | {"radius": radius})
+        except ValidationError as exc:
+            raise ValueError(f"radius: found {radius!r}; {exc.errors()[0]['msg']}") from None
         wanted = wanted.model_copy(update={"enrich": enrich})
+    urls = {plane: file_url(path) for plane, path in frames.items()}
+    alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
     with FrameStore(wanted.frames, allowed_files=[local_file(path) for path in frames.values()]) as store:
         check_frames(urls, store)
         results = enrich_mixed(alerts, store, wanted)

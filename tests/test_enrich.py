@@ -709,3 +709,11 @@ def test_rejects_can_be_written(night):
         "error": "FrameMissing",
         "message": "file:///a: no such file",
     }
+
+
+def test_enrich_table_says_what_is_wrong_with_its_arguments():
+    """A file's name for a table, or a radius out of range, is a ValueError that names the argument."""
+    with pytest.raises(ValueError, match=r"table: found str, wanted an astropy Table"):
+        enrich_table("candidates.ecsv", {"science": "science.fits"})
+    with pytest.raises(ValueError, match=r"radius: found -3; Input should be greater than 0"):
+        enrich_table(Table({"x": [1.0], "y": [2.0]}), {"science": "science.fits"}, radius=-3)
