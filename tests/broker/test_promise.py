@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,31 @@ def test_killed_at_every_step_each_alert_once(
     other.terminate()
     assert other.wait() == 0
     chain.check()
+
+
+def test_one_of_two_running_workers_is_killed_in_its_transaction(
+    make_chain: MakeChain, start_worker: StartWorker, night: tuple[list[Alert], list[Path]]
+) -> None:
+    """Both share the topic; one dies by SIGKILL with a transaction open; the other takes over: each alert once."""
+    chain = replace(make_chain([], partitions=4), alerts=night[0])
+    other = start_worker(chain.options(worker__slot=1, worker__batch_count=2))
+    other.wait_for("assigned")
+    dying = subprocess.Popen(
+        [sys.executable, str(HERE / "dying_worker.py"), "before-commit_transaction", "2", "run"],
+        env=environment(chain.options(worker__slot=0, worker__batch_count=2)),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        other.wait_for("revoked")  # the dying one has joined
+        chain.send()
+        assert dying.wait(60) == -signal.SIGKILL
+    finally:
+        dying.kill()
+        dying.wait()
+    wait_for_packets(chain, len(chain.alerts))
+    other.terminate()
+    assert other.wait() == 0
+    assert len({origin(record)[0] for record in chain.check()}) == 4
 
 
 def test_killed_worker_restarted_in_its_slot_ends_its_transaction(make_chain: MakeChain) -> None:
