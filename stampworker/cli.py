@@ -232,21 +232,22 @@ def _reconcile(tables: Sequence[Table]) -> None:
                 table[name] = masked_column([None if value is None else str(value) for value in values], str)
 
 
-def _run(args: argparse.Namespace, settings: Settings) -> int:
+def _require_roots(settings: Settings) -> None:
     if not settings.frames.frame_roots:
         raise ConfigError(
             "frames.frame_roots: found nothing, wanted the folders or URL prefixes that alerts may name frames of"
         )
+
+
+def _run(args: argparse.Namespace, settings: Settings) -> int:
+    _require_roots(settings)
     worker = Worker(settings, drained=args.drain)
     _stop_on_signals(worker, settings)
     return _totals(args, worker.run())
 
 
 def _replay(args: argparse.Namespace, settings: Settings) -> int:
-    if not settings.frames.frame_roots:
-        raise ConfigError(
-            "frames.frame_roots: found nothing, wanted the folders or URL prefixes that alerts may name frames of"
-        )
+    _require_roots(settings)
     run = args.run or datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     totals = replay(
         settings,

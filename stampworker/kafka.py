@@ -203,16 +203,9 @@ def publish_all(settings: Settings, records: Iterable[Record]) -> None:
         A record was not delivered.
     """
     deadline = time.monotonic() + settings.worker.deadline_s
-    failed: list[KafkaError] = []
-
-    def delivered(error: KafkaError | None, _message: object) -> None:
-        if error is not None:
-            failed.append(error)
-
     to = producer(settings, transactional=False)
     try:
-        for place, record in enumerate(records):
-            _produce(to, record, place, deadline, delivered)
+        failed = _produce_all(to, records, deadline)
     except KafkaException as exc:
         raise PublishError(exc.args[0].str()) from exc
     left = to.flush(settings.worker.deadline_s)
@@ -382,15 +375,8 @@ class AtLeastOnce:
     def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
         """See `Publisher.publish`; ``metadata`` is not used."""
         deadline = time.monotonic() + self._settings.worker.deadline_s
-        failed: list[KafkaError] = []
-
-        def delivered(error: KafkaError | None, _message: object) -> None:
-            if error is not None:
-                failed.append(error)
-
         try:
-            for place, record in enumerate(records):
-                _produce(self._producer, record, place, deadline, delivered)
+            failed = _produce_all(self._producer, records, deadline)
         except KafkaException as exc:
             raise PublishError(f"the producer cannot go on: {exc.args[0].str()}") from exc
         left = self._producer.flush(max(deadline - time.monotonic(), _LEAST_CALL_S))
@@ -411,6 +397,19 @@ class AtLeastOnce:
     def close(self) -> None:
         """Let go of the broker."""
         self._producer.flush(_LEAST_CALL_S)
+
+
+def _produce_all(to: Producer, records: Iterable[Record], deadline: float) -> list[KafkaError]:
+    """Queue records outside of a transaction; the list gets the error of each that is not delivered, until flushed."""
+    failed: list[KafkaError] = []
+
+    def delivered(error: KafkaError | None, _message: object) -> None:
+        if error is not None:
+            failed.append(error)
+
+    for place, record in enumerate(records):
+        _produce(to, record, place, deadline, delivered)
+    return failed
 
 
 def _produce(

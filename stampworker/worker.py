@@ -29,7 +29,7 @@ from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException
 
 from stampworker.alerts import Alert, decode
 from stampworker.config import Settings
-from stampworker.enrich import Reject, make_packets
+from stampworker.enrich import Reject, enrich_mixed
 from stampworker.errors import AlertError, PublishError, TransactionAborted
 from stampworker.frames import FrameStore
 from stampworker.kafka import (
@@ -316,14 +316,13 @@ class Worker:
 
     def _enrich(self, messages: Sequence[Message], store: FrameStore) -> list[Packet | Reject]:
         folder = self._settings.alerts.schema_folder
-        decoded: list[Alert | Reject] = []
+        decoded: list[Alert | AlertError] = []
         for message in messages:
             try:
                 decoded.append(decode(message.value() or b"", folder))
             except AlertError as exc:
-                decoded.append(Reject(exc.alert_id, "decode", exc))
-        made = iter(make_packets([a for a in decoded if isinstance(a, Alert)], store, self._settings))
-        return [a if isinstance(a, Reject) else next(made) for a in decoded]
+                decoded.append(exc)
+        return enrich_mixed(decoded, store, self._settings)
 
     def _records(self, batch: _Batch) -> list[Record]:
         return [self._record(m, result) for m, result in zip(batch.messages, batch.results, strict=True)]
