@@ -118,6 +118,9 @@ class FrameSettings(_Section):
     max_download_bytes: int = Field(1 << 30, ge=1 << 16)
     """Most that is taken from a server in one answer, bytes: a stamp's rows; a whole file where it is gzip or the
     server serves no ranges."""
+    max_alert_bytes: int = Field(8 << 30, ge=1 << 16)
+    """Most that the stamps of one alert may need to be read from servers and decompressed, bytes: rows, tiles, and each
+    gzip frame whole. By default more than the largest frame that the limits above let pass."""
     connect_s: float = Field(5.0, gt=0, le=300)
     """Longest wait for a connection to a server of frames, seconds."""
     read_s: float = Field(10.0, gt=0, le=300)

@@ -115,9 +115,9 @@ def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings)
             continue
         radius = math.ceil(settings.enrich.radius)
         group = [alerts[i] for i in members]
-        store.fetch((frame, _boxes(group, frame_set.science, radius)) for frame in frame_set.planes.values())
+        store.fetch(frame_set.planes.values(), _boxes(group, frame_set.science, radius))
         for i in members:
-            with store.time_limit():
+            with store.allowance():
                 results[i] = _packet_or_reject(alerts[i], frame_set, settings)
     store.trim()
     return [results[i] for i in range(len(alerts))]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.address import Address
-from stampworker.frames.remote import FIRST, Beginning, Memory, collect, end_within
+from stampworker.frames.allowance import end_within
+from stampworker.frames.remote import FIRST, Beginning, Memory, collect
 
 if TYPE_CHECKING:
     from obstore.store import S3Store

@@ -47,6 +47,10 @@ class PlainImage:
         stride = self.shape[1] * self._stored.itemsize
         return [(self._offset + y0 * stride, (y1 - y0) * stride) for y0, y1, _, _ in boxes]
 
+    def cost(self, box: Box) -> int:
+        """Return how many bytes a box inside the image needs."""
+        return (box[1] - box[0]) * self.shape[1] * self._stored.itemsize
+
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image; only these rows are read."""
         pixels = self._source.pixels(self._offset, self.shape, self._stored, y0, y1)

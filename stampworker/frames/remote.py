@@ -7,7 +7,6 @@ rows, and the header's second reading, cost nothing.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -87,6 +86,7 @@ class RangedFile:
 
     def __init__(self, remote: Remote, beginning: Beginning, budget: Budget) -> None:
         self.size = beginning.size
+        self.whole = 0
         self.held = 0
         self.used = budget.tick()
         self._remote, self._budget = remote, budget
@@ -165,7 +165,7 @@ def _split(data: bytes) -> Iterator[bytes]:
     return (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
 
 
-def open_remote(remote: Remote, url: str, budget: Budget) -> Source:
+def open_remote(remote: Remote, url: str, budget: Budget, limit: int) -> Source:
     """Return a source over a remote file: by ranges, or whole where it is small, gzip, or the server has no ranges.
 
     Parameters
@@ -176,6 +176,8 @@ def open_remote(remote: Remote, url: str, budget: Budget) -> Source:
         Name for messages.
     budget : Budget
         Bounds what is kept.
+    limit : int
+        Largest file that is taken whole, bytes: what one alert may cost.
 
     Returns
     -------
@@ -192,6 +194,11 @@ def open_remote(remote: Remote, url: str, budget: Budget) -> Source:
     if len(beginning.data) == beginning.size:
         return Kept(remote.whole, url, budget, beginning.data)
     if beginning.data[:2] == GZIP_MAGIC:
+        if beginning.size > limit:
+            raise FrameRefused(
+                url,
+                f"gzip of {beginning.size} bytes, above the {limit} that one alert may cost (frames.max_alert_bytes)",
+            )
         return Kept(remote.whole, url, budget)
     return RangedFile(remote, beginning, budget)
 
@@ -233,28 +240,6 @@ class Memory:
                 raise type(error)(
                     shown, f"{error.problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)"
                 )
-
-
-_ends = threading.local()
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """End every request of this thread inside the block within ``seconds``; of two limits the earlier one counts."""
-    before: float | None = getattr(_ends, "at", None)
-    end = time.monotonic() + seconds
-    _ends.at = end if before is None else min(end, before)
-    try:
-        yield
-    finally:
-        _ends.at = before
-
-
-def end_within(seconds: float) -> float:
-    """Return when a request that begins now must have ended, on the monotonic clock."""
-    limit: float | None = getattr(_ends, "at", None)
-    end = time.monotonic() + seconds
-    return end if limit is None else min(end, limit)
 
 
 def collect(

@@ -1,7 +1,7 @@
 """Sources of bytes below the FITS reading: a mapped file, a file read by position, bytes made once and kept.
 
-A source has ``size``, ``read(offset, length)`` and, where its bytes lie in memory, ``pixels(...)``: an array over them
-without a copy. Remote files read by ranges are in `stampworker.frames.remote`.
+A source has ``size``, ``whole``, ``read(offset, length)`` and, where its bytes lie in memory, ``pixels(...)``: an array
+over them without a copy. Remote files read by ranges are in `stampworker.frames.remote`.
 
 Why files are mapped: a 63 × 63 stamp from a mapped frame takes 4 µs, 63 positioned reads 40 µs, one read of its rows
 60 µs and more. What speaks against a map is SIGBUS, which kills the process when a mapped page cannot be read. Hence,
@@ -41,9 +41,18 @@ _MADV_POPULATE_READ = 22  # absent from the mmap module
 
 
 class Source(Protocol):
-    """Bytes that can be read anywhere."""
+    """Bytes that can be read anywhere.
+
+    Attributes
+    ----------
+    size : int
+        How many there are.
+    whole : int
+        Bytes that had to be downloaded or decompressed before any could be read.
+    """
 
     size: int
+    whole: int
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on; the caller stays within ``size``."""
@@ -71,6 +80,8 @@ class MappedFile:
     OSError
         The file cannot be mapped, or not without the risk of SIGBUS.
     """
+
+    whole = 0
 
     def __init__(self, fd: int, url: str) -> None:
         self.size = os.fstat(fd).st_size
@@ -131,6 +142,8 @@ class PositionedFile:
         Name for messages.
     """
 
+    whole = 0
+
     def __init__(self, fd: int, url: str) -> None:
         self._file = os.fdopen(os.dup(fd), "rb", buffering=0)
         self.size = os.fstat(fd).st_size
@@ -190,9 +203,13 @@ class Kept:
         Where the bytes are accounted.
     data : bytearray, optional
         The bytes, where they have been made already.
+    packed : int, optional
+        Bytes that they are made from and that were had whole, too.
     """
 
-    def __init__(self, make: Callable[[], bytearray], url: str, budget: Budget, data: bytearray | None = None) -> None:
+    def __init__(
+        self, make: Callable[[], bytearray], url: str, budget: Budget, data: bytearray | None = None, packed: int = 0
+    ) -> None:
         self._make, self._url, self._budget = make, url, budget
         self._lock = threading.Lock()
         self._data = data
@@ -201,6 +218,7 @@ class Kept:
         if data is not None:
             budget.settle(self)
         self.size = len(self._content() if data is None else data)
+        self.whole = packed + self.size
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
@@ -231,7 +249,7 @@ class Kept:
         return data
 
 
-def inflate(packed: Source, url: str, limit: int) -> bytearray:
+def inflate(packed: Source, url: str, limit: int, setting: str) -> bytearray:
     """Decompress a gzip file of one or several members.
 
     Parameters
@@ -242,6 +260,8 @@ def inflate(packed: Source, url: str, limit: int) -> bytearray:
         Name for messages.
     limit : int
         Largest decompressed size, bytes.
+    setting : str
+        What the limit is called.
 
     Returns
     -------
@@ -273,5 +293,5 @@ def inflate(packed: Source, url: str, limit: int) -> bytearray:
             raise FrameCorrupt(url, f"the gzip stream ends early, after {packed.size} bytes ({len(data)} decompressed)")
         data += part
         if len(data) > limit:
-            raise FrameRefused(url, f"decompresses to more than the {limit} bytes allowed (max_decompressed_bytes)")
+            raise FrameRefused(url, f"decompresses to more than the {limit} bytes allowed (frames.{setting})")
         pending = stream.unused_data if stream.eof else stream.unconsumed_tail

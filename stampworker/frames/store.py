@@ -23,11 +23,12 @@ from astropy.io import fits
 
 from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.address import REMOTE, Address, parse, parse_root, scheme_of, without_credentials
+from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
 from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
 from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
-from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote, time_limit
+from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote
 from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
 from stampworker.frames.sources import GZIP_MAGIC, Kept, Source, inflate, open_file
 from stampworker.frames.tiles import TiledImage
@@ -62,6 +63,10 @@ class Pixels(Protocol):
         """Return offset and length of the bytes that boxes, all inside the image, need."""
         ...
 
+    def cost(self, box: Box) -> int:
+        """Return how many bytes a box inside the image needs to be read and decompressed."""
+        ...
+
 
 class Frame:
     """One plane of pixels with its header; slicing reads only what is sliced.
@@ -82,16 +87,18 @@ class Frame:
 
     ndim = 2
     resampled = False
-    _fetches: Callable[[Iterable[Box]], list[Callable[[], object]]] | None = None
+    _ranged: RangedFile | None = None
 
     def __init__(self, url: str, hdu: Hdu, pixels: Pixels, source: Source) -> None:
         self.url = url
         self.shape = pixels.shape
         self.dtype = pixels.dtype
         self._ny, self._nx = pixels.shape
-        self._read = pixels.read
-        if isinstance(source, RangedFile):
-            self._fetches = lambda boxes: source.fetches(pixels.spans(boxes))
+        self._pixels, self._source = pixels, source
+        self._ranged = source if isinstance(source, RangedFile) else None
+        # Rows of plain local files are free, and cost no time to count.
+        free = hdu.kind == "image" and self._ranged is None and not source.whole
+        self._read = pixels.read if free else self._charged
         self._hdu = hdu
         self._lock = threading.Lock()
         self._header: fits.Header | None = None
@@ -109,8 +116,10 @@ class Frame:
             A tile of a compressed frame cannot be decoded.
         FrameUnavailable
             The file cannot be read, or changed since it was opened.
-        FrameMissing, FrameRefused
-            Of remote files: it is gone; the section is above ``max_download_bytes``.
+        FrameMissing
+            A remote file is gone.
+        FrameRefused
+            The section is above ``max_download_bytes``; or, inside `FrameStore.allowance`, above what is left of it.
         """
         rows, columns = index
         y0, y1, y_step = rows.indices(self._ny)
@@ -121,12 +130,21 @@ class Frame:
             return np.empty((max(y1 - y0, 0), max(x1 - x0, 0)), self.dtype)
         return self._read(y0, y1, x0, x1)
 
+    def _charged(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
+        charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
+        return self._pixels.read(y0, y1, x0, x1)
+
     def fetches(self, boxes: Iterable[Box]) -> list[Callable[[], object]]:
         """Return what `FrameStore.fetch` calls so that boxes, which may hang over the edge, are here when sliced."""
-        if self._fetches is None:
-            return []
+        return [] if self._ranged is None else self._ranged.fetches(self._pixels.spans(self._inside(boxes)))
+
+    def cost(self, box: Box) -> int:
+        """Return how many bytes `fetches` is about for a box; 0 where there is nothing to fetch."""
+        return 0 if self._ranged is None else sum(map(self._pixels.cost, self._inside([box])))
+
+    def _inside(self, boxes: Iterable[Box]) -> list[Box]:
         cut = [(max(y0, 0), min(y1, self._ny), max(x0, 0), min(x1, self._nx)) for y0, y1, x0, x1 in boxes]
-        return self._fetches(box for box in cut if box[0] < box[1] and box[2] < box[3])
+        return [box for box in cut if box[0] < box[1] and box[2] < box[3]]
 
     @property
     def bunit(self) -> str | None:
@@ -223,7 +241,11 @@ class _File:
         if self.source is None:
             source = self._opener(url)
             if source.read(0, min(2, source.size)) == GZIP_MAGIC:
-                source = Kept(partial(inflate, source, url, settings.max_decompressed_bytes), url, budget)
+                limits = (
+                    (settings.max_decompressed_bytes, "max_decompressed_bytes"),
+                    (settings.max_alert_bytes, "max_alert_bytes"),
+                )
+                source = Kept(partial(inflate, source, url, *min(limits)), url, budget, packed=source.whole)
             self.source = source
             self._rest = walk(source, url, settings.max_header_bytes)
         return self.source
@@ -331,9 +353,9 @@ class FrameStore:
         return self._budget.held
 
     @contextlib.contextmanager
-    def time_limit(self) -> Iterator[None]:
-        """Let all that the block asks of servers, in this thread, take ``total_s`` at most: one alert, say."""
-        with time_limit(self._settings.total_s):
+    def allowance(self) -> Iterator[None]:
+        """Let what the block reads, in this thread, take ``total_s`` and cost ``max_alert_bytes`` at most: an alert."""
+        with time_limit(self._settings.total_s), byte_limit(self._settings.max_alert_bytes):
             yield
 
     def prefetch(self, urls: Iterable[str]) -> None:
@@ -349,19 +371,23 @@ class FrameStore:
         del wanted[self._settings.max_open_frames :]  # more would push each other out
         self._together([partial(self.open, url) for url in wanted])
 
-    def fetch(self, sections: Iterable[tuple[Frame, Iterable[Box]]]) -> None:
-        """Fetch what several sections of remote frames need, with few requests, several at a time.
+    def fetch(self, frames: Iterable[Frame], boxes: Iterable[Box]) -> None:
+        """Fetch what the same sections of several remote frames need, with few requests, several at a time.
 
         Rows or tiles that sections share, or that lie close together, are asked for once. What fails, fails again when
         the section is read.
 
         Parameters
         ----------
-        sections : iterable of (Frame, iterable of (int, int, int, int))
-            Frames with the boxes ``y0, y1, x0, x1`` that will be sliced; they may hang over the edge. Local and
-            regridded frames are passed over.
+        frames : iterable of Frame
+            Local and regridded ones are passed over.
+        boxes : iterable of (int, int, int, int)
+            ``y0, y1, x0, x1`` that will be sliced of each frame, one box an alert; they may hang over the edge. One
+            that costs more than ``max_alert_bytes`` is left to be refused.
         """
-        self._together([fetch for frame, boxes in sections for fetch in frame.fetches(boxes)])
+        listed, limit = list(frames), self._settings.max_alert_bytes
+        wanted = [box for box in boxes if sum(frame.cost(box) for frame in listed) <= limit]
+        self._together([fetch for frame in listed for fetch in frame.fetches(wanted)])
 
     def _together(self, tasks: list[Callable[[], object]]) -> None:
         def attempt(task: Callable[[], object]) -> None:
@@ -463,7 +489,7 @@ class FrameStore:
         file = self._file(
             _File(
                 given,
-                lambda shown: open_remote(remote, shown, self._budget),
+                lambda shown: open_remote(remote, shown, self._budget, self._settings.max_alert_bytes),
                 is_stale=lambda: remote.changed or time.monotonic() - opened > age,
             )
         )

@@ -148,6 +148,15 @@ class TiledImage:
         }
         return [(int(heap.offsets[index]), int(heap.lengths[index])) for index in sorted(touched)]
 
+    def cost(self, box: Box) -> int:
+        """Return how many bytes a box inside the image needs: its tiles', compressed and decoded."""
+        rows, columns = self._touched(box)
+        packed = 0
+        for heap in self._heaps.values():
+            lengths = heap.lengths.reshape(-1, self._across)
+            packed += int(lengths[rows.start : rows.stop, columns.start : columns.stop].sum())
+        return packed + len(rows) * len(columns) * self._tile[0] * self._tile[1] * self.dtype.itemsize
+
     def _touched(self, box: Box) -> tuple[range, range]:
         """Return the rows and columns of tiles that a box touches."""
         y0, y1, x0, x1 = box

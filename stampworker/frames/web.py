@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from stampworker.errors import FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.address import REMOTE, Address, join, parse, scheme_of, without_credentials
-from stampworker.frames.remote import FIRST, Beginning, Memory, collect, end_within
+from stampworker.frames.allowance import end_within
+from stampworker.frames.remote import FIRST, Beginning, Memory, collect
 
 if TYPE_CHECKING:
     from stampworker.config import FrameSettings

@@ -76,7 +76,7 @@ def measure(readers: dict[str, Callable[[slice, slice], Any]], stamps: int) -> d
 def compare(path: Path, hdu: int, store: FrameStore, stamps: int) -> dict[str, float]:
     """Measure one file with every reader."""
     frame = store.open(path.as_uri())
-    release = getattr(frame._read.__self__, "release", None)  # of tiles; gz is inflated once, before
+    release = getattr(frame._pixels, "release", None)  # of tiles; gz is inflated once, before
 
     def ours(rows: slice, columns: slice) -> Any:
         return frame[rows, columns]

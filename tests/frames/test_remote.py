@@ -176,10 +176,11 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_
 
     server.behaviours["/data/b.fits"] = meet
     boxes = [(500, 531, 5, 36), (510, 541, 90, 121), (560, 591, 0, 31), (2000, 2031, 5, 36), (2990, 3021, -5, 26)]
-    store.fetch([(frame, boxes[:4])])
+    store.fetch([frame], boxes[:4])
     assert len(server.requests) == opened + 2
     server.behaviours.clear()
-    store.fetch([(frame, [*boxes, (-40, -9, 0, 31)]), (tiles, [(100, 131, 300, 331), (90, 121, 310, 341)])])
+    store.fetch([frame], [*boxes, (-40, -9, 0, 31)])
+    store.fetch([tiles], [(100, 131, 300, 331), (90, 121, 310, 341)])
     asked = len(server.requests)
     assert asked <= opened + 6
     for y0, y1, x0, x1 in boxes:
@@ -189,7 +190,7 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_
     np.testing.assert_array_equal(tiles[90:121, 310:341], tiled[90:121, 310:341])
     assert len(server.requests) == asked
     server.behaviours["/data/b.fits"] = web.status(500)
-    store.fetch([(frame, [(1000, 1031, 0, 31)])])
+    store.fetch([frame], [(1000, 1031, 0, 31)])
     with pytest.raises(FrameUnavailable, match="the server says 500"):
         frame[1000:1031, 0:31]
 
@@ -200,7 +201,7 @@ def test_no_more_is_fetched_than_can_be_kept(server: WebServer, open_store: Open
     server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
     store = open_store(cache_bytes=300_000, total_s=10.0)
     frame = store.open("b.fits")
-    store.fetch([(frame, [(0, 1000, 0, 400)])])
+    store.fetch([frame], [(0, 1000, 0, 400)])
     assert len(server.requests) == 1
     np.testing.assert_array_equal(frame[ALL], data)
 
@@ -473,7 +474,7 @@ def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, tmp_p
     frame = store.open("b.fits")
     server.behaviours["/data/b.fits"] = web.first(web.drip)
     start = time.monotonic()
-    with pytest.raises(FrameUnavailable, match="no end of the answer within total_s"), store.time_limit():
+    with pytest.raises(FrameUnavailable, match="no end of the answer within total_s"), store.allowance():
         frame[200:230, 5:9]
     assert time.monotonic() - start < 1.2
     np.testing.assert_array_equal(frame[200:230, 5:9], data[200:230, 5:9])
