@@ -35,8 +35,8 @@ typedef ptrdiff_t Index;
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
 /* The constants of adjust.py. */
-static const double HUGE_VALUE = 1e50, FLAT = 1e-6, STEP = 0.25, CLOSE = 1e-7, LONGEST_STEP = 0.5;
-enum { FILL_LAYERS = 3, MOST_STEPS = 50, MOST_HALVINGS = 40, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3 };
+static const double HUGE_VALUE = 1e50, FLAT = 1e-6, STEP = 0.25, CLOSE = 1e-5, LONGEST_STEP = 0.5;
+enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3 };
 enum { LANES = 8, BLOCK = 16, HORIZON = 32 }; /* BLOCK columns of a product and its weights stay in the first-level cache */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
 
@@ -545,21 +545,22 @@ static Value evaluate(const Work *s, double u, double v)
 /* Newton's step among the shifts that are not held by a bound, downhill also where the curvature is negative. */
 static void step(const Value *here, double max_shift, double *du, double *dv)
 {
-    double gu = here->gu, gv = here->gv, huu = here->huu, huv = here->huv, hvv = here->hvv;
+    double size = larger(larger(fabs(here->huu), fabs(here->huv)), fabs(here->hvv));
+    *du = *dv = 0;
+    if (!(size > 0 && size < INFINITY))
+        return;
+    /* Squares of the curvature may be beyond any double. */
+    double gu = here->gu / size, gv = here->gv / size, huu = here->huu / size, huv = here->huv / size, hvv = here->hvv / size;
     if (fabs(here->u) >= max_shift && gu * here->u <= 0)
         gu = 0, huu = 1, huv = 0;
     if (fabs(here->v) >= max_shift && gv * here->v <= 0)
         gv = 0, hvv = 1, huv = 0;
     double spread = sqrt((huu - hvv) * (huu - hvv) + 4 * huv * huv), smallest = (huu + hvv - spread) / 2;
-    double size = larger(fabs(smallest), fabs(smallest + spread));
-    if (smallest <= 1e-9 * size) {
-        double raised = larger(-2 * smallest, 1e-3 * size);
+    if (smallest <= 1e-9) {
+        double raised = larger(-2 * smallest, 1e-3);
         huu += raised, hvv += raised;
     }
     double determinant = huu * hvv - huv * huv;
-    *du = *dv = 0;
-    if (!(determinant > 0))
-        return;
     *du = (huv * gv - hvv * gu) / determinant, *dv = (huv * gu - huu * gv) / determinant;
     double excess = larger(fabs(*du), fabs(*dv)) / LONGEST_STEP;
     if (excess > 1)
@@ -572,20 +573,18 @@ static Value polish(const Work *s, double u, double v)
     Value here = evaluate(s, u, v), there;
     for (int n = 0; n < MOST_STEPS; n++) {
         double du, dv;
-        int halvings = 0;
+        int is_last;
         step(&here, s->max_shift, &du, &dv);
         for (;; du /= 2, dv /= 2) {
             u = smaller(larger(here.u + du, -s->max_shift), s->max_shift);
             v = smaller(larger(here.v + dv, -s->max_shift), s->max_shift);
+            is_last = larger(fabs(u - here.u), fabs(v - here.v)) < CLOSE;
             there = evaluate(s, u, v);
-            if (there.chi2 <= here.chi2)
+            if (is_last || there.chi2 <= here.chi2) /* of a step so short only rounding says that it leads up */
                 break;
-            if (++halvings == MOST_HALVINGS)
-                return here; /* nothing lower but for rounding */
         }
-        double moved = larger(fabs(u - here.u), fabs(v - here.v));
         here = there;
-        if (moved < CLOSE)
+        if (is_last)
             break;
     }
     return here;
@@ -714,17 +713,18 @@ HOT static void sum_squares(const Work *s, double bg, Result *result)
 static void find_errors(const Work *s, const Value *best, Result *result)
 {
     int free_u = !(result->at_bound & 1), free_v = !(result->at_bound & 2), free_scale = !(result->at_bound & 4);
-    double huu = best->huu, huv = best->huv, hvv = best->hvv, determinant = huu * hvv - huv * huv;
+    double size = larger(larger(fabs(best->huu), fabs(best->huv)), fabs(best->hvv));
+    double huu = best->huu / size, huv = best->huv / size, hvv = best->hvv / size, determinant = huu * hvv - huv * huv;
     double cuu = 0, cuv = 0, cvv = 0, *errors = result->errors;
     errors[0] = errors[1] = errors[2] = errors[3] = NAN;
     if ((free_u && !(huu > 0)) || (free_v && !(hvv > 0)) || (free_u && free_v && !(determinant > 1e-12 * huu * hvv)))
         return;
     if (free_u && free_v)
-        cuu = 2 * hvv / determinant, cuv = -2 * huv / determinant, cvv = 2 * huu / determinant;
+        cuu = 2 * hvv / determinant / size, cuv = -2 * huv / determinant / size, cvv = 2 * huu / determinant / size;
     else if (free_u)
-        cuu = 2 / huu;
+        cuu = 2 / huu / size;
     else if (free_v)
-        cvv = 2 / hvv;
+        cvv = 2 / hvv / size;
     double own = free_scale ? 1 / best->square : 0, su = best->slope_u, sv = best->slope_v;
     if (free_u)
         errors[0] = sqrt(cuu);

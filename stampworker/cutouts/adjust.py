@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from math import ceil, floor, isfinite, nan, sqrt
+from math import ceil, floor, inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,10 +42,10 @@ STEP = 0.25  # of the grid: chi2 is made of cubic splines with knots a pixel apa
 FILL_LAYERS = (
     3  # rings of pixels around good ones that are filled; the spline forgets a factor 0.27 a pixel, 0.27³ = 2 %
 )
-CLOSE = 1e-7  # pixels: Newton's method squares its error, so a step this short ends at 1e-14
+CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short ends at 1e-10
 LONGEST_STEP = 0.5  # pixels, half of a cell
-MOST_STEPS, MOST_HALVINGS = 50, 40
-BLOCK = 1 << 18  # bytes of weighted planes at a time: half a second-level cache
+MOST_STEPS = 50
+BLOCK = 1 << 19  # bytes of weighted planes at a time: half a second-level cache
 
 NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"
 PARAMETERS = ("dx", "dy", "scale", "bg")
@@ -287,15 +287,16 @@ def fit_numpy(
     residual = image - bg if good_image is None else np.where(np.abs(image) < HUGE, image - bg, 0.0)
     template = template - tbg if good_template is None else _filled(template, good_template, tbg) - tbg
     coefficients = spline_filter(template, 3, np.float64, "reflect")
-    padded = coefficients[_mirrored(image.shape[0], reach)[:, None], _mirrored(image.shape[1], reach)]
+    padded = coefficients.take(_mirrored(image.shape[0], reach), 0).take(_mirrored(image.shape[1], reach), 1)
     form = _quadratic_form(padded, residual[box], weight, box, reach, fit_bg)
     best = _lowest(form, max_shift, max_scale)
-    bg_offset = form.offset(best) if fit_bg else 0.0
+    template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
+    bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
     after = residual - bg_offset - best.scale * _moved(padded, best.u, best.v, reach)
     chi2_0 = float((weight * (residual[box] - template[box]) ** 2).sum())
     chi2 = float((weight * after[box] ** 2).sum())
     at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
-    errors = _errors(form, best, at_bound, fit_bg)
+    errors = _errors(form, best, at_bound, template_sums if fit_bg else None)
     if normalize:
         np.divide(after, err, out=after, where=_usable(err))
         after[~_usable(err)] = np.nan
@@ -329,14 +330,18 @@ class Form(NamedTuple):
     image_mean: float
     template_mean: float
     reach: int
+    cells: dict[tuple[int, int], Floats]  # what `_polynomials` made so far
 
-    def offset(self, value: Value) -> float:
-        """Best background offset at a point of the search."""
-        return (
-            self.image_mean
-            - value.scale * self.template_mean
-            + (self.image_sum - value.scale * value.sums[0]) / self.weight_sum
-        )
+    def template_sums(self, u: float, v: float) -> tuple[float, float, float]:
+        """Weighted sum of the moved template, less its mean, and the sum's derivatives by u and v."""
+        row, along = _taps(v, self.reach)
+        column, across = _taps(u, self.reach)
+        total = along @ self.sums[row : row + 4, column : column + 4] @ across.T
+        return float(total[0, 0]), float(total[0, 1]), float(total[1, 0])
+
+    def offset(self, scale: float, template_sum: float) -> float:
+        """Best background offset at a scale and a shift."""
+        return self.image_mean - scale * self.template_mean + (self.image_sum - scale * template_sum) / self.weight_sum
 
 
 class Value(NamedTuple):
@@ -351,7 +356,6 @@ class Value(NamedTuple):
     hessian: tuple[float, float, float]  # uu, uv, vv
     square: float  # weighted sum of squares of the moved template
     scale_slope: tuple[float, float]  # of the best scale by u and v, while it is free
-    sums: tuple[float, float, float]  # weighted sum of the moved template, and its derivatives by u and v
 
 
 def _reach(max_shift: float) -> int:
@@ -441,14 +445,15 @@ def _quadratic_form(
     """Gram matrix and projections of the moved planes, in blocks of rows that stay in the cache."""
     ny, nx = residual.shape
     size = 2 * reach + 1
-    near = padded[box[0].start : box[0].stop + 2 * reach, box[1].start : box[1].stop + 2 * reach]
+    near = np.ascontiguousarray(padded[box[0].start : box[0].stop + 2 * reach, box[1].start : box[1].stop + 2 * reach])
     image_mean = template_mean = 0.0
     if fit_bg:
         image_mean = float((weight * residual).sum() / weight.sum())
         template_mean = float((weight * near[reach:-reach, reach:-reach]).sum() / weight.sum())
         residual, near = residual - image_mean, near - template_mean
     root = np.sqrt(weight)
-    views = np.lib.stride_tricks.sliding_window_view(near, (ny, nx))
+    # sliding_window_view makes the same views, in the time of a third of the form of a small box.
+    views = np.ndarray((size, size, ny, nx), np.float64, near, 0, near.strides + near.strides)
     count = size * size
     rows = max(1, BLOCK // (8 * nx * (count + 2)))
     total = np.zeros((count + 2, count + 2))
@@ -476,20 +481,20 @@ def _quadratic_form(
         image_mean,
         template_mean,
         reach,
+        {},
     )
 
 
 def _taps(at: float, reach: int) -> tuple[int, Floats]:
     """First of the four planes that a move by ``at`` needs; their weights and two derivatives, shape (3, 4)."""
-    cell = min(floor(at), reach - 2)  # the upper end belongs to the last cell
-    f = at - cell
+    first, f = _cell(at, reach)
     g = 1 - f
     weights = (
         (g * g * g / 6, (4 - 3 * f * f * (2 - f)) / 6, (4 - 3 * g * g * (2 - g)) / 6, f * f * f / 6),
         (-g * g / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f * f / 2),
         (g, 3 * f - 2, 3 * g - 2, f),
     )
-    return cell - 1 + reach, np.array(weights)
+    return first, np.array(weights)
 
 
 @lru_cache(maxsize=16)
@@ -514,14 +519,33 @@ def _lowest(form: Form, max_shift: float, max_scale: float) -> Value:
     chi2 = form.image_square - scale * (2 * cross - scale * square)
     lowest = chi2.min()
     best: Value | None = None
-    for row, column in np.argwhere(chi2 <= minimum_filter(chi2, 3, mode="nearest")).tolist():
+    for at in np.flatnonzero(chi2 <= minimum_filter(chi2, 3, mode="nearest")).tolist():
+        row, column = divmod(at, points.size)
         if chi2[row, column] - _possible_drop(chi2, row, column) <= lowest:
-            found = _polish(form, float(points[column]), float(points[row]), max_shift, max_scale)
+            found = _polish(form, _start(form, points, chi2, row, column, max_scale), max_shift, max_scale)
             if best is None or found.chi2 < best.chi2:
                 best = found
     if best is None:
         raise AssertionError("the lowest point of the grid is one of its local minima")
     return best
+
+
+def _start(form: Form, points: Floats, chi2: Floats, row: int, column: int, max_scale: float) -> Value:
+    """Evaluate where parabolas through a local minimum of the grid have theirs, or else at the point itself."""
+    u, v = (float(points[at]) + _vertex(points, line, at) for line, at in ((chi2[row], column), (chi2[:, column], row)))
+    start = _evaluate(form, u, v, max_scale)
+    if start.chi2 <= chi2[row, column]:
+        return start
+    return _evaluate(form, float(points[column]), float(points[row]), max_scale)
+
+
+def _vertex(points: Floats, line: Floats, at: int) -> float:
+    """Return how far from the point ``at`` the parabola through it and its neighbours is lowest."""
+    if not 0 < at < line.size - 1:
+        return 0.0
+    before, here, after = line[at - 1 : at + 2].tolist()
+    bend = before - 2 * here + after
+    return float(points[1] - points[0]) * (before - after) / (2 * bend) if bend > 0 else 0.0
 
 
 def _possible_drop(chi2: Floats, row: int, column: int) -> float:
@@ -537,113 +561,157 @@ def _possible_drop(chi2: Floats, row: int, column: int) -> float:
     return drop
 
 
+def _polynomials(form: Form, row: int, column: int) -> Floats:
+    """Square of the moved template and product with the image in one cell, shape (7, 14).
+
+    Both are polynomials in the move's fractions, of degree 6 and 3: rows are powers along y, columns powers along x of
+    the one and then of the other.
+    """
+    rows, columns = slice(row, row + 4), slice(column, column + 4)
+    made = np.empty((7, 2, 7))
+    made[:, 0] = (_SQUARES @ form.gram[rows, columns, rows, columns].ravel()).reshape(7, 7)
+    made[:, 1] = (_PRODUCTS @ form.projection[rows, columns].ravel()).reshape(7, 7)
+    return made.reshape(7, 14)
+
+
+def _powers_of_squares() -> tuple[Floats, Floats]:
+    """Return what turns the four by four planes of a cell, squared (256) and single (16), into coefficients (49)."""
+    spline = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))) / 6  # a tap's, by powers
+    both = np.einsum("ia,kc->ikac", spline, spline)
+    one_axis = np.zeros((7, 4, 4))
+    for i in range(4):
+        for k in range(4):
+            one_axis[i + k] += both[i, k]
+    squares = np.einsum("mac,nbd->mnabcd", one_axis, one_axis).reshape(49, 256)
+    products = np.zeros((7, 7, 4, 4))
+    products[:4, :4] = np.einsum("ia,jb->ijab", spline, spline)
+    return squares, products.reshape(49, 16)
+
+
+_SQUARES, _PRODUCTS = _powers_of_squares()
+
+
+def _powers(f: float) -> Floats:
+    """Powers 0 to 6 of a fraction, and two derivatives, shape (3, 7)."""
+    f2 = f * f
+    f3, f4 = f2 * f, f2 * f2
+    return np.array(
+        (
+            (1.0, f, f2, f3, f4, f4 * f, f3 * f3),
+            (0.0, 1.0, 2 * f, 3 * f2, 4 * f3, 5 * f4, 6 * f4 * f),
+            (0.0, 0.0, 2.0, 6 * f, 12 * f2, 20 * f3, 30 * f4),
+        )
+    )
+
+
+def _cell(at: float, reach: int) -> tuple[int, float]:
+    """First of the four planes that a move by ``at`` needs, and the move's fraction in their cell."""
+    cell = min(floor(at), reach - 2)  # the upper end belongs to the last cell
+    return cell - 1 + reach, at - cell
+
+
 def _evaluate(form: Form, u: float, v: float, max_scale: float) -> Value:
     """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-    column, across = _taps(u, form.reach)
-    row, along = _taps(v, form.reach)
-    rows, columns = slice(row, row + 4), slice(column, column + 4)
-    basis = (along[:, None, :, None] * across[None, :, None, :]).reshape(9, 16)
-    gram = basis @ form.gram[rows, columns, rows, columns].reshape(16, 16) @ basis.T
-    tt: list[list[float]] = gram.tolist()
-    p: list[float] = (basis @ form.projection[rows, columns].ravel()).tolist()
-    square, cross = tt[0][0], p[0]
-    # Products of the moved template's derivatives: index 1 is by u, 2 by uu, 3 by v, 4 by uv, 6 by vv.
-    square_u, square_v = 2 * tt[0][1], 2 * tt[0][3]
-    square_uu, square_vv = 2 * (tt[1][1] + tt[0][2]), 2 * (tt[3][3] + tt[0][6])
-    square_uv = 2 * (tt[1][3] + tt[0][4])
+    (column, f), (row, g) = _cell(u, form.reach), _cell(v, form.reach)
+    coefficients = form.cells.get((row, column))
+    if coefficients is None:
+        coefficients = form.cells[row, column] = _polynomials(form, row, column)
+    table = (_powers(g) @ coefficients).reshape(6, 7) @ _powers(f).T
+    values: list[list[float]] = table.tolist()  # by v, the square before the product with the image; by u
+    (square, square_u, square_uu), (cross, cross_u, cross_uu) = values[:2]
+    (square_v, square_uv, _), (cross_v, cross_uv, _) = values[2:4]
+    square_vv, cross_vv = values[4][0], values[5][0]
     low, high = 1 / max_scale, max_scale
     best = cross / square if square > 0 else high
     scale = min(max(best, low), high)
-    huu = scale * (scale * square_uu - 2 * p[2])
-    huv = scale * (scale * square_uv - 2 * p[4])
-    hvv = scale * (scale * square_vv - 2 * p[6])
+    huu = scale * (scale * square_uu - 2 * cross_uu)
+    huv = scale * (scale * square_uv - 2 * cross_uv)
+    hvv = scale * (scale * square_vv - 2 * cross_vv)
     slope = (0.0, 0.0)
     free = low < best < high
     if free:
-        slope = ((p[1] - scale * square_u) / square, (p[3] - scale * square_v) / square)
+        slope = ((cross_u - scale * square_u) / square, (cross_v - scale * square_v) / square)
         huu -= 2 * square * slope[0] * slope[0]
         huv -= 2 * square * slope[0] * slope[1]
         hvv -= 2 * square * slope[1] * slope[1]
-    sums = (basis[[0, 1, 3]] @ form.sums[rows, columns].ravel()).tolist()
     return Value(
         u,
         v,
         form.image_square - scale * (2 * cross - scale * square),
         scale,
         not free,
-        (scale * (scale * square_u - 2 * p[1]), scale * (scale * square_v - 2 * p[3])),
+        (scale * (scale * square_u - 2 * cross_u), scale * (scale * square_v - 2 * cross_v)),
         (huu, huv, hvv),
         square,
         slope,
-        (sums[0], sums[1], sums[2]),
     )
 
 
-def _polish(form: Form, u: float, v: float, max_shift: float, max_scale: float) -> Value:
-    """Newton's method inside the box, from a point of the grid."""
-    here = _evaluate(form, u, v, max_scale)
+def _polish(form: Form, here: Value, max_shift: float, max_scale: float) -> Value:
+    """Newton's method inside the box."""
     for _ in range(MOST_STEPS):
         du, dv = _step(here, max_shift)
-        for _ in range(MOST_HALVINGS):
+        while True:
             u = min(max(here.u + du, -max_shift), max_shift)
             v = min(max(here.v + dv, -max_shift), max_shift)
+            is_last = max(abs(u - here.u), abs(v - here.v)) < CLOSE
             there = _evaluate(form, u, v, max_scale)
-            if there.chi2 <= here.chi2:
+            if is_last or there.chi2 <= here.chi2:  # of a step so short only rounding says that it leads up
                 break
             du, dv = du / 2, dv / 2
-        else:
-            return here  # nothing lower but for rounding
-        moved = max(abs(u - here.u), abs(v - here.v))
         here = there
-        if moved < CLOSE:
+        if is_last:
             break
     return here
 
 
 def _step(here: Value, max_shift: float) -> tuple[float, float]:
     """Newton's step among the shifts that are not held by a bound, downhill also where the curvature is negative."""
-    gu, gv = here.gradient
-    huu, huv, hvv = here.hessian
+    size = max(map(abs, here.hessian))
+    if not 0 < size < inf:
+        return 0.0, 0.0
+    # Squares of the curvature may be beyond any float.
+    huu, huv, hvv = (curvature / size for curvature in here.hessian)
+    gu, gv = (slope / size for slope in here.gradient)
     held_u = abs(here.u) >= max_shift and gu * here.u <= 0
     held_v = abs(here.v) >= max_shift and gv * here.v <= 0
     if held_u:
         gu, huu, huv = 0.0, 1.0, 0.0
     if held_v:
         gv, hvv, huv = 0.0, 1.0, 0.0
-    smallest = (huu + hvv - sqrt((huu - hvv) ** 2 + 4 * huv * huv)) / 2
-    largest = smallest + sqrt((huu - hvv) ** 2 + 4 * huv * huv)
-    scale = max(abs(smallest), abs(largest))
-    if smallest <= 1e-9 * scale:
-        raised = max(-2 * smallest, 1e-3 * scale)
+    smallest = (huu + hvv - sqrt((huu - hvv) * (huu - hvv) + 4 * huv * huv)) / 2
+    if smallest <= 1e-9:
+        raised = max(-2 * smallest, 1e-3)
         huu, hvv = huu + raised, hvv + raised
     determinant = huu * hvv - huv * huv
-    if determinant <= 0:
-        return 0.0, 0.0
     du, dv = (huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant
     long = max(abs(du), abs(dv)) / LONGEST_STEP
     return (du / long, dv / long) if long > 1 else (du, dv)
 
 
-def _errors(form: Form, best: Value, at_bound: int, fit_bg: bool) -> tuple[float, float, float, float]:
+def _errors(
+    form: Form, best: Value, at_bound: int, template_sums: tuple[float, float, float] | None
+) -> tuple[float, float, float, float]:
     """One sigma of dx, dy, scale and bg from the curvature of chi2; NaN at a bound or where it is not positive.
 
     The hessian is that of chi2 with scale and offset at their best, so twice its inverse is the covariance of the
     shifts. Scale and offset add the variance they have at a fixed shift.
     """
-    huu, huv, hvv = best.hessian
     free_u, free_v, free_scale = not at_bound & 1, not at_bound & 2, not at_bound & 4
+    size = max(map(abs, best.hessian))
+    huu, huv, hvv = (curvature / size for curvature in best.hessian) if 0 < size < inf else (0.0, 0.0, 0.0)
     determinant = huu * hvv - huv * huv
     cuu = cuv = cvv = 0.0
-    if free_u and free_v:
-        if not (huu > 0 and determinant > 1e-12 * huu * hvv):
-            return nan, nan, nan, nan
-        cuu, cuv, cvv = 2 * hvv / determinant, -2 * huv / determinant, 2 * huu / determinant
-    elif (free_u and not huu > 0) or (free_v and not hvv > 0):
+    if (free_u and not huu > 0) or (free_v and not hvv > 0):
         return nan, nan, nan, nan
+    if free_u and free_v:
+        if not determinant > 1e-12 * huu * hvv:
+            return nan, nan, nan, nan
+        cuu, cuv, cvv = (2 * entry / determinant / size for entry in (hvv, -huv, huu))
     elif free_u:
-        cuu = 2 / huu
+        cuu = 2 / huu / size
     elif free_v:
-        cvv = 2 / hvv
+        cvv = 2 / hvv / size
 
     def carried(by_u: float, by_v: float) -> float:
         return by_u * by_u * cuu + 2 * by_u * by_v * cuv + by_v * by_v * cvv
@@ -651,11 +719,11 @@ def _errors(form: Form, best: Value, at_bound: int, fit_bg: bool) -> tuple[float
     own = 1 / best.square if free_scale else 0.0
     scale_err = sqrt(own + carried(*best.scale_slope)) if free_scale else nan
     bg_err = nan
-    if fit_bg:
-        by_scale = -form.template_mean - best.sums[0] / form.weight_sum
+    if template_sums is not None:
+        by_scale = -form.template_mean - template_sums[0] / form.weight_sum
         by_u, by_v = (
             by_scale * slope - best.scale * total / form.weight_sum
-            for slope, total in zip(best.scale_slope, best.sums[1:], strict=True)
+            for slope, total in zip(best.scale_slope, template_sums[1:], strict=True)
         )
         bg_err = sqrt(1 / form.weight_sum + by_scale * by_scale * own + carried(by_u, by_v))
     return sqrt(cuu) if free_u else nan, sqrt(cvv) if free_v else nan, scale_err, bg_err

@@ -157,6 +157,26 @@ def test_c_refuses_what_is_no_plane() -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("err", [1e-47, 1e-25, 1.0, 1e49])
+@pytest.mark.parametrize("template", [1e-49, 1.0, 1e25, 9e49])
+@pytest.mark.parametrize("image", [1e-49, 1.0, 1e25, 9e49])
+def test_no_size_of_values_overflows(
+    core: Callable[..., adjust.Fit], image: float, template: float, err: float
+) -> None:
+    """Planes of any size that counts as usable are fitted, though no float holds the square of their square."""
+    planes = field(1, (19, 21))
+    sizes = (image / 1e4, template / 1e4, err / 1e2)
+    adjusted = np.empty((19, 21))
+    for fit_bg in (False, True):
+        fit = core(
+            *(p * size for p, size in zip(planes, sizes, strict=True)), None, 0.0, 2.0, 1.1, fit_bg, False, adjusted
+        )
+        assert not fit.failure
+        assert np.isfinite([fit.chi2, fit.chi2_0, fit.dx, fit.dy, fit.scale, fit.bg]).all()
+        assert fit.chi2 <= fit.chi2_0 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("group", range(10))
 def test_nothing_lower_is_found_by_brute_force(core: Callable[..., adjust.Fit], group: int) -> None:
     """A dense grid and scipy's polish, by scipy's shift, find nothing lower by 1e-6 on a hundred stamps."""
