@@ -36,7 +36,7 @@ typedef void Correlate(const double *, Index, const double *, Index, Index, Inde
 
 /* The constants of adjust.py. */
 static const double HUGE_VALUE = 1e50, FLAT = 1e-6, STEP = 0.25, CLOSE = 1e-5, LONGEST_STEP = 0.5;
-enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3 };
+enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, MOST_POINTS = 8 * LARGEST_SHIFT + 1 };
 enum { LANES = 8, BLOCK = 16, HORIZON = 32 }; /* BLOCK columns of a product and its weights stay in the first-level cache */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
 
@@ -96,7 +96,7 @@ HOT static Index count_below(const double *a, Index n, double limit)
  * until there is no more than can be sorted. Limits are closed; nextafter leaves a value itself out, so each pass drops one. */
 static double kth(double *a, Index n, Index k)
 {
-    enum { SAMPLE = 32, MARGIN = 6 };
+    enum { SAMPLE = 32, MARGIN = 4 };
     while (n > SAMPLE) {
         double sample[SAMPLE];
         for (Index i = 0; i < SAMPLE; i++)
@@ -616,35 +616,52 @@ static int is_local_minimum(const double *chi2, Index n, Index row, Index column
     return 1;
 }
 
+/* chi2 of points at their best scales, from the square of the moved template and its product with the image. */
+HOT static void fill_chi2(const Work *s, const double *restrict square, const double *restrict product, Index n, double *restrict chi2)
+{
+    const double low = 1 / s->max_scale, high = s->max_scale, image_square = s->image_square;
+    for (Index i = 0; i < n; i++) {
+        double scale = smaller(larger(product[i] / larger(square[i], 2.2250738585072014e-308), low), high);
+        chi2[i] = image_square - scale * (2 * product[i] - scale * square[i]);
+    }
+}
+
 /* chi2 on the grid: the form is contracted in x for each column of points, then in y for each point. */
 static void fill_grid(const Work *s, const double *points, Index n, double *chi2)
 {
-    double X[3][4], Y[3][4], rows[4][MOST_PLANES], cross[MOST_PLANES];
+    double rows[4][MOST_PLANES], cross[MOST_PLANES], taps_at[MOST_POINTS][3][4];
+    double square[MOST_POINTS], product[MOST_POINTS], column_chi2[MOST_POINTS];
+    int first[MOST_POINTS];
+    for (Index i = 0; i < n; i++)
+        first[i] = taps(points[i], s->reach, taps_at[i]);
     for (Index i = 0; i < n; i++) {
-        int column = taps(points[i], s->reach, X);
+        const double *X = taps_at[i][0];
+        const int column = first[i];
         for (int j = 0; j < s->count; j++) {
             for (int a = 0; a < 4 && j + a < s->count; a++) {
                 double sum = 0;
                 for (int k = 0; k < 4; k++)
                     for (int l = 0; l < 4; l++)
-                        sum += X[0][k] * X[0][l] * *gram_at(s, a, l - k, j, column + k);
+                        sum += X[k] * X[l] * *gram_at(s, a, l - k, j, column + k);
                 rows[a][j] = sum;
             }
             cross[j] = 0;
             for (int k = 0; k < 4; k++)
-                cross[j] += X[0][k] * s->projection[j * s->count + column + k];
+                cross[j] += X[k] * s->projection[j * s->count + column + k];
         }
         for (Index r = 0; r < n; r++) {
-            int row = taps(points[r], s->reach, Y);
-            double square = 0, p = 0;
+            const double *Y = taps_at[r][0];
+            const int row = first[r];
+            square[r] = product[r] = 0;
             for (int t = 0; t < 4; t++) {
-                p += Y[0][t] * cross[row + t];
+                product[r] += Y[t] * cross[row + t];
                 for (int a = 0; t + a < 4; a++)
-                    square += (a ? 2 : 1) * Y[0][t] * Y[0][t + a] * rows[a][row + t];
+                    square[r] += (a ? 2 : 1) * Y[t] * Y[t + a] * rows[a][row + t];
             }
-            double scale = smaller(larger(p / larger(square, 2.2250738585072014e-308), 1 / s->max_scale), s->max_scale);
-            chi2[r * n + i] = s->image_square - scale * (2 * p - scale * square);
         }
+        fill_chi2(s, square, product, n, column_chi2);
+        for (Index r = 0; r < n; r++)
+            chi2[r * n + i] = column_chi2[r];
     }
 }
 
@@ -742,18 +759,21 @@ static void find_errors(const Work *s, const Value *best, Result *result)
 }
 
 /* Divide by err, blank what is undefined, and write. */
-static void finish(const Work *s, const unsigned char *undefined, void *adjusted, Index item)
+HOT static void finish(const Work *s, const unsigned char *undefined, void *adjusted, Index item)
 {
-    for (Index i = 0; i < s->ny * s->nx; i++) {
-        double value = s->scratch[i];
-        if (s->normalize)
-            value = usable(s->err[i]) ? value / s->err[i] : NAN;
-        if (undefined && undefined[i])
-            value = NAN;
-        if (item == sizeof(float))
-            ((float *)adjusted)[i] = (float)value;
-        else
-            ((double *)adjusted)[i] = value;
+    const Index size = s->ny * s->nx;
+    double *restrict value = s->scratch;
+    for (Index i = 0; s->normalize && i < size; i++)
+        value[i] = usable(s->err[i]) ? value[i] / s->err[i] : NAN;
+    for (Index i = 0; undefined && i < size; i++)
+        if (undefined[i])
+            value[i] = NAN;
+    if (item == sizeof(double))
+        memcpy(adjusted, value, (size_t)size * sizeof(double));
+    else {
+        float *restrict out = adjusted;
+        for (Index i = 0; i < size; i++)
+            out[i] = (float)value[i];
     }
 }
 
