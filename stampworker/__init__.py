@@ -32,6 +32,7 @@ from stampworker.errors import (
 )
 from stampworker.frames import Frame, FrameStore
 from stampworker.packets import Packet, Stamp
+from stampworker.resolve import Resolver, load_resolver
 from stampworker.worker import Worker
 
 __version__ = version("stampworker")
@@ -52,6 +53,7 @@ __all__ = [
     "ProducerFenced",
     "PublishError",
     "Reject",
+    "Resolver",
     "Settings",
     "Stamp",
     "StampworkerError",
@@ -59,5 +61,6 @@ __all__ = [
     "UnknownSchema",
     "Worker",
     "enrich_table",
+    "load_resolver",
     "make_packets",
 ]

@@ -27,7 +27,7 @@ Scalar = str | int | float | bool
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_OID, "stampworker.packet")
 _TIME_SCALES = ("utc", "tai", "tdb", "tt", "tcb", "tcg", "ut1")
-_FIELDS = {  # field of the schema: attribute
+FIELDS = {  # field of the schema: attribute
     "alertId": "alert_id",
     "objectId": "object_id",
     "x": "x",
@@ -42,7 +42,7 @@ _FIELDS = {  # field of the schema: attribute
     "frames": "frames",
 }
 _NUMBERS = ("x", "y", "ra", "dec", "mjd", "fwhm", "gain")
-_COLUMNS = ("id", *(name for name in _FIELDS if name not in ("extra", "frames")))
+_COLUMNS = ("id", *(name for name in FIELDS if name not in ("extra", "frames")))
 _UNITS = {"x": u.pix, "y": u.pix, "ra": u.deg, "dec": u.deg, "mjd": u.day, "fwhm": u.pix}
 
 
@@ -71,7 +71,7 @@ class Alert:
     extra : dict of str to str, int, float or bool
         Anything else about the candidate.
     frames : dict of str to str
-        Plane → URL or path.
+        Plane → URL or path; those that are not named may come from a resolver.
     """
 
     alert_id: str
@@ -94,7 +94,7 @@ class Alert:
 
     def to_record(self) -> dict[str, Any]:
         """Return the alert as a record of the schema ``stampworker.alert``."""
-        return {name: getattr(self, attribute) for name, attribute in _FIELDS.items()}
+        return {name: getattr(self, attribute) for name, attribute in FIELDS.items()}
 
     def packet_id(self) -> str:
         """Return the UUID (version 5) of the alert's content: no clock, offset or host is in it."""
@@ -120,8 +120,8 @@ def from_record(record: Mapping[str, Any]) -> Alert:
         A field is unknown, missing or not what is wanted.
     """
     for name in record:
-        if name not in _FIELDS:
-            known = nearest(str(name), _FIELDS)
+        if name not in FIELDS:
+            known = nearest(str(name), FIELDS)
             raise AlertError(f"{_shown(name)} is not a field of an alert{known}; other values go to 'extra'")
     alert_id = record.get("alertId")
     if not isinstance(alert_id, str) or not alert_id or not _is_text(alert_id):
@@ -313,7 +313,7 @@ def _row_record(
             value = value * factors[our] - (pixel_origin if our in ("x", "y") else 0)
         if our in ("objectId", "mjdScale"):
             value = str(value)
-        (record if our in _FIELDS else extra)[our] = value
+        (record if our in FIELDS else extra)[our] = value
     return record | {"extra": extra}
 
 
@@ -439,6 +439,8 @@ def _key(field_name: str, name: object) -> None:
 
 
 def _frames(value: object) -> dict[str, str]:
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise AlertError(f"frames: found {_shown(value)}, wanted a map of plane to URL")
     for plane, url in value.items():
@@ -446,9 +448,6 @@ def _frames(value: object) -> dict[str, str]:
             raise AlertError(f"frames: no plane is called {_shown(plane)}{nearest(str(plane), PLANES)}")
         if not isinstance(url, str) or not url or not _is_text(url):
             raise AlertError(f"frames.{plane}: found {_shown(url)}, wanted a URL or path")
-    if "science" not in value:
-        # Not the value: a URL may hold credentials.
-        raise AlertError(f"frames: found {', '.join(value) or 'none'}, wanted at least science")
     if "error" in value and "variance" in value:
         raise AlertError("frames: found both error and variance, wanted one of them")
     return value

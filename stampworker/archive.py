@@ -93,8 +93,6 @@ def read_alerts(
 
 
 def _read_table(path: Path, options: TableOptions) -> tuple[list[Alert | AlertError], Table]:
-    if "science" not in options.frames:
-        raise AlertError(f"{path}: a table names no frames, wanted at least --science FILE")
     if not path.is_file():
         raise AlertError(f"{path}: found no such file, wanted a table of candidates")
     kind = _TABLES[path.suffix.lower()]

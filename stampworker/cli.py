@@ -37,6 +37,7 @@ from stampworker.kafka import Record, check_topics, publish_all
 from stampworker.packets import Packet
 from stampworker.packets import encode as encode_packet
 from stampworker.replay import parse_bound, replay
+from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 from stampworker.worker import Totals, Worker
 
 log = logging.getLogger("stampworker")
@@ -44,6 +45,15 @@ log = logging.getLogger("stampworker")
 # Alerts that are worked on together: enough to group them by frame, few enough to show progress.
 _CHUNK = 256
 _TABLE_FORMATS = {".ecsv": "ascii.ecsv", ".vot": "votable", ".xml": "votable", ".fits": "fits", ".csv": "ascii.csv"}
+_FLAGS = (  # settings with a flag of their own, whose name is the key's
+    "worker.slot",
+    "worker.group",
+    "enrich.radius",
+    "frames.frame_roots",
+    "resolve.resolver",
+    "resolve.root",
+    "log.level",
+)
 # A worker that was told to end and hangs in its client is ended after its deadline and this long.
 _GRACE_S = 30.0
 
@@ -89,7 +99,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             # Only what stands before the value, which may be a secret.
             raise ConfigError(f"--set: found {name.partition(' ')[0]!r}, wanted section.key=value")
         flags[name] = value
-    for name in ("worker.slot", "worker.group", "enrich.radius", "frames.frame_roots", "log.level"):
+    for name in _FLAGS:
         value = getattr(args, name.partition(".")[2], None)
         if value is not None:
             flags[name] = value
@@ -102,8 +112,9 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     _check_table(args.table, args.to)
+    resolver = load_resolver(settings.resolve)
     files = [Path(name) for name in args.alerts]
-    flags = _table_frames(args, files)
+    flags = _table_frames(args, files, resolver)
     urls = {plane: file_url(path) for plane, path in flags.items()}
     allowed = [local_file(path) for path in flags.values()]
     if urls:
@@ -120,7 +131,7 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
             frames = settings.frames.model_copy(update={"frame_roots": roots})
             with FrameStore(frames, allowed_files=allowed) as store:
                 for start in range(0, len(alerts), _CHUNK):
-                    made = enrich_mixed(alerts[start : start + _CHUNK], store, settings)
+                    made = enrich_mixed(alerts[start : start + _CHUNK], store, settings, resolver)
                     _write_results(to, made, args.cutouts)
                     results += made if args.table else [r for r in made if isinstance(r, Reject)]
                     bar.update(len(made))
@@ -129,14 +140,14 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
 
 
-def _table_frames(args: argparse.Namespace, files: Sequence[Path]) -> dict[str, str]:
+def _table_frames(args: argparse.Namespace, files: Sequence[Path], resolver: Resolver) -> dict[str, str]:
     """Return the frames that flags name for the rows of tables."""
     flags = {plane: str(getattr(args, plane)) for plane in PLANES if getattr(args, plane)}
     tables = [path for path in files if archive.is_table(path)]
     if flags and not tables:
         raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
-    if tables and "science" not in flags:
-        raise ConfigError(f"{tables[0]}: a table names no frames, wanted at least --science FILE")
+    if tables and "science" not in flags and resolver is ALERT_ONLY:
+        raise ConfigError(f"{tables[0]}: a table names no frames, wanted at least --science FILE, or --resolver NAME")
     if "error" in flags and "variance" in flags:
         raise ConfigError("--error, --variance: found both, wanted one of them")
     return flags
@@ -404,6 +415,17 @@ def _frame_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="DIR",
         help="frames are read beneath this folder, or URL prefix, only; repeatable",
+    )
+    parser.add_argument(
+        "--resolver",
+        metavar="NAME",
+        help="where frames lie that alerts do not name: template, ztf, stdweb, or one of another package",
+    )
+    parser.add_argument(
+        "--resolver-root",
+        dest="root",
+        metavar="DIR",
+        help="folder or URL prefix of the resolver's frames, beneath a frame root; a relative one starts at the first",
     )
     parser.add_argument("--radius", type=float, help="half-size of a stamp, pixels")
 

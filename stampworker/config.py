@@ -13,11 +13,20 @@ import json
 import re
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from stampworker.errors import ConfigError
 
@@ -41,7 +50,26 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
+def _object(value: object) -> object:
+    """Let a JSON object stand for a table, in the environment and in flags."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as exc:
+        raise ValueError(f'a table is written {{"key": "value"}}: {exc}') from None
+
+
+def _planes_only(value: Collection[str]) -> Collection[str]:
+    for plane in value:
+        if plane not in PLANES:
+            raise ValueError(f"no plane is called {plane!r}{nearest(plane, PLANES)}")
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Planes = Annotated[Names, AfterValidator(_planes_only)]
+Templates = Annotated[dict[str, str], BeforeValidator(_object), AfterValidator(_planes_only)]
 
 
 class _Section(BaseModel):
@@ -53,18 +81,10 @@ class EnrichSettings(_Section):
 
     radius: float = Field(31, gt=0, le=500)
     """Half-size of a stamp, pixels; a stamp is 2·ceil(radius) + 1 square."""
-    required_planes: Names = ()
+    required_planes: Planes = ()
     """Planes without which an alert is rejected: science, template, difference, convolved, error, variance, mask."""
     gzip: bool = True
     """Compress the stamps (gzip)."""
-
-    @field_validator("required_planes")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for plane in value:
-            if plane not in PLANES:
-                raise ValueError(f"no plane is called {plane!r}{nearest(plane, PLANES)}")
-        return value
 
 
 class FitSettings(_Section):
@@ -143,6 +163,24 @@ class FrameSettings(_Section):
     """Read public buckets without credentials."""
 
 
+class ResolveSettings(_Section):
+    """Where the frames lie that an alert does not name; see `stampworker.resolve`."""
+
+    resolver: str = Field("alert", min_length=1)
+    """What says so: ``alert`` (nothing: alerts name their frames), ``template`` (the templates below), ``ztf`` (ZTF's
+    archive, from pdiffimfilename), ``stdweb`` (the folder of an STDWeb task), or an entry point of the group
+    stampworker.resolvers."""
+    root: str = ""
+    """Folder or URL prefix that {root} stands for in templates; it may hold fields, too. A relative one, or none,
+    starts at the first of frame_roots, beneath which every frame must lie in any case."""
+    planes: Planes = ()
+    """Planes that are taken of the resolver's; by default ztf's science, template, difference, and all of others."""
+    templates: Templates = Field(default_factory=dict)
+    """Where a plane's frame lies, filled with the alert's fields and those of its extra, such as
+    { difference = "{root}/{mjd:%Y%m%d}/{visit}-{ccd:02d}_diff.fits.fz#1" }: they stand over the resolver's own.
+    JSON in the environment and in flags."""
+
+
 class AlertSettings(_Section):
     """How incoming alerts are decoded."""
 
@@ -209,6 +247,7 @@ class Settings(_Section):
     fit: FitSettings = FitSettings()
     verdict: VerdictSettings = VerdictSettings()
     frames: FrameSettings = FrameSettings()
+    resolve: ResolveSettings = ResolveSettings()
     alerts: AlertSettings = AlertSettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
@@ -306,11 +345,17 @@ def describe(settings: Settings) -> str:
                 lines += ["", *(f"# {line}" for line in what.splitlines())]
             name = json.dumps(key) if section == "kafka" else key
             shown = "********" if section == "kafka" and _SECRET.search(key) else value
-            # JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null.
-            written = _without_credentials(json.dumps(shown, ensure_ascii=False))
+            written = _without_credentials(_toml(shown))
             lines.append(f"# {name} is not set" if shown is None else f"{name} = {written}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    """Write a value as TOML: JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null."""
+    if isinstance(value, Mapping):  # its keys are names of ours
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

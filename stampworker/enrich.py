@@ -1,12 +1,13 @@
 """Enrichment: alerts in, packets out. It knows nothing of Kafka.
 
-For each group of alerts that name the same frames::
+For each group of alerts with the same frames::
 
-    1 frames.open            the planes, each read by the section
-    2 frames.on_grid         every plane on the science frame's pixels
-    3 cutouts.get_cutout     the planes around one candidate
-    4 cutouts.adjust_cutout  shift and scale the convolved template
-    5 packets.StampWriter    the planes as FITS
+    1 resolve.Resolver       which frames show the candidate
+    2 frames.open            the planes, each read by the section
+    3 frames.on_grid         every plane on the science frame's pixels
+    4 cutouts.get_cutout     the planes around one candidate
+    5 cutouts.adjust_cutout  shift and scale the convolved template
+    6 packets.StampWriter    the planes as FITS
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact, weigh_po
 from stampworker.errors import AlertError, FrameError, FrameMismatch
 from stampworker.frames import Frame, FrameStore, Kind, on_grid
 from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
+from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class _FrameSet:
-    """The frames that a group of alerts names, all on the science frame's grid."""
+    """The frames of a group of alerts, all on the science frame's grid."""
 
     planes: dict[str, Frame]
     writers: dict[str, StampWriter]
@@ -83,28 +85,42 @@ class _FrameSet:
         return self.planes["science"]
 
 
-def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings) -> list[Packet | Reject]:
+def make_packets(
+    alerts: Sequence[Alert], store: FrameStore, settings: Settings, resolver: Resolver | None = None
+) -> list[Packet | Reject]:
     """Make a packet, or a reject, of each alert.
 
     Parameters
     ----------
     alerts : sequence of Alert
-        A batch; alerts that name the same frames are worked on together.
+        A batch; alerts with the same frames are worked on together.
     store : FrameStore
         Where frames are opened.
     settings : Settings
-        ``enrich``, ``fit`` and ``verdict``.
+        ``enrich``, ``fit``, ``verdict`` and, where no resolver is given, ``resolve``.
+    resolver : Resolver, optional
+        Gives the frames that alerts do not name; who makes many batches loads it once.
 
     Returns
     -------
     results : list of Packet or Reject
         In the order of the alerts.
+
+    Raises
+    ------
+    ConfigError
+        The settings' resolver cannot be loaded.
     """
+    resolver = resolver or load_resolver(settings.resolve)
+    results: dict[int, Packet | Reject] = {}
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, alert in enumerate(alerts):
-        groups.setdefault(tuple(sorted(alert.frames.items())), []).append(i)
-    store.prefetch(url for alert in alerts for url in alert.frames.values())
-    results: dict[int, Packet | Reject] = {}
+        found = _frames_or_reject(alert, resolver)
+        if isinstance(found, Reject):
+            results[i] = found
+        else:
+            groups.setdefault(tuple(sorted(found.items())), []).append(i)
+    store.prefetch(url for frames in groups for _, url in frames)
     for frames, members in groups.items():
         try:
             frame_set = _open(dict(frames), store, settings.enrich)
@@ -121,6 +137,15 @@ def make_packets(alerts: Sequence[Alert], store: FrameStore, settings: Settings)
                 results[i] = _packet_or_reject(alerts[i], frame_set, settings)
     store.trim()
     return [results[i] for i in range(len(alerts))]
+
+
+def _frames_or_reject(alert: Alert, resolver: Resolver) -> Mapping[str, str] | Reject:
+    try:
+        return resolver.frames(alert)
+    except Exception as exc:
+        if not isinstance(exc, AlertError | FrameError):  # a fault of the resolver, perhaps of another package's
+            log.exception("alert %s: unexpected error of the resolver %r", alert.alert_id, resolver.name)
+        return Reject(alert.alert_id, "frames", exc)
 
 
 def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet | Reject:
@@ -400,7 +425,7 @@ def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
 
 def enrich_table(
     table: Table,
-    frames: Mapping[str, str | Path],
+    frames: Mapping[str, str | Path] | None = None,
     radius: float | None = None,
     *,
     columns: Mapping[str, str] | None = None,
@@ -414,9 +439,9 @@ def enrich_table(
     table : astropy.table.Table
         One row a candidate, with ``x, y`` (pixels, 0-based) or ``ra, dec`` (degrees, ICRS); see
         `stampworker.alerts.from_table`.
-    frames : mapping
+    frames : mapping, optional
         Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file,
-        relative to the working directory, with an optional ``#HDU``.
+        relative to the working directory, with an optional ``#HDU``. Those that are not named are the resolver's.
     radius : float, optional
         Half-size of a stamp, pixels; by default the settings', which is 31 where nothing else is set.
     columns : mapping, optional
@@ -424,7 +449,7 @@ def enrich_table(
     pixel_origin : {0, 1}, optional
         What the table calls the first pixel.
     settings : Settings, optional
-        ``enrich``, ``fit``, ``verdict``, and the limits of ``frames``.
+        ``enrich``, ``fit``, ``verdict``, ``resolve``, and of ``frames`` the limits and, for a resolver, the roots.
 
     Returns
     -------
@@ -437,6 +462,8 @@ def enrich_table(
     ------
     AlertError
         The table has no positions, or the frames are not those of an alert; see `stampworker.alerts.from_table`.
+    ConfigError
+        The settings' resolver cannot be loaded.
     FrameError
         A frame cannot be read, or does not fit the science frame: that is wrong for every row.
     ValueError
@@ -451,11 +478,15 @@ def enrich_table(
         except ValidationError as exc:
             raise ValueError(f"radius: found {radius!r}; {exc.errors()[0]['msg']}") from None
         wanted = wanted.model_copy(update={"enrich": enrich})
-    urls = {plane: file_url(path) for plane, path in frames.items()}
+    resolver = load_resolver(wanted.resolve)
+    files = frames or {}
+    if resolver is ALERT_ONLY and "science" not in files:
+        raise AlertError(f"frames: found {', '.join(files) or 'none'}, wanted at least science, or a resolver")
+    urls = {plane: file_url(path) for plane, path in files.items()}
     alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
-    with FrameStore(wanted.frames, allowed_files=[local_file(path) for path in frames.values()]) as store:
+    with FrameStore(wanted.frames, allowed_files=[local_file(path) for path in files.values()]) as store:
         check_frames(urls, store)
-        results = enrich_mixed(alerts, store, wanted)
+        results = enrich_mixed(alerts, store, wanted, resolver)
     return results_table(table, results), results
 
 
@@ -472,9 +503,13 @@ def check_frames(urls: Mapping[str, str], store: FrameStore) -> None:
     Raises
     ------
     FrameError
-        A frame cannot be read, or does not fit the science frame.
+        A frame cannot be read, or does not fit the science frame, where that is among them.
     """
-    _open_planes(urls, store)
+    if "science" in urls:
+        _open_planes(urls, store)
+    else:
+        for plane, url in urls.items():
+            store.open(url, mask=plane == "mask")
 
 
 def local_file(path: str | Path) -> Path:
@@ -494,7 +529,9 @@ def _split_hdu(path: str | Path) -> tuple[Path, str]:
     return (Path(file), fragment) if mark and not Path(path).exists() else (Path(path), "")
 
 
-def enrich_mixed(alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings) -> list[Packet | Reject]:
+def enrich_mixed(
+    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
+) -> list[Packet | Reject]:
     """Make packets of alerts among which some could not be read; see `make_packets`."""
-    good = iter(make_packets([a for a in alerts if isinstance(a, Alert)], store, settings))
+    good = iter(make_packets([a for a in alerts if isinstance(a, Alert)], store, settings, resolver))
     return [next(good) if isinstance(a, Alert) else Reject(a.alert_id, "decode", a) for a in alerts]

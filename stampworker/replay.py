@@ -15,6 +15,7 @@ from confluent_kafka import OFFSET_INVALID, Consumer, KafkaException, TopicParti
 from stampworker.config import Settings
 from stampworker.errors import ConfigError
 from stampworker.kafka import check_topics, committed, consumer
+from stampworker.resolve import load_resolver
 from stampworker.worker import Place, Totals, Worker
 
 _CALL_S = 15.0
@@ -87,13 +88,15 @@ def replay(
     Raises
     ------
     ConfigError
-        A topic is not there, the packets would go to a topic that is in use, or the range ends before it begins.
+        A topic is not there, the packets would go to a topic that is in use, the range ends before it begins, or the
+        resolver cannot be loaded.
     """
     live = {topic: "the topic that is replayed", settings.worker.packet_topic: "the live packets' topic"}
     live[settings.worker.reject_topic] = "the topic of rejects"
     if to_topic in live:
         raise ConfigError(f"--to-topic: found {to_topic!r}, {live[to_topic]}; wanted one of its own")
     _check_range(start or Bound(), end or Bound())
+    load_resolver(settings.resolve)  # as the worker will; before the group is set to the range
     group = f"{settings.worker.group}-replay-{run}"
     worker_settings = settings.worker.model_copy(
         update={"input_topic": (topic,), "packet_topic": to_topic, "group": group}

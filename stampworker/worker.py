@@ -44,6 +44,7 @@ from stampworker.kafka import (
     message_limit,
 )
 from stampworker.packets import STAMP_FIELDS, Packet, encode
+from stampworker.resolve import load_resolver
 from stampworker.schema import PACKET
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,11 @@ class Worker:
         Name of a replay, for the packets' header.
     on_batch : callable, optional
         Called with the `Totals` after each commit.
+
+    Raises
+    ------
+    ConfigError
+        The resolver cannot be loaded.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class Worker:
     ) -> None:
         self.totals = Totals()
         self._settings = settings
+        self._resolver = load_resolver(settings.resolve)
         self._drained = drained or ends is not None
         self._ends: dict[Place, int] = dict(ends or {})
         self._ends_given = ends is not None
@@ -322,7 +329,7 @@ class Worker:
                 decoded.append(decode(message.value() or b"", folder))
             except AlertError as exc:
                 decoded.append(exc)
-        return enrich_mixed(decoded, store, self._settings)
+        return enrich_mixed(decoded, store, self._settings, self._resolver)
 
     def _records(self, batch: _Batch) -> list[Record]:
         return [self._record(m, result) for m, result in zip(batch.messages, batch.results, strict=True)]

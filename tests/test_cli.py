@@ -346,7 +346,7 @@ def test_wrong_usage_of_tables(night, tmp_path, capsys):
     (night / "a.json").write_text(json.dumps(alerts(1)))
     table = tmp_path / "c.ecsv"
     for arguments, message in (
-        ([table], "a table names no frames, wanted at least --science FILE"),
+        ([table], "a table names no frames, wanted at least --science FILE, or --resolver NAME"),
         ([table, "--template", night / "template.fits"], "wanted at least --science FILE"),
         ([night / "a.json", *flags(night)], "--science and the like name the frames of a table"),
         ([table, *flags(night), "--error", "e.fits", "--variance", "v.fits"], "--error, --variance: found both"),
@@ -400,6 +400,102 @@ def test_publish_says_what_is_wrong_before_it_asks_a_broker(night, tmp_path, cap
     (night / "a.json").write_text(json.dumps([*alerts(1), alerts(1, fwhm=-1)[0]]))
     assert main(["publish", str(night / "a.json")]) == 1
     assert "a.json: alert 'a0': fwhm: found -1" in capsys.readouterr().err
+
+
+# Resolvers
+
+TASK = {"science": "image", "template": "template", "difference": "diff", "convolved": "conv", "error": "ediff"}
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Return the folder of an STDWeb task, with its table of candidates."""
+    folder = tmp_path / "task"
+    named = write_night(folder, planes=(*TASK, "mask"))
+    for plane, path in named.items():
+        os.rename(path, folder / f"sub_{TASK.get(plane, plane)}.fits")
+    candidates()[[0, 2]].write(folder / "candidates.vot", format="votable")
+    return folder
+
+
+def test_stdweb_folder_needs_nothing_else(task, tmp_path, monkeypatch):
+    """The folder of a task is enriched by its name; frames of flags win, and may lie anywhere."""
+    assert enrich(task / "candidates.vot", "--resolver", "stdweb", "--to", tmp_path / "out") == 0
+    found = packets(tmp_path / "out")
+    assert set(found) == {"p", "r"}
+    names = {plane: f"file://{task}/sub_{name}.fits" for plane, name in (TASK | {"mask": "mask"}).items()}
+    assert found["p"].frames == names
+    assert (found["p"].adjust_status, found["p"].err_origin) == ("ok", "error")
+    write_night(tmp_path / "other", planes=("mask",))
+    monkeypatch.chdir(tmp_path / "other")
+    flags = ("--resolver", "stdweb", "--mask", "mask.fits#0")
+    assert enrich(task / "candidates.vot", *flags, "--to", tmp_path / "two") == 0
+    assert packets(tmp_path / "two")["p"].frames == names | {"mask": f"file://{tmp_path}/other/mask.fits#0"}
+
+
+def test_frame_of_a_flag_beside_a_resolver_that_cannot_be_read(task, tmp_path, capsys):
+    """A typing error in a flag is said before anything is written, with a resolver, too."""
+    flags = ("--resolver", "stdweb", "--mask", tmp_path / "typo.fits")
+    assert enrich(task / "candidates.vot", *flags, "--to", tmp_path / "out") == 1
+    assert "FrameMissing: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_resolver_of_the_settings(task, tmp_path, monkeypatch, capsys):
+    """A root with fields, templates of a file or the environment, and flags over them."""
+    rows = candidates()[:1]
+    rows["task"] = ["task"]
+    rows.write(tmp_path / "c.ecsv")
+    (tmp_path / "s.toml").write_text(
+        '[resolve]\nresolver = "template"\nroot = "{task}"\n[resolve.templates]\nscience = "{root}/sub_image.fits"\n'
+    )
+    assert enrich(tmp_path / "c.ecsv", "--config", tmp_path / "s.toml", "--to", tmp_path / "one") == 0
+    assert packets(tmp_path / "one")["p"].frames == {"science": f"file://{task}/sub_image.fits"}
+    monkeypatch.setenv("STAMPWORKER_RESOLVE_PLANES", "science,mask")
+    monkeypatch.setenv("STAMPWORKER_RESOLVE_TEMPLATES", '{"mask": "{root}/sub_mask.fits#0"}')
+    arguments = ("--resolver", "stdweb", "--resolver-root", "{task}", "--to", tmp_path / "two")
+    assert enrich(tmp_path / "c.ecsv", *arguments) == 0
+    wanted = {"science": f"file://{task}/sub_image.fits", "mask": f"file://{task}/sub_mask.fits#0"}
+    assert packets(tmp_path / "two")["p"].frames == wanted
+    assert enrich(tmp_path / "c.ecsv", *arguments[:2], "--to", tmp_path / "three", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["errors"] == {"FrameMissing": 1}
+
+
+def test_alerts_without_frames(night, tmp_path, capsys):
+    """They are rejected one by one where no resolver is set, and served where one is."""
+    records = [{k: v for k, v in record.items() if k != "frames"} for record in alerts(2)]
+    (night / "a.json").write_text(json.dumps(records))
+    assert enrich(night / "a.json", "--to", tmp_path / "none") == 0
+    rejects = lines(tmp_path / "none" / "rejects.jsonl")
+    assert [(r["alertId"], r["stage"], r["error"]) for r in rejects] == [
+        (f"a{n}", "frames", "AlertError") for n in (0, 1)
+    ]
+    assert rejects[0]["message"] == "frames: found none, wanted at least science; the resolver is 'alert'"
+    templates = 'resolve.templates={"science": "{root}/science.fits"}'
+    assert enrich(night / "a.json", "--to", tmp_path / "out", "--resolver", "template", "--set", templates) == 0
+    assert set(packets(tmp_path / "out")) == {"a0", "a1"}
+
+
+@pytest.mark.parametrize("command", [["enrich", "c.ecsv", "--to", "out"], ["run"], ["replay", "a", "--to-topic", "b"]])
+def test_resolver_that_does_not_serve_is_wrong_usage(command, tmp_path, monkeypatch, capsys):
+    """It is said at start, before a file is written or a broker is asked."""
+    monkeypatch.chdir(tmp_path)
+    candidates().write("c.ecsv")
+    command += ["--frame-root", str(tmp_path)]
+    for arguments, message in (
+        (["--resolver", "zft"], "resolve.resolver: no resolver is called 'zft'; the nearest known is 'ztf'"),
+        (["--resolver", "stdweb", "--set", "resolve.planes=variance"], "has no template of 'variance'"),
+        (["--resolver", "stdweb", "--set", "resolve.planes=tempalte"], "no plane is called 'tempalte'; the nearest"),
+        (
+            ["--resolver", "stdweb", "--resolver-root", "{a.b}"],
+            "resolve.templates.science: '{a.b}/sub_image.fits': found",
+        ),
+        (["--resolver", "template", "--set", 'resolve.templates={"science": "{night"}'], "'{night': expected '}'"),
+        (["--resolver", "template", "--set", "resolve.templates={night}"], "a table is written"),
+    ):
+        assert main([*command, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # Settings

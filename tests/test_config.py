@@ -88,6 +88,23 @@ def test_lists_come_as_lists_or_between_commas(toml):
     assert settings.enrich.required_planes == ("mask", "error")
 
 
+def test_tables_come_as_tables_or_as_json(toml):
+    """Templates are a table in the file, and JSON elsewhere; a plane that there is not is named."""
+    path = toml('[resolve.templates]\nscience = "{root}/{night}.fits"\n')
+    assert load(path).resolve.templates == {"science": "{root}/{night}.fits"}
+    environ = {"STAMPWORKER_RESOLVE_TEMPLATES": '{"mask": "m"}'}
+    assert load(path, environ).resolve.templates == {"mask": "m"}
+    assert load(path, environ, {"resolve.templates": "{}"}).resolve.templates == {}
+    for text, message in (
+        ('{"scince": "s"}', "resolve.templates: .*no plane is called 'scince'; the nearest known is 'science'"),
+        ("{science: s}", 'a table is written {"key": "value"}'),
+        ('{"science": 5}', "resolve.templates.science: found 5"),
+        ('["science"]', "resolve.templates: .*valid dictionary"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(flags={"resolve.templates": text})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -214,10 +231,12 @@ def test_description_is_a_configuration(toml):
             "verdict.needed": "1e-7",
             "kafka.client.id": 'π "quoted" \\',
             "fit.inner": "9",
+            "resolve.templates": '{"science": "{root}/\\"π\\".fits#1", "mask": "m"}',
         },
     )
     text = describe(settings)
     assert load(toml(text)) == settings
+    assert settings.resolve.templates == {"science": '{root}/"π".fits#1', "mask": "m"}
     assert tomllib.loads(text)["kafka"]["client.id"] == 'π "quoted" \\'
     assert "# slot is not set" in text
 
@@ -250,7 +269,8 @@ def test_list_as_it_is_printed_is_a_list():
 
 def test_credentials_in_a_root_are_not_shown():
     """A password in a URL is masked where settings are printed."""
-    text = describe(load(flags={"frames.frame_roots": "https://user:hunter2@host/x/"}))
+    flags = {"frames.frame_roots": "https://user:hunter2@host/x/", "resolve.root": "https://user:hunter2@host/y"}
+    text = describe(load(flags=flags | {"resolve.templates": '{"mask": "https://user:hunter2@host/m"}'}))
     assert "hunter2" not in text
     assert "https://********@host/x/" in text
 

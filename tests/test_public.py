@@ -19,6 +19,7 @@ LAYERS = (  # a module imports from layers above its own; within a layer, none k
     ("config", "metrics", "schema"),
     ("cutouts",),
     ("frames", "alerts", "packets"),
+    ("resolve",),
     ("enrich", "kafka", "archive"),
     ("worker", "viewer", "health", "simulate", "confusion"),
     ("replay", "demo"),

@@ -76,6 +76,20 @@ def test_alert_example_is_an_alert() -> None:
     assert decode(text.encode()).frames["science"] == "night/science.fits"
 
 
+def test_resolver_example_fills_its_templates(tmp_path: Path) -> None:
+    """The TOML example is a configuration, and its templates are filled."""
+    from stampworker import Alert, load_resolver
+    from stampworker.config import load
+
+    (text,) = (block for block in blocks("toml") if "[resolve]" in block)
+    (tmp_path / "s.toml").write_text(text, encoding="utf-8")
+    alert = Alert("a", mjd=61368.06, extra={"visit": 4711, "ccd": 7})
+    assert load_resolver(load(tmp_path / "s.toml").resolve).frames(alert) == {
+        "science": "nights/20261124/4711-07.fits.fz",
+        "difference": "nights/20261124/4711-07_diff.fits.fz#1",
+    }
+
+
 def test_every_command_and_target_named_exists() -> None:
     """Commands of the README are the command line's, and make targets the Makefile's."""
     text = README.read_text(encoding="utf-8")

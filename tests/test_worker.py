@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -115,6 +116,33 @@ def test_drained_worker_publishes_each_alert_and_logs_each_batch(
     for line in lines:
         names = [part.split("=")[0] for part in line.split()[4:]]
         assert names == ["bytes_in", "bytes_out", "poll_s", "enrich_s", "publish_s"]
+
+
+def test_worker_finds_frames_that_alerts_do_not_name(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
+) -> None:
+    """The settings' resolver serves the stream; an alert that it cannot serve is rejected with its stage."""
+    folder = alerts[0].frames["science"].rpartition("/")[0]
+    templates = {plane: f"{folder}/{{{plane}}}.fits" for plane in ("science", "difference")}
+    made = settings(resolve__resolver="template", resolve__templates=templates)
+    named = {plane: plane for plane in templates}
+    bare = [replace(alert, frames={}, extra=named) for alert in alerts[:2]] + [replace(alerts[2], frames={})]
+    send(cluster, made, bare)
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets, totals.rejects) == (3, 2, 1)
+    found = [Packet.read(m.value() or b"") for m in cluster.read(made.worker.packet_topic, 2)]
+    assert {packet.packet_id for packet in found} == {alert.packet_id() for alert in bare[:2]}
+    assert {packet.frames["difference"] for packet in found} == {f"file://{alerts[0].frames['difference']}"}
+    (reject,) = cluster.read(made.worker.reject_topic, 1)
+    headers = dict(reject.headers() or [])
+    assert headers[ERRORS_PREFIX + "stage"] == b"frames"
+    assert b"template of 'science': found no 'science'" in headers[ERRORS_PREFIX + "exception.message"]
+
+
+def test_worker_that_has_no_resolver_does_not_begin(settings: Callable[..., Settings]) -> None:
+    """It is said when the worker is made, not at the first alert."""
+    with pytest.raises(ConfigError, match="no resolver is called 'absent'"):
+        Worker(settings(resolve__resolver="absent"))
 
 
 def test_aborted_batch_is_read_again_beside_partitions_at_their_end(
