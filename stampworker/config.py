@@ -83,6 +83,9 @@ class EnrichSettings(_Section):
     """Half-size of a stamp, pixels; a stamp is 2·ceil(radius) + 1 square."""
     required_planes: Planes = ()
     """Planes without which an alert is rejected: science, template, difference, convolved, error, variance, mask."""
+    mask_ignore: int = Field(0, ge=0, lt=1 << 63)
+    """Bits of the mask that do not make a pixel bad, as a sum, for fit, noise and verdict; the mask's stamp keeps them.
+    ZTF's masks want 2050: two of their bits mark detected sources."""
     gzip: bool = True
     """Compress the stamps (gzip)."""
 

@@ -211,6 +211,9 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
             cutout[plane] = frame.window(y1, y1 + side, x1, x1 + side)
     if "mask" in cutout:
         _mask_off_frame(cutout["mask"], x1, y1, frames.science.shape)
+    every_bit = cutout.get("mask")
+    if every_bit is not None and settings.enrich.mask_ignore:
+        cutout["mask"] = (every_bit.astype("i8") & ~settings.enrich.mask_ignore) != 0
     origins = _derive_planes(cutout, alert.gain or frames.header_gain)
     fit = _fit_settings(alert, settings.fit, 2 * radius + 1)
     status = _adjust(cutout, fit, (x1, y1), frames.science.shape)
@@ -232,7 +235,7 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
             "extra": alert.extra,
         },
         frames={plane: frame.url for plane, frame in frames.planes.items()},
-        stamps=_stamps(cutout, frames, alert.alert_id, (x1, y1), fitted),
+        stamps=_stamps(cutout | {"mask": every_bit}, frames, alert.alert_id, (x1, y1), fitted),
         metrics=metrics,
         adjust_status=status,
         adjust_artefact=artefact,

@@ -115,7 +115,7 @@ class Layout:
 LAYOUTS = {
     "template": Layout(),
     # The reference is a co-add on its own grid. Bits 1 and 11 of mskimg mark detected sources (ZTF Science Data System
-    # Explanatory Supplement), so that it is not taken by default.
+    # Explanatory Supplement): who names it among the planes sets enrich.mask_ignore to 2050, the sum of their values.
     "ztf": Layout(
         {
             "science": _ZTF_EXPOSURE + "sciimg.fits",

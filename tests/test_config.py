@@ -140,6 +140,8 @@ def test_unknown_names_in_the_environment_and_in_flags_name_the_nearest():
 @pytest.mark.parametrize(
     "flag",
     [
+        ("enrich.mask_ignore", "-1"),
+        ("enrich.mask_ignore", str(1 << 63)),
         ("enrich.radius", "0"),
         ("enrich.radius", "501"),
         ("enrich.radius", "nan"),

@@ -18,7 +18,7 @@ from astropy.io import fits
 from astropy.table import Table
 from hypothesis import example, given
 from hypothesis import strategies as st
-from night import SHAPE, STAR, alert_record, night_header, night_planes, write_night
+from night import NOISE, SHAPE, STAR, alert_record, night_header, night_planes, write_night
 
 import stampworker
 from stampworker.alerts import Alert, decode, encode, from_record
@@ -604,6 +604,49 @@ def test_ztf_archive_through_the_chain(archive: Path) -> None:
     assert packet.frames == {p: f"file://{archive}/{ZTF_PATHS[p]}" for p in ("science", "template", "difference")}
     assert (packet.adjust_status, packet.resampled_planes) == ("ok", ("template",))
     assert packet.metrics["adjust_dx"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_ztf_masks_with_bits_to_ignore(archive: Path) -> None:
+    """Bits that mark sources keep nothing out of the fit when they are ignored; the mask's stamp still has them."""
+    alert = with_extra(pdiffimfilename=ZTF_NAME)
+    resolve = ResolveSettings(resolver="ztf", planes=tuple(ZTF_PATHS))
+
+    def made(ignore: int) -> Packet:
+        (packet,) = run([alert], archive, resolve=resolve, enrich=EnrichSettings(radius=9, mask_ignore=ignore))
+        assert isinstance(packet, Packet), packet
+        return packet
+
+    assert made(0).adjust_status == "too_few_pixels"
+    packet, every = made(2050), made(2050 | 256)
+    assert packet.adjust_status == every.adjust_status == "ok"
+    assert packet.metrics["adjust_dx"] == pytest.approx(0.3, abs=0.02)
+    # One bad pixel takes its neighbours in the template along.
+    assert packet.metrics["adjust_df"] < every.metrics["adjust_df"] == 7**2 - 3
+    assert packet.stamps["mask"].content == made(0).stamps["mask"].content
+    assert {0, 2050, 2306} == set(np.unique(packet.stamps["mask"].data))
+
+
+@pytest.mark.parametrize("kind", ["u1", "i2", "i4", "i8"])
+def test_bits_are_ignored_in_masks_of_every_type(tmp_path: Path, kind: str) -> None:
+    """Noise and fit of a mask whose bits are all ignored are those without a mask, whatever its integers."""
+    frames = write_night(tmp_path, planes=("science", "difference"))
+    mask = np.zeros(SHAPE, kind)
+    mask[25:37, 36:47], mask[:, 60:] = 64, 1
+    fits.writeto(tmp_path / "mask.fits", mask)
+    alerts = [Alert("a", x=x, y=STAR[1], gain=1.5, frames=frames) for x in (STAR[0], 2.0)]
+    masked = [Alert("a", x=a.x, y=a.y, gain=1.5, frames=frames | {"mask": str(tmp_path / "mask.fits")}) for a in alerts]
+    bare = run(alerts, tmp_path)
+    ignored = run(masked, tmp_path, enrich=EnrichSettings(radius=9, mask_ignore=65))
+    for one, other in zip(bare, ignored, strict=True):
+        assert isinstance(one, Packet)
+        assert isinstance(other, Packet)
+        assert one.adjust_status == other.adjust_status == ("ok" if one.candidate["x"] == STAR[0] else "no_signal")
+        assert one.metrics == other.metrics
+        assert one.stamps["error"].content == other.stamps["error"].content
+    kept = run(masked, tmp_path)[0]
+    assert isinstance(kept, Packet)
+    assert kept.adjust_status == "too_few_pixels"
+    assert NOISE * 0.8 < np.nanmedian(kept.stamps["error"].data) < NOISE * 1.3
 
 
 # Other packages
