@@ -100,7 +100,7 @@ class MappedFile:
         FrameUnavailable
             The file shrank since it was opened, or cannot be read.
         """
-        self._touch(offset, length)
+        self._touch(offset, offset + length)
         return self._map[offset : offset + length]
 
     def pixels(
@@ -112,18 +112,17 @@ class MappedFile:
             image = np.frombuffer(self._map, dtype, shape[0] * shape[1], offset).reshape(shape)
             self._images[offset] = image
         stride = shape[1] * dtype.itemsize
-        self._touch(offset + first * stride, (last - first) * stride)
+        self._touch(offset + first * stride, offset + last * stride)
         return image
 
-    def _touch(self, offset: int, length: int) -> None:
+    def _touch(self, start: int, stop: int) -> None:
         if self._length() < self.size:
             raise FrameUnavailable(self._url, f"the file shrank from {self.size} to {self._length()} bytes while open")
-        last = (offset + length) // _CHUNK + 1
-        if self._seen.find(0, offset // _CHUNK, last) >= 0:
+        if self._seen.find(0, start // _CHUNK, stop // _CHUNK + 1) >= 0:
             try:
-                self._populate(offset // _CHUNK, last)
+                self._populate(start // _CHUNK, stop // _CHUNK + 1)
             except OSError as exc:
-                raise FrameUnavailable(self._url, f"bytes {offset}:{offset + length}: {exc.strerror}") from exc
+                raise FrameUnavailable(self._url, f"bytes {start}:{stop}: {exc.strerror}") from exc
 
     def _populate(self, first: int, last: int) -> None:
         start, stop = first * _CHUNK, min(last * _CHUNK, self.size)
