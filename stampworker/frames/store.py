@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_MUCH = 4 << 20  # freed bytes that are worth a millisecond
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _ASCII = bytes(c if 32 <= c < 127 else ord("?") for c in range(256))
 _CARD = re.compile(rb"(?=[A-Z0-9_-]* *= ).{8}= |(COMMENT|HISTORY|CONTINUE|HIERARCH) |        ")
@@ -345,7 +348,11 @@ class FrameStore:
 
     def trim(self) -> None:
         """Forget data (decompressed, or from a server) that was not used since the last call; call it once a batch."""
+        before = self._budget.held
         self._budget.trim()
+        if _malloc_trim is not None and before - self._budget.held > _MUCH:
+            # glibc keeps what is freed between other things, without end where frames come and go.
+            _malloc_trim(0)
 
     @property
     def cached_bytes(self) -> int:

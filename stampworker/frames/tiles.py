@@ -179,7 +179,7 @@ class TiledImage:
         if not self._budget.room(self, size):
             self.release()
         if self._budget.room(self, size):
-            self._decoded.update(fresh)
+            self._decoded.update(zip(fresh, _in_one_piece(list(fresh.values())), strict=True))
             self.held += size
             self._budget.settle(self)
 
@@ -269,6 +269,16 @@ class TiledImage:
         return f"tile {index} (rows {y}:{y + h}, columns {x}:{x + w})"
 
 
+def _in_one_piece(tiles: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Copy tiles into one allocation: thousands of small ones, when they are freed, would leave the heap in holes."""
+    pixels = np.concatenate([tile.ravel() for tile in tiles])
+    copies, start = [], 0
+    for tile in tiles:
+        copies.append(pixels[start : start + tile.size].reshape(tile.shape))
+        start += tile.size
+    return copies
+
+
 def _tile_shape(cards: Cards, hdu: Hdu) -> tuple[int, int]:
     """Return (rows, columns) of a tile; along dropped axes it has length 1 anyway."""
     n = len(hdu.axes)
@@ -295,7 +305,9 @@ def _read_table(source: Source, hdu: Hdu, cards: Cards, tiles: int) -> tuple[dic
     numbers: dict[str, NDArray[Any]] = {}
     for name, (start, code, item) in columns.items():
         if name in _HEAPS:
-            heaps[name] = _heap(table, start, code, item, hdu, cards, heap_start)
+            heap = _heap(table, start, code, item, hdu, cards, heap_start)
+            if heap.lengths.any() or name == "COMPRESSED_DATA":  # what is kept of each open frame counts
+                heaps[name] = heap
         elif name in ("ZSCALE", "ZZERO", "ZBLANK") and code in _NUMBER:
             raw = np.ascontiguousarray(table[:, start : start + _WIDTH[code]])
             numbers[name] = raw.view(_NUMBER[code])[:, 0]
