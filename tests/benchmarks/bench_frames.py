@@ -3,13 +3,24 @@
 
     python tests/benchmarks/bench_frames.py [--stamps N]
 
-fitsio comes from PyPI (``pip install fitsio``); without it its column is empty. "cold" drops the decoded tiles before
-every stamp; "kept" has them, as the later stamps of a batch do. Ratios are of medians: above 1 stampworker is faster.
+fitsio comes from PyPI (``pip install fitsio``); without it its columns are empty. stampworker and each of the others
+take turns at `TURN` stamps of the frame, as a worker reads those of a batch; what they read is compared. "by one": the
+ratio to fitsio where they take turns at every stamp, so that each finds the processor's caches full of what the other
+left. Ratios are of medians: above 1 stampworker is faster.
+
+"ours" drops the decoded tiles before every stamp; "kept" has them, as the later stamps of a batch do. A gzip file is
+inflated as a whole by stampworker and fitsio when they open it, which has a row of its own, and by astropy for every
+stamp.
+
+Then what `stampworker.enrich.make_packets` leaves in memory, with the default settings (cache_bytes 2 GiB), frames of
+2048 × 2048 and a batch of 20 alerts a frame set: RssAnon of a process of its own after 2 and after 20 frame sets.
 """
 
 import argparse
 import gzip
+import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +33,9 @@ from astropy.io import fits
 from stampworker.config import FrameSettings
 from stampworker.frames import FrameStore
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "frames"))
+import resident
+
 try:
     import fitsio
 except ModuleNotFoundError:
@@ -29,6 +43,9 @@ except ModuleNotFoundError:
 
 SHAPE = (3080, 3072)
 SIZE = 63
+TURN = 20
+
+Read = Callable[[slice, slice], Any]
 
 
 def make_frames(folder: Path) -> dict[str, tuple[Path, int]]:
@@ -51,67 +68,107 @@ def make_frames(folder: Path) -> dict[str, tuple[Path, int]]:
     return frames | {"gz": (folder / "plain.fits.gz", 0)}
 
 
-def measure(readers: dict[str, Callable[[slice, slice], Any]], stamps: int) -> dict[str, float]:
-    """Return the median time of each reader, microseconds, on the same random stamps.
+def measure(readers: dict[str, Read], stamps: int, turn: int = TURN) -> dict[str, float]:
+    """Return the median time of each reader, microseconds a stamp, on the same random stamps.
 
     They take turns in being first, which pays for bringing the pixels into the processor's caches.
     """
     rng = np.random.default_rng(2)
     taken: dict[str, list[float]] = {name: [] for name in readers}
     names = list(readers)
-    for turn in range(stamps):
-        y, x = (int(n) for n in rng.integers(0, (SHAPE[0] - SIZE, SHAPE[1] - SIZE)))
-        section = slice(y, y + SIZE), slice(x, x + SIZE)
-        results = []
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
+    for i in range(max(stamps // turn, 1)):
+        corners = rng.integers(0, (SHAPE[0] - SIZE, SHAPE[1] - SIZE), (turn, 2)).tolist()
+        sections = [(slice(y, y + SIZE), slice(x, x + SIZE)) for y, x in corners]
+        for k in range(len(names)):
+            name = names[(i + k) % len(names)]
+            read = readers[name]
             start = time.perf_counter()
-            results.append(readers[name](*section))
-            taken[name].append(time.perf_counter() - start)
-        for result in results[1:]:
-            np.testing.assert_array_equal(np.asarray(result, "f4"), results[0])
+            for rows, columns in sections:
+                read(rows, columns)
+            taken[name].append((time.perf_counter() - start) / turn)
+        for one, other in itertools.pairwise(readers.values()):  # the first stamp of each turn, outside of the timing
+            np.testing.assert_array_equal(np.asarray(one(*sections[0]), "f4"), np.asarray(other(*sections[0]), "f4"))
     return {name: statistics.median(times) * 1e6 for name, times in taken.items()}
 
 
 def compare(path: Path, hdu: int, store: FrameStore, stamps: int) -> dict[str, float]:
     """Measure one file with every reader."""
     frame = store.open(path.as_uri())
-    release = getattr(frame._pixels, "release", None)  # of tiles; gz is inflated once, before
+    release = getattr(frame._pixels, "release", None)  # of tiles
 
-    def ours(rows: slice, columns: slice) -> Any:
+    def cold(rows: slice, columns: slice) -> Any:
+        release()
         return frame[rows, columns]
 
+    def kept(rows: slice, columns: slice) -> Any:
+        return frame[rows, columns]
+
+    ours: Read = cold if release else kept
     with fits.open(path) as hdus:
         section = hdus[hdu].section
-        readers: dict[str, Callable[[slice, slice], Any]] = {"ours": ours, "astropy": lambda *s: section[s]}
-        if fitsio is not None:
-            opened = fitsio.FITS(str(path))[hdu]
-            readers["fitsio"] = lambda *s: opened[s]
-        if release is None:
-            return measure(readers, stamps)
-
-        def cold(rows: slice, columns: slice) -> Any:
-            release()
-            return frame[rows, columns]
-
-        times = measure({**readers, "ours": cold}, stamps)
+        inflates = path.suffix == ".gz"
+        times = measure({"ours": ours, "astropy": lambda *s: section[s]}, *((1, 1) if inflates else (stamps,)))
+        times["/astropy"] = times["astropy"] / times["ours"]
+    if fitsio is not None:
+        opened = fitsio.FITS(str(path))[hdu]
+        pair: dict[str, Read] = {"ours": ours, "fitsio": lambda *s: opened[s]}
+        times |= measure(pair, stamps)
+        times["/fitsio"] = times["fitsio"] / times["ours"]
+        by_one = measure(pair, stamps, 1)
+        times["by one"] = by_one["fitsio"] / by_one["ours"]
+    if release is not None:
         frame[0 : SHAPE[0], 0 : SHAPE[1]]
-        return times | {"kept": measure({"ours": ours}, stamps)["ours"]}
+        times["kept"] = measure({"ours": kept}, stamps)["ours"]
+    return times
+
+
+def compare_opening(path: Path, hdu: int) -> dict[str, float]:
+    """Measure opening a file and reading one stamp."""
+
+    def ours(*section: slice) -> Any:
+        with FrameStore(FrameSettings(frame_roots=(str(path.parent),))) as store:
+            return store.open(path.as_uri())[section]
+
+    def opened(*section: slice) -> Any:
+        with fitsio.FITS(str(path)) as hdus:
+            return hdus[hdu][section]
+
+    if fitsio is None:
+        return measure({"ours": ours}, 3, 1)
+    times = measure({"ours": ours, "fitsio": opened}, 3, 1)
+    return times | {"/fitsio": times["fitsio"] / times["ours"]}
+
+
+COLUMNS = ("ours", "kept", "astropy", "fitsio", "/astropy", "/fitsio", "by one")
+
+
+def show(name: str, times: dict[str, float]) -> None:
+    """Print a row of the table."""
+    cells = [f"{times[column]:.1f}" if column in times else "-" for column in COLUMNS]
+    print(f"{name:18}" + "".join(f"{cell:>11}" for cell in cells))
+
+
+def show_memory() -> None:
+    """Print what is held after 2 and after 20 frame sets."""
+    print(f"\n{'RssAnon, MB':18}{'2 sets':>11}{'20 sets':>11}{'ratio':>11}")
+    for form in ("plain", "rice", "tiles", "gz"):
+        with tempfile.TemporaryDirectory() as folder:
+            held = resident.measure(Path(folder), form, side=2048)
+        print(f"{form:18}{held[1] / 1e6:11.1f}{held[-1] / 1e6:11.1f}{held[-1] / held[1]:11.2f}")
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stamps", type=int, default=200)
+    parser.add_argument("--stamps", type=int, default=400)
     stamps = parser.parse_args().stamps
-    print(f"{'us per stamp':18}{'ours':>9}{'kept':>9}{'astropy':>9}{'fitsio':>9}{'/astropy':>10}{'/fitsio':>9}")
+    print(f"{'us per stamp':18}" + "".join(f"{column:>11}" for column in COLUMNS))
     with tempfile.TemporaryDirectory() as folder, FrameStore(FrameSettings(frame_roots=(folder,))) as store:
         for name, (path, hdu) in make_frames(Path(folder)).items():
-            times = compare(path, hdu, store, 3 if name == "gz" else stamps)  # the others inflate it for every stamp
-            row = [times.get(column) for column in ("ours", "kept", "astropy", "fitsio")]
-            ratios = [other and other / times["ours"] for other in row[2:]]
-            cells = "".join(f"{value:9.1f}" if value else " " * 8 + "-" for value in row)
-            print(f"{name:18}{cells} " + "".join(f"{r:9.1f}" if r else " " * 8 + "-" for r in ratios))
+            show(name, compare(path, hdu, store, stamps))
+            if name == "gz":
+                show("gz, opened", compare_opening(path, hdu))
+    show_memory()
 
 
 if __name__ == "__main__":
