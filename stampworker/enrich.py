@@ -79,6 +79,7 @@ class _FrameSet:
     planes: dict[str, Frame]
     writers: dict[str, StampWriter]
     header_gain: float | None
+    by_sky: bool
 
     @property
     def science(self) -> Frame:
@@ -123,7 +124,7 @@ def make_packets(
     store.prefetch(url for frames in groups for _, url in frames)
     for frames, members in groups.items():
         try:
-            frame_set = _open(dict(frames), store, settings.enrich)
+            frame_set = _open(dict(frames), store, settings.enrich, resolver.by_sky)
         except Exception as exc:
             if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
                 log.exception("frames %s: unexpected error", ", ".join(plane for plane, _ in frames))
@@ -131,7 +132,7 @@ def make_packets(
             continue
         radius = math.ceil(settings.enrich.radius)
         group = [alerts[i] for i in members]
-        store.fetch(frame_set.planes.values(), _boxes(group, frame_set.science, radius))
+        store.fetch(frame_set.planes.values(), _boxes(group, frame_set, radius))
         for i in members:
             with store.allowance():
                 results[i] = _packet_or_reject(alerts[i], frame_set, settings)
@@ -161,9 +162,9 @@ def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Pa
         return Reject(alert.alert_id, "enrich", exc)
 
 
-def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings) -> _FrameSet:
+def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings, by_sky: bool) -> _FrameSet:
     planes = _open_planes(urls, store)
-    return _FrameSet(planes, _writers(planes, settings.gzip), _gain(planes["science"]))
+    return _FrameSet(planes, _writers(planes, settings.gzip), _gain(planes["science"]), by_sky)
 
 
 def _open_planes(urls: Mapping[str, str], store: FrameStore) -> dict[str, Frame]:
@@ -200,7 +201,7 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
     for plane in settings.enrich.required_planes:
         if plane not in frames.planes:
             raise AlertError(f"frames: found no {plane!r}, which enrich.required_planes wants")
-    x, y = _position(alert, frames.science)
+    x, y = _position(alert, frames)
     radius = math.ceil(settings.enrich.radius)
     x1, y1 = _corner(x, y, radius)
     others: dict[str, Any] = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
@@ -250,9 +251,11 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
     )
 
 
-def _position(alert: Alert, science: Frame) -> tuple[float, float]:
+def _position(alert: Alert, frames: _FrameSet) -> tuple[float, float]:
     """Return x, y of the candidate on the science frame, pixels, 0-based."""
-    if alert.x is not None and alert.y is not None:
+    science = frames.science
+    by_sky = frames.by_sky and alert.ra is not None and science.wcs is not None
+    if alert.x is not None and alert.y is not None and not by_sky:
         x, y = alert.x, alert.y
     elif alert.ra is None or alert.dec is None:
         raise AlertError("found no position, wanted x and y, or ra and dec")
@@ -264,7 +267,8 @@ def _position(alert: Alert, science: Frame) -> tuple[float, float]:
             raise FrameMismatch(science.url, f"a WCS in {axis}, wanted RA or GLON for an alert that gives ra, dec only")
         x, y = _pixel(science.wcs, alert.ra, alert.dec)
     if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
-        where = f"x {x}, y {y}" if alert.x is not None else f"ra {alert.ra}, dec {alert.dec}"
+        pixels = alert.x is not None and not by_sky
+        where = f"x {x}, y {y}" if pixels else f"ra {alert.ra}, dec {alert.dec}"
         raise AlertError(f"position: found {where}, wanted one that the science frame's pixel grid can hold")
     return x, y
 
@@ -274,12 +278,12 @@ def _corner(x: float, y: float, radius: int) -> tuple[int, int]:
     return math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
 
 
-def _boxes(alerts: Sequence[Alert], science: Frame, radius: int) -> Iterator[tuple[int, int, int, int]]:
+def _boxes(alerts: Sequence[Alert], frames: _FrameSet, radius: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield ``y0, y1, x0, x1`` of each alert's stamp; one without a position is told of when its packet is made."""
     side = 2 * radius + 1
     for alert in alerts:
         with contextlib.suppress(AlertError, FrameError):
-            x1, y1 = _corner(*_position(alert, science), radius)
+            x1, y1 = _corner(*_position(alert, frames), radius)
             yield y1, y1 + side, x1, x1 + side
 
 

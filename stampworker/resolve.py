@@ -105,11 +105,14 @@ class Layout:
         Those that are taken where the settings name none.
     derive : callable, optional
         From an alert to fields that templates may use besides the alert's own, over which they stand.
+    by_sky : bool
+        See `Resolver`.
     """
 
     templates: Mapping[str, str] = field(default_factory=dict)
     planes: tuple[str, ...] = ()
     derive: Callable[[Alert], Mapping[str, Scalar]] | None = None
+    by_sky: bool = False
 
 
 LAYOUTS = {
@@ -126,8 +129,8 @@ LAYOUTS = {
         ("science", "template", "difference"),
         _ztf_fields,
     ),
-    # Of an image that STDWeb splits (above its sub_size) the folder keeps the last part only, and x, y of the
-    # candidates are each on the candidate's own part. The method ZOGY leaves neither sub_conv nor sub_ediff.
+    # Of an image that STDWeb splits (above its sub_size) the folder keeps the last part only, and x, y of a candidate
+    # are those on its own part: only ra, dec say where it lies. Its ZOGY leaves neither sub_conv nor sub_ediff.
     "stdweb": Layout(
         {
             "science": "{root}/sub_image.fits",
@@ -138,6 +141,7 @@ LAYOUTS = {
             "mask": "{root}/sub_mask.fits",
         },
         ("science", "template", "difference", "convolved", "error", "mask"),
+        by_sky=True,
     ),
 }
 """The layouts that are built in, by the resolver's name."""
@@ -155,11 +159,14 @@ class Resolver:
         From an alert to a mapping of planes to URLs; it may leave out what the alert names.
     planes : tuple of str
         Those that are taken of what it finds; by default all.
+    by_sky : bool
+        Whether a candidate's ``ra, dec`` stand over its ``x, y``, which are not those on the science frame.
     """
 
     name: str
     find: Find
     planes: tuple[str, ...] = ()
+    by_sky: bool = False
 
     def frames(self, alert: Alert) -> Mapping[str, str]:
         """Return the URLs of all frames of an alert: those that it names, and those that are found.
@@ -227,8 +234,9 @@ def load_resolver(settings: ResolveSettings) -> Resolver:
             raise ConfigError("resolve.templates: the resolver 'alert' uses none, wanted resolve.resolver = 'template'")
         return ALERT_ONLY
     layout = LAYOUTS.get(settings.resolver)
-    find = _installed(settings) if layout is None else _layout(layout, settings)
-    return Resolver(settings.resolver, find, settings.planes)
+    if layout is None:
+        return Resolver(settings.resolver, _installed(settings), settings.planes)
+    return Resolver(settings.resolver, _layout(layout, settings), settings.planes, layout.by_sky)
 
 
 def _is_named(plane: str, named: Mapping[str, str]) -> bool:

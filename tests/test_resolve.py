@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from astropy.wcs import WCS
 from hypothesis import example, given
 from hypothesis import strategies as st
 from night import NOISE, SHAPE, STAR, alert_record, night_header, night_planes, write_night
@@ -487,7 +488,7 @@ def test_table_of_candidates_by_a_resolver(tmp_path: Path) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real frames beside the checkout")
 @pytest.mark.parametrize("epoch", ["e0046", "e0124"])
 def test_real_frames_in_an_stdweb_folder(tmp_path: Path, epoch: str) -> None:
-    """The packets of a task's folder are those of the same frames named one by one, to the pixel and the metric."""
+    """The packets of a task's folder are those of the same frames named one by one, pixel by pixel."""
     source = DATA / "saao_kb13475" / epoch
     names = {"error": "err"}
     for plane, name in STDWEB.items():
@@ -502,12 +503,51 @@ def test_real_frames_in_an_stdweb_folder(tmp_path: Path, epoch: str) -> None:
     for one, other in zip(made, wanted, strict=True):
         assert isinstance(one, Packet)
         assert isinstance(other, Packet)
-        assert one.metrics == other.metrics
+        # The place comes from the sky, and is that of the pixels to a hundredth of a micropixel.
+        assert set(one.metrics) == set(other.metrics)
+        for name, value in other.metrics.items():
+            assert one.metrics[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), name
         assert {p: s.content for p, s in one.stamps.items()} == {p: s.content for p, s in other.stamps.items()}
     assert list(found["adjust_artefact"]) == list(named["adjust_artefact"])
 
 
-ZTF_FIELDS = {"year": "2018", "monthday": "1129", "fraction": "252836", "field": "000346"}
+def test_candidates_of_other_parts_of_an_stdweb_task(tmp_path: Path) -> None:
+    """Of an image in parts the frames are the last part's: places are those on the sky, and x, y only without them."""
+    planes, header = night_planes(), night_header("SIP")
+    part = header.copy()
+    part["CRPIX1"] -= 30  # the last part begins at column 30
+    for plane, name in STDWEB.items():
+        fits.writeto(tmp_path / f"{name}.fits", planes[plane][:, 30:], part)
+    ra, dec = (float(v) for v in WCS(header).all_pix2world(*STAR, 0))
+    far = dict(zip(("ra", "dec"), (float(v) for v in WCS(header).all_pix2world(3.0, 30.0, 0)), strict=True))
+    alerts = [
+        Alert("this", x=STAR[0] - 30, y=STAR[1], ra=ra, dec=dec),
+        Alert("other", x=20.0, y=30.0, **far),
+        Alert("both", x=STAR[0], y=STAR[1], ra=ra, dec=dec),
+        Alert("pixels", x=STAR[0] - 30, y=STAR[1]),
+    ]
+    made = run(alerts, tmp_path, resolve=ResolveSettings(resolver="stdweb"))
+    found = {r.alert_id: r for r in made if isinstance(r, Packet)}
+    assert {name: packet.adjust_status for name, packet in found.items()} == {
+        **dict.fromkeys(("this", "both", "pixels"), "ok"),
+        "other": "off_frame",
+    }
+    for name in ("this", "both", "pixels"):
+        place = found[name].candidate["x"], found[name].candidate["y"]
+        assert place == pytest.approx((STAR[0] - 30, STAR[1]), abs=1e-5)
+        assert found[name].metrics["adjust_dx"] == pytest.approx(0.3, abs=0.02)
+    bare = planes["science"][:, 30:]
+    fits.writeto(tmp_path / "sub_image.fits", bare, overwrite=True)
+    (packet,) = run(alerts[:1], tmp_path, resolve=ResolveSettings(resolver="stdweb", planes=("science",)))
+    assert isinstance(packet, Packet)
+    assert packet.candidate["x"] == STAR[0] - 30
+    nowhere = Alert("nowhere", x=1.0, y=1.0, ra=ra + 170, dec=-dec)
+    fits.writeto(tmp_path / "sub_image.fits", bare, part, overwrite=True)
+    (lost,) = run([nowhere], tmp_path, resolve=ResolveSettings(resolver="stdweb", planes=("science",)))
+    assert isinstance(lost, Reject)
+    assert f"position: found ra {ra + 170}, dec {-dec}, wanted one that" in str(lost.error)
+
+
 ZTF_NAME = "ztf_20181129252836_000346_zg_c10_o_q2_scimrefdiffimg.fits"
 ZTF_PATHS = {
     "science": "sci/2018/1129/252836/ztf_20181129252836_000346_zg_c10_o_q2_sciimg.fits",
