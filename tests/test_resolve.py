@@ -517,7 +517,9 @@ def test_candidates_of_other_parts_of_an_stdweb_task(tmp_path: Path) -> None:
     part = header.copy()
     part["CRPIX1"] -= 30  # the last part begins at column 30
     for plane, name in STDWEB.items():
-        fits.writeto(tmp_path / f"{name}.fits", planes[plane][:, 30:], part)
+        data = planes[plane][:, 30:]
+        hdu = fits.CompImageHDU(data.astype("u1"), part) if plane == "mask" else fits.PrimaryHDU(data, part)
+        hdu.writeto(tmp_path / f"{name}.fits")  # as STDWeb: the mask is compressed
     ra, dec = (float(v) for v in WCS(header).all_pix2world(*STAR, 0))
     far = dict(zip(("ra", "dec"), (float(v) for v in WCS(header).all_pix2world(3.0, 30.0, 0)), strict=True))
     alerts = [
