@@ -30,7 +30,7 @@ from stampworker.alerts import Alert, encode, masked_column
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
-from stampworker.enrich import Reject, check_frames, enrich_mixed, file_url, local_file, results_table
+from stampworker.enrich import Reject, check_frames, enrich_mixed, file_url, results_table
 from stampworker.errors import AlertError, ConfigError, StampworkerError
 from stampworker.frames import FrameStore
 from stampworker.kafka import Record, check_topics, publish_all
@@ -116,10 +116,9 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     files = [Path(name) for name in args.alerts]
     flags = _table_frames(args, files, resolver)
     urls = {plane: file_url(path) for plane, path in flags.items()}
-    allowed = [local_file(path) for path in flags.values()]
     if urls:
         # What is wrong with a file of a flag is wrong for every row: say so before anything is written.
-        with FrameStore(settings.frames, allowed_files=allowed) as store:
+        with FrameStore(settings.frames, allowed=urls.values()) as store:
             check_frames(urls, store)
     options = archive.TableOptions(urls, _columns(args.columns), args.pixel_origin)
     read = [archive.read_alerts(path, options, settings.alerts.schema_folder) for path in files]
@@ -129,7 +128,7 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     with tqdm(total=total, unit="alert", disable=None, leave=False) as bar:
         for roots, alerts in _by_roots(files, [alerts for alerts, _ in read], settings):
             frames = settings.frames.model_copy(update={"frame_roots": roots})
-            with FrameStore(frames, allowed_files=allowed) as store:
+            with FrameStore(frames, allowed=urls.values()) as store:
                 for start in range(0, len(alerts), _CHUNK):
                     made = enrich_mixed(alerts[start : start + _CHUNK], store, settings, resolver)
                     _write_results(to, made, args.cutouts)

@@ -164,6 +164,19 @@ class FrameSettings(_Section):
     """Region of the buckets; by default the environment's AWS_REGION, else us-east-1."""
     s3_anonymous: bool = False
     """Read public buckets without credentials."""
+    gs_endpoint: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+/?$")
+    """Where ``gs:`` frames are; by default the environment's GOOGLE_BASE_URL, else Google. Credentials are the
+    environment's (GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account)."""
+    gs_anonymous: bool = False
+    """Read Google's public buckets without credentials."""
+    abfs_account: str | None = Field(None, pattern=r"^[a-z0-9]{3,24}$")
+    """Azure's storage account, whose containers ``abfs://container/path`` names; by default the environment's
+    AZURE_STORAGE_ACCOUNT_NAME. Credentials are the environment's (AZURE_STORAGE_ACCOUNT_KEY,
+    AZURE_STORAGE_SAS_TOKEN, an identity)."""
+    abfs_endpoint: str | None = Field(None, pattern=r"^https?://[^?#@\s]+$")
+    """Where the account is, by default the environment's AZURE_STORAGE_ENDPOINT, else Azure."""
+    abfs_anonymous: bool = False
+    """Read Azure's public containers without credentials."""
 
 
 class ResolveSettings(_Section):

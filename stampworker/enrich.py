@@ -36,6 +36,7 @@ from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSet
 from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact, weigh_point_source
 from stampworker.errors import AlertError, FrameError, FrameMismatch
 from stampworker.frames import Frame, FrameStore, Kind, on_grid
+from stampworker.frames.address import scheme_of
 from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 
@@ -448,7 +449,8 @@ def enrich_table(
         `stampworker.alerts.from_table`.
     frames : mapping, optional
         Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file,
-        relative to the working directory, with an optional ``#HDU``. Those that are not named are the resolver's.
+        relative to the working directory, or URL (``https:``, ``s3:``, ``memory:``, ...), with an optional ``#HDU``.
+        Those that are not named are the resolver's.
     radius : float, optional
         Half-size of a stamp, pixels; by default the settings', which is 31 where nothing else is set.
     columns : mapping, optional
@@ -491,7 +493,7 @@ def enrich_table(
         raise AlertError(f"frames: found {', '.join(files) or 'none'}, wanted at least science, or a resolver")
     urls = {plane: file_url(path) for plane, path in files.items()}
     alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
-    with FrameStore(wanted.frames, allowed_files=[local_file(path) for path in files.values()]) as store:
+    with FrameStore(wanted.frames, allowed=urls.values()) as store:
         check_frames(urls, store)
         results = enrich_mixed(alerts, store, wanted, resolver)
     return results_table(table, results), results
@@ -519,13 +521,10 @@ def check_frames(urls: Mapping[str, str], store: FrameStore) -> None:
             store.open(url, mask=plane == "mask")
 
 
-def local_file(path: str | Path) -> Path:
-    """Return the absolute path of a FITS file, without the ``#HDU`` that may follow."""
-    return _split_hdu(path)[0].resolve()
-
-
 def file_url(path: str | Path) -> str:
-    """Return the ``file:`` URL of a FITS file, with the ``#HDU`` that may follow its path."""
+    """Return the ``file:`` URL of a FITS file, with the ``#HDU`` that may follow its path; a URL as it is."""
+    if scheme_of(str(path)) is not None:
+        return str(path)
     file, fragment = _split_hdu(path)
     return file.resolve().as_uri() + (f"#{quote(fragment, safe=',')}" if fragment else "")
 

@@ -15,7 +15,7 @@ from stampworker import enrich
 from stampworker.alerts import Alert, from_record
 from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings, VerdictSettings
 from stampworker.cutouts import is_artefact
-from stampworker.enrich import Reject, enrich_mixed, enrich_table, file_url, local_file, make_packets, results_table
+from stampworker.enrich import Reject, enrich_mixed, enrich_table, file_url, make_packets, results_table
 from stampworker.errors import AlertError, FrameCorrupt, FrameMismatch, FrameMissing, FrameRefused
 from stampworker.frames import FrameStore
 from stampworker.packets import METRICS, Packet, encode
@@ -679,12 +679,11 @@ def test_enrich_table_arguments(night, candidates, tmp_path):
 def test_files_by_name(tmp_path, monkeypatch):
     """A name is relative to the working directory; #HDU follows it, unless the file itself is called so."""
     monkeypatch.chdir(tmp_path)
-    assert local_file("a.fits#SCI,2") == tmp_path.resolve() / "a.fits"
     assert file_url("a.fits#SCI,2") == f"file://{tmp_path.resolve()}/a.fits#SCI,2"
     odd = tmp_path / "run#3 50%"
     odd.mkdir()
     path = write(odd / "a#1.fits", night_planes()["science"])
-    assert local_file(path) == (odd / "a#1.fits").resolve()
+    assert file_url(path) == f"file://{tmp_path.resolve()}/run%233%2050%25/a%231.fits"
     table, made = enrich_table(Table({"x": [5.0], "y": [6.0]}), {"science": path}, 3)
     assert isinstance(made[0], Packet), table["reject"]
     table, made = enrich_table(Table({"x": [5.0], "y": [6.0]}), {"science": "run#3 50%/a#1.fits#0"}, 3)

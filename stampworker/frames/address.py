@@ -14,11 +14,14 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from stampworker.errors import ConfigError, FrameRefused
 
-REMOTE = ("http", "https", "s3")
+WEB = {"http": 80, "https": 443}
+"""Schemes of the web with their ports."""
+BUCKETS = ("s3", "gs", "abfs")
+"""Schemes of buckets: Amazon's and whatever speaks S3, Google's, Azure's containers."""
+REMOTE = (*WEB, *BUCKETS, "memory")
 """Schemes of frames that are not files."""
 
-_PORTS = {"http": 80, "https": 443, "s3": 0}
-_SCHEME = re.compile(r"(https?|s3|file)(?=:)|[A-Z][A-Z0-9+.-]*(?=://)", re.IGNORECASE)
+_SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.-]*(?=://)", re.IGNORECASE)
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
 # Names of parameters that carry, or accompany, a signature or a key: S3, GCS, CloudFront, Azure's SAS, and the like.
 _SIGNED = re.compile(
@@ -35,13 +38,13 @@ class Address:
     Attributes
     ----------
     scheme, host : str
-        In lower case; the bucket of an ``s3:`` URL is its host.
+        In lower case; a bucket is a host. That of ``memory:`` is empty.
     port : int
         The scheme's own where the URL names none.
     folders : tuple of str
-        The path's segments, decoded (those of ``s3:`` as they are: a key is not encoded).
+        The path's segments, decoded (those of buckets and of memory as they are: a key is not encoded).
     target : str
-        Path and query as they are asked for; the key of ``s3:``.
+        Path and query as they are asked for; the key.
     authorization : str or None
         Value of the header, from a name and password in the URL.
     shown : str
@@ -79,7 +82,7 @@ def parse(url: str) -> Address:
     Parameters
     ----------
     url : str
-        ``http:``, ``https:`` or ``s3:``.
+        Its scheme is one of `REMOTE`.
 
     Returns
     -------
@@ -96,27 +99,46 @@ def parse(url: str) -> Address:
     except ValueError:  # whose text might show a piece of a password
         raise FrameRefused("<unreadable URL>", "not a URL") from None
     shown = without_credentials(url)
-    if _HIDDEN.search(url.replace(" ", "") if url[:3].lower() == "s3:" else url) or "\\" in url:
-        raise FrameRefused(ascii(shown), "blanks, control characters or backslashes, wanted a URL")
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
+    if _HIDDEN.search(url if scheme in WEB else url.replace(" ", "")) or "\\" in url:
+        raise FrameRefused(ascii(shown), "blanks, control characters or backslashes, wanted a URL")
+    if scheme not in WEB:
+        return _keyed(url, scheme, host, port, shown)
     if not host.isascii():
         raise FrameRefused(ascii(shown), "a host in other letters than ASCII's, wanted its xn-- form")
     if not host:
         raise FrameRefused(shown, "no host, wanted scheme://host/path")
     if port is None:
-        port = _PORTS[scheme]
+        port = WEB[scheme]
     segments = parts.path.removeprefix("/").split("/")
     for segment in segments:
         _check(segment, shown)
-    if scheme == "s3":
-        key = url.partition("://")[2].partition("/")[2]  # a question mark is a letter of a key
-        if "" in key.split("/")[:-1]:
-            raise FrameRefused(shown, "an empty folder in the key, wanted s3://bucket/folder/name")
-        return Address(scheme, host, port, tuple(key.split("/")), key, None, shown)
     target = quote("/" + parts.path.removeprefix("/"), safe=_SAFE)
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
     return Address(scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), shown)
+
+
+def _keyed(url: str, scheme: str, host: str, port: int | None, shown: str) -> Address:
+    """Take ``scheme://bucket/key`` or ``memory://key`` apart; a question mark is a letter of a key."""
+    key = url.partition("://")[2]
+    if scheme == "memory":
+        host, key = "", key.removeprefix("/")
+    else:
+        bucket, _, key = key.partition("/")
+        wanted = f"wanted {scheme}://bucket/folder/name"
+        if "@" in bucket:
+            raise FrameRefused(
+                shown, f"an @ before the path, {wanted}: account and credentials are set by the operator"
+            )
+        if not host or not host.isascii() or port is not None:
+            raise FrameRefused(ascii(shown), f"no bucket, {wanted}")
+    segments = key.split("/")
+    if "" in segments[:-1]:
+        raise FrameRefused(shown, "an empty folder in the key")
+    for segment in segments:
+        _check(segment, shown)
+    return Address(scheme, host, 0, tuple(segments), key, None, shown)
 
 
 def parse_root(root: str) -> Address:
@@ -125,7 +147,7 @@ def parse_root(root: str) -> Address:
     Parameters
     ----------
     root : str
-        A URL prefix: ``https://host/path/``, ``s3://bucket/prefix/``.
+        A URL prefix: ``https://host/path/``, ``s3://bucket/prefix/``, ``memory://prefix/``.
 
     Returns
     -------
@@ -138,7 +160,9 @@ def parse_root(root: str) -> Address:
     """
     shown = without_credentials(root)
     if scheme_of(root) not in REMOTE:
-        raise ConfigError(f"frames.frame_roots: found {shown!r}, wanted a folder or a file:, http:, https: or s3: URL")
+        raise ConfigError(
+            f"frames.frame_roots: found {shown!r}, wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
+        )
     parts = urlsplit(root)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(f"frames.frame_roots: {shown!r} has credentials, a query or a fragment, wanted a prefix only")
@@ -159,7 +183,9 @@ def without_credentials(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "<unreadable URL>"
-    query = "" if parts.scheme.lower() != "s3" and _SIGNED.search(parts.query) else parts.query
+    if parts.scheme.lower() == "memory":  # which knows neither
+        return url
+    query = "" if parts.scheme.lower() in WEB and _SIGNED.search(parts.query) else parts.query
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
 
 

@@ -1,7 +1,7 @@
-"""Frames in buckets that speak S3, through obstore.
+"""Frames in buckets (S3 and what speaks it, Google's, Azure's), through obstore.
 
 Where the bucket is and who asks is the operator's word alone (settings and environment), so an alert can choose only a
-key beneath a root.
+key beneath a root. What is not set here obstore takes from the environment variables that each vendor's own tools know.
 """
 
 from __future__ import annotations
@@ -9,26 +9,62 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.address import Address
+from stampworker.frames.address import BUCKETS, Address
 from stampworker.frames.allowance import end_within
 from stampworker.frames.remote import FIRST, Beginning, Memory, collect
 
 if TYPE_CHECKING:
-    from obstore.store import S3Store
+    from obstore.store import ObjectStore
 
     from stampworker.config import FrameSettings
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_ENDPOINT = re.compile(r"https?://[^/?#@\s]+/?")
+_ENDPOINT = re.compile(r"https?://[^?#@\s]+")
+
+
+@dataclass(frozen=True)
+class _Vendor:
+    """What differs between vendors: obstore's class and name of the endpoint, and where an operator looks."""
+
+    store: str
+    endpoint: str
+    environment: tuple[str, ...]
+    credentials: str
+    place: str
+
+
+_VENDORS = {
+    "s3": _Vendor(
+        "S3Store",
+        "endpoint",
+        ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role",
+        "frames.s3_endpoint and frames.s3_region",
+    ),
+    "gs": _Vendor(
+        "GCSStore",
+        "base_url",
+        ("GOOGLE_BASE_URL",),
+        "GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account",
+        "frames.gs_endpoint",
+    ),
+    "abfs": _Vendor(
+        "AzureStore",
+        "endpoint",
+        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+        "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, an identity",
+        "frames.abfs_account and frames.abfs_endpoint",
+    ),
+}
 
 
 class _Changed(FrameUnavailable):
@@ -36,34 +72,26 @@ class _Changed(FrameUnavailable):
 
 
 class BucketClient:
-    """Buckets, opened when first asked for.
+    """The buckets of the roots.
 
     Parameters
     ----------
     settings : FrameSettings
-        Endpoint, timeouts and limits.
+        Endpoints, timeouts and limits.
+    roots : sequence of Address
+        Those of other schemes than `BUCKETS` are passed over.
     memory : Memory
         Where failures are remembered.
 
     Raises
     ------
     ConfigError
-        obstore is not installed, or the endpoint is no address.
+        obstore is not installed, an endpoint is no address, an account is missing, credentials cannot be read.
     """
 
-    def __init__(self, settings: FrameSettings, memory: Memory) -> None:
-        try:
-            import obstore
-        except ImportError as exc:
-            raise ConfigError(
-                "frames.frame_roots: an s3: root needs obstore, which is not installed: pip install 'stampworker[s3]'"
-            ) from exc
-        self.settings, self.memory, self._obstore = settings, memory, obstore
-        self._lock = threading.Lock()
-        self._buckets: dict[str, S3Store] = {}
-        self._endpoint = settings.s3_endpoint or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")
-        if self._endpoint and not _ENDPOINT.fullmatch(self._endpoint):
-            raise ConfigError("AWS_ENDPOINT_URL: not an address, wanted https://host:port")
+    def __init__(self, settings: FrameSettings, roots: Sequence[Address], memory: Memory) -> None:
+        self.settings, self.memory = settings, memory
+        self._buckets = {root.origin: self._open(root) for root in roots if root.scheme in BUCKETS}
 
     def get(self, address: Address, options: dict[str, Any], limit: int) -> tuple[bytearray, int, str | None]:
         """Return what is asked for of an object, the object's size and its ETag.
@@ -77,11 +105,13 @@ class BucketClient:
         FrameUnavailable
             Any other failure; `_Changed` where ``if_match`` does not.
         """
+        import obstore
+
         key = (*address.origin, address.target)
         self.memory.check(address.shown, key, address.origin)
         end = end_within(self.settings.total_s)
         try:
-            found = self._obstore.get(self._bucket(address), address.target, options=options)  # type: ignore[arg-type]
+            found = obstore.get(self._buckets[address.origin], address.target, options=options)  # type: ignore[arg-type]
             start, stop = found.range
             if stop - start > limit:
                 raise self._too_long(address, f"{stop - start} bytes, above the {limit} allowed")
@@ -92,37 +122,53 @@ class BucketClient:
         except Exception as exc:
             raise self._failure(address, exc, end) from exc
 
-    def _bucket(self, address: Address) -> S3Store:
-        from obstore.store import S3Store
+    def _open(self, root: Address) -> ObjectStore:
+        try:
+            import obstore.store
+        except ImportError as exc:
+            raise ConfigError(
+                f"frames.frame_roots: {root.shown} needs obstore, which is not installed: "
+                f"pip install 'stampworker[{root.scheme}]'"
+            ) from exc
+        vendor, endpoint = _VENDORS[root.scheme], self._endpoint(root.scheme)
+        config: dict[str, Any] = {
+            vendor.endpoint: endpoint,
+            "region": self.settings.s3_region if root.scheme == "s3" else None,
+            "account_name": self.settings.abfs_account if root.scheme == "abfs" else None,
+            "skip_signature": getattr(self.settings, f"{root.scheme}_anonymous") or None,
+        }
+        try:
+            opened: ObjectStore = getattr(obstore.store, vendor.store)(
+                root.host,
+                **{name: value for name, value in config.items() if value is not None},
+                client_options={
+                    "connect_timeout": timedelta(seconds=self.settings.connect_s),
+                    "read_timeout": timedelta(seconds=self.settings.read_s),
+                    "timeout": timedelta(seconds=self.settings.total_s),
+                    "allow_http": bool(endpoint and endpoint.startswith("http://")),
+                },
+                # A failure is told at once; whoever reads the alert again is the one that waits.
+                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=self.settings.total_s)},
+            )
+        except Exception as exc:
+            raise ConfigError(f"frames.frame_roots: {root.shown}: {_first_words(exc)}; {_look(root)}") from exc
+        return opened
 
-        with self._lock:
-            bucket = self._buckets.get(address.host)
-            if bucket is None:
-                settings = self.settings
-                endpoint = self._endpoint
-                config: dict[str, Any] = {"skip_signature": True} if settings.s3_anonymous else {}
-                config |= {"endpoint": endpoint} if endpoint else {}
-                config |= {"region": settings.s3_region} if settings.s3_region else {}
-                bucket = self._buckets[address.host] = S3Store(
-                    address.host,
-                    **config,
-                    client_options={
-                        "connect_timeout": timedelta(seconds=settings.connect_s),
-                        "read_timeout": timedelta(seconds=settings.read_s),
-                        "timeout": timedelta(seconds=settings.total_s),
-                        "allow_http": bool(endpoint and endpoint.startswith("http://")),
-                    },
-                    # A failure is told at once; whoever reads the alert again is the one that waits.
-                    retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=settings.total_s)},
-                )
-            return bucket
+    def _endpoint(self, scheme: str) -> str | None:
+        names = _VENDORS[scheme].environment
+        given: str | None = getattr(self.settings, f"{scheme}_endpoint")
+        endpoint = given or next(filter(None, map(os.environ.get, names)), None)
+        if endpoint and not _ENDPOINT.fullmatch(endpoint):
+            raise ConfigError(f"{names[0]}: not an address, wanted https://host:port")
+        return endpoint
 
     def _too_long(self, address: Address, problem: str) -> FrameRefused:
         return FrameRefused(address.shown, problem)
 
     def _failure(self, address: Address, exc: Exception, end: float) -> FrameError:
         """Return the error of ours that an exception of obstore's, which is a text, stands for."""
-        problems = self._obstore.exceptions
+        from obstore import exceptions as problems
+
         key = (*address.origin, address.target)
         said = _first_words(exc)
         if isinstance(exc, FileNotFoundError):
@@ -133,12 +179,9 @@ class BucketClient:
             return _Changed(address.shown, "the object is another one than when it was opened")
         # Without credentials obstore asks a cloud machine's metadata service for some, and elsewhere there is none.
         denied = isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError)
-        nobody = "://169.254.169.254/" in said
+        nobody = "://169.254.169.254/" in said or "performing token request" in said
         if denied or nobody:
-            problem = (
-                f"access denied ({said}); credentials come from the environment (AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY, a role), the place from frames.s3_endpoint and frames.s3_region"
-            )
+            problem = f"access denied ({said}); {_look(address)}"
             log.error("%s: %s", address.shown, problem)
             error = FrameUnavailable(address.shown, problem)
             self.memory.note(address.origin if nobody else key, error)
@@ -190,10 +233,13 @@ class BucketFile:
         if self._tag is not None:
             options["if_match"] = self._tag
         try:
-            data, size, _ = self._client.get(self._address, options, limit)
+            data, size, tag = self._client.get(self._address, options, limit)
         except _Changed:
             self.changed = True
             raise
+        if self._tag and tag and tag != self._tag:  # a server that does not heed the condition
+            self.changed = True
+            raise _Changed(self._address.shown, "the object is another one than when it was opened")
         if size != self._size or len(data) != length:
             self.changed = True
             raise FrameUnavailable(
@@ -205,6 +251,12 @@ class BucketFile:
 
 def _chunks(found: Any) -> Iterator[bytes]:
     return (bytes(chunk) for chunk in found.stream(min_chunk_size=_CHUNK))
+
+
+def _look(address: Address) -> str:
+    """Return where an operator looks when a bucket does not open."""
+    vendor = _VENDORS[address.scheme]
+    return f"credentials come from the environment ({vendor.credentials}), the place from {vendor.place}"
 
 
 def _first_words(exc: Exception) -> str:

@@ -1,8 +1,8 @@
 """Remote frames below the FITS reading: ranges fetched once, whole bodies where they must be, failures remembered.
 
-A protocol (`stampworker.frames.web`, `stampworker.frames.objects`) is a `Remote`: the beginning of a file, a range of
-it, the whole. What is fetched is kept in blocks within the store's budget, so that the stamps of a batch that share
-rows, and the header's second reading, cost nothing.
+A protocol (`stampworker.frames.web`, `stampworker.frames.objects`, `stampworker.frames.memory`) is a `Remote`: the
+beginning of a file, a range of it, the whole. What is fetched is kept in blocks within the store's budget, so that the
+stamps of a batch that share rows, and the header's second reading, cost nothing.
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ class Beginning:
 
 
 class Remote(Protocol):
-    """One remote file; ``changed`` once it was seen to be another one than at its beginning."""
+    """One remote file."""
 
-    changed: bool
+    @property
+    def changed(self) -> bool:
+        """Whether it was seen to be another one than at its beginning."""
+        ...
 
     def begin(self) -> Beginning:
         """Ask for the first `FIRST` bytes."""

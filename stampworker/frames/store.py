@@ -23,10 +23,11 @@ import numpy as np
 from astropy.io import fits
 
 from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.address import REMOTE, Address, parse, parse_root, scheme_of, without_credentials
+from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, parse, parse_root, scheme_of, without_credentials
 from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
 from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
+from stampworker.frames.memory import MemoryFile, open_memory
 from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
 from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote
@@ -293,8 +294,8 @@ class FrameStore:
     ----------
     settings : FrameSettings
         Roots and limits.
-    allowed_files : iterable of Path
-        Files that may be read wherever they lie.
+    allowed : iterable of str
+        URLs of frames that may be read wherever they lie, such as those that a command's flags name.
     base : Path, optional
         Where relative paths start; by default at the first root.
 
@@ -311,21 +312,22 @@ class FrameStore:
     that it is another one.
     """
 
-    def __init__(
-        self, settings: FrameSettings, *, allowed_files: Iterable[Path] = (), base: Path | None = None
-    ) -> None:
+    def __init__(self, settings: FrameSettings, *, allowed: Iterable[str] = (), base: Path | None = None) -> None:
         self._settings = settings
         local = [root for root in settings.frame_roots if scheme_of(root) in (None, "file")]
         self._roots = [os.path.realpath(_local_root(root)) for root in local]
+        named = [split_fragment(url)[0] for url in allowed]
         self._urls = [parse_root(root) for root in settings.frame_roots if root not in local]
-        self._allowed = {os.path.realpath(path) for path in allowed_files}
+        self._urls += [parse(url) for url in named if scheme_of(url) in REMOTE]
+        self._allowed = {os.path.realpath(_local_root(url)) for url in named if scheme_of(url) not in REMOTE}
         start = base if base is not None else (self._roots[0] if self._roots else None)
         self._base = None if start is None else Path(start).absolute()
         first = settings.frame_roots[0] if settings.frame_roots else ""
         self._base_url = first if base is None and scheme_of(first) in REMOTE else None
         memory = Memory(settings.failure_age_s)
         self._web = WebClient(settings, self._urls, memory)
-        self._buckets = BucketClient(settings, memory) if any(root.scheme == "s3" for root in self._urls) else None
+        self._buckets = BucketClient(settings, self._urls, memory)
+        self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
         self._budget = Budget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._known: dict[tuple[str, bool], tuple[_File, Callable[[], bool], Frame]] = {}
@@ -414,8 +416,8 @@ class FrameStore:
         Parameters
         ----------
         url : str
-            Path, ``file:``, ``http:``, ``https:`` or ``s3:`` URL, with an optional fragment: EXTNAME in any case,
-            ``NAME,ver`` or a number. Without one: the first HDU that holds a 2-D image.
+            Path or URL (``file:``, ``http:``, ``https:``, ``s3:``, ``gs:``, ``abfs:``, ``memory:``), with an optional
+            fragment: EXTNAME in any case, ``NAME,ver`` or a number. Without one: the first HDU that holds a 2-D image.
         mask : bool
             The plane is a mask: integers stay integers.
 
@@ -485,8 +487,8 @@ class FrameStore:
     def _remote(self, given: str) -> tuple[_File, str, Callable[[], bool]]:
         """Return the file of a URL, how it is shown, and what says whether it may still be used."""
         if self._base_url is not None and scheme_of(given) is None:
-            path = given if self._base_url.lower().startswith("s3:") else quote(given)
-            given = f"{self._base_url.rstrip('/')}/{path}"
+            path = quote(given) if scheme_of(self._base_url) in WEB else given
+            given = self._base_url + ("" if self._base_url.endswith("/") else "/") + path
         address = parse(given)
         if not any(address.beneath(root) for root in self._urls):
             roots = ", ".join(root.shown for root in self._urls) or "no URL configured"
@@ -503,9 +505,11 @@ class FrameStore:
         return file, address.shown, lambda: not file.is_stale()
 
     def _protocol(self, address: Address) -> Remote:
-        if address.scheme == "s3" and self._buckets is not None:
+        if address.scheme in WEB:
+            return WebFile(self._web, address)
+        if address.scheme in BUCKETS:
             return BucketFile(self._buckets, address)
-        return WebFile(self._web, address)
+        return MemoryFile(self._memory, address)
 
     def _recall(self, url: str, mask: bool) -> Frame | None:
         """Return a frame that is open already, unless its file has changed."""
@@ -544,7 +548,7 @@ class FrameStore:
         parts = urlsplit(given)
         if (parts.scheme and "://" in given) or parts.scheme == "file":
             if parts.scheme != "file":
-                problem = f"scheme {parts.scheme!r}, wanted file:, http:, https:, s3: or a path"
+                problem = f"scheme {parts.scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
                 raise FrameRefused(without_credentials(url), problem)
             if parts.netloc not in ("", "localhost"):
                 raise FrameRefused(without_credentials(url), f"file on host {parts.hostname!r}, wanted a local one")

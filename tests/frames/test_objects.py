@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,25 +26,39 @@ KEY = "/bucket/night/a.fits"
 Open = Callable[..., FrameStore]
 
 
+PLACES = {"s3": "frames.s3_endpoint", "gs": "frames.gs_endpoint", "abfs": "frames.abfs_account"}
+CREDENTIALS = {"s3": "AWS_ACCESS_KEY_ID", "gs": "GOOGLE_APPLICATION_CREDENTIALS", "abfs": "AZURE_STORAGE_ACCOUNT_KEY"}
+
+
+@pytest.fixture(params=["s3", "gs", "abfs"])
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Choose the vendor, of whom the environment says nothing."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
+            monkeypatch.delenv(name)
+    chosen: str = request.param
+    return chosen
+
+
 @pytest.fixture
 def server(write: Callable[..., Path], pixels: np.ndarray) -> Iterator[WebServer]:
-    """Serve ``s3://bucket/night/a.fits`` and a file beside the root."""
+    """Serve ``<scheme>://bucket/night/a.fits`` and a file beside the root."""
     with WebServer() as running:
         content = write("a.fits", pixels).read_bytes()
+        running.decodes = True
         running.files |= {KEY: content, f"{KEY}.gz": gzip.compress(content), "/bucket/secret.fits": content}
         yield running
 
 
 @pytest.fixture
-def open_store(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Return a function that opens a store with ``s3://bucket/night/`` as its root and short times."""
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
+def open_store(server: WebServer, scheme: str) -> Iterator[Open]:
+    """Return a function that opens a store with ``<scheme>://bucket/night/`` as its root and short times."""
     stores: list[FrameStore] = []
 
     def open_store(**settings: Any) -> FrameStore:
-        given = {"connect_s": 0.5, "read_s": 0.4, "total_s": 0.6, "failure_age_s": 0.0, "s3_anonymous": True}
-        given |= {"s3_endpoint": server.url, "frame_roots": ("s3://bucket/night/",)}
+        given = {"connect_s": 0.5, "read_s": 0.4, "total_s": 0.6, "failure_age_s": 0.0, f"{scheme}_anonymous": True}
+        given |= {f"{scheme}_endpoint": server.url.rstrip("/"), "frame_roots": (f"{scheme}://bucket/night/",)}
+        given |= {"abfs_account": "survey"} if scheme == "abfs" else {}
         stores.append(FrameStore(FrameSettings(**given | settings)))
         return stores[-1]
 
@@ -53,43 +68,124 @@ def open_store(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[O
 
 
 @pytest.mark.parametrize("name", ["a.fits", "a.fits.gz"])
-def test_same_pixels(server: WebServer, open_store: Open, pixels: np.ndarray, name: str) -> None:
+def test_same_pixels(server: WebServer, open_store: Open, pixels: np.ndarray, scheme: str, name: str) -> None:
     """By URL and by a path beneath the first root: the pixels of the file; one request opens it."""
     store = open_store()
-    frame = store.open(f"s3://bucket/night/{name}#0")
+    frame = store.open(f"{scheme}://bucket/night/{name}#0")
     np.testing.assert_array_equal(frame[ALL], pixels)
     np.testing.assert_array_equal(store.open(name)[5:9, 70:90], pixels[5:9, 70:90])
-    assert frame.url == f"s3://bucket/night/{name}#0"
+    assert frame.url == f"{scheme}://bucket/night/{name}#0"
     assert server.requests[0] == (f"/bucket/night/{name}", "bytes=0-65535")
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("scheme", "environ", "authorization"),
+    [
+        (
+            "s3",
+            {"AWS_ENDPOINT_URL": "", "AWS_ACCESS_KEY_ID": "jane", "AWS_SECRET_ACCESS_KEY": "hunter2"},
+            "AWS4-HMAC-SHA256 Credential=jane/",
+        ),
+        ("gs", {"GOOGLE_BASE_URL": "", "GOOGLE_BEARER_TOKEN": "hunter2"}, "Bearer hunter2"),
+        (
+            "abfs",
+            {
+                "AZURE_STORAGE_ENDPOINT": "",
+                "AZURE_STORAGE_ACCOUNT_NAME": "survey",
+                "AZURE_STORAGE_ACCOUNT_KEY": "aHVudGVyMg==",
+            },
+            "SharedKey survey:",
+        ),
+    ],
+    indirect=["scheme"],
+)
 def test_endpoint_of_the_environment(
-    server: WebServer, open_store: Open, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    server: WebServer,
+    open_store: Open,
+    pixels: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+    environ: dict[str, str],
+    authorization: str,
 ) -> None:
     """Endpoint and credentials come from the environment; one that is no address stops the start, as a setting too."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.rstrip("/"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "jane")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    np.testing.assert_array_equal(open_store(s3_endpoint=None, s3_anonymous=False).open("a.fits")[ALL], pixels)
-    assert server.headers[0]["Authorization"].startswith("AWS4-HMAC-SHA256 Credential=jane/")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "hunter2")
-    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL: not an address, wanted"):
-        open_store(s3_endpoint=None)
-    with pytest.raises(ValidationError, match="s3_endpoint"):
-        open_store(s3_endpoint="nowhere")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value or server.url.rstrip("/"))
+    settings = {f"{scheme}_endpoint": None, f"{scheme}_anonymous": False, "abfs_account": None}
+    np.testing.assert_array_equal(open_store(**settings).open("a.fits")[ALL], pixels)
+    assert server.headers[0]["Authorization"].startswith(authorization)
+    name = next(iter(environ))
+    monkeypatch.setenv(name, "hunter2")
+    with pytest.raises(ConfigError, match=f"{name}: not an address, wanted"):
+        open_store(**settings)
+    with pytest.raises(ValidationError, match=f"{scheme}_endpoint"):
+        open_store(**{f"{scheme}_endpoint": "nowhere"})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "environ", "problem"),
+    [
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent.json"}, "Unable to open service account file"),
+        ("gs", {"GOOGLE_SERVICE_ACCOUNT_KEY": "hunter2"}, "Unable to decode service account"),
+        ("abfs", {}, "Account must be specified"),
+        (
+            "abfs",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "survey", "AZURE_STORAGE_ACCOUNT_KEY": "hunter2!"},
+            "Invalid Access Key",
+        ),
+        ("abfs", {"AZURE_STORAGE_ACCOUNT_NAME": "survey", "AZURE_STORAGE_SAS_TOKEN": "hunter2"}, "SAS query pair"),
+    ],
+    indirect=["scheme"],
+)
+def test_credentials_that_cannot_be(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch, scheme: str, environ: dict[str, str], problem: str
+) -> None:
+    """An account that is missing and credentials that cannot be read stop the start; the message shows none."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{scheme}://bucket/night/: .*{problem}.*{PLACES[scheme]}") as caught:
+        open_store(**{f"{scheme}_anonymous": False, "abfs_account": None})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["abfs"], indirect=True)
+def test_signature_is_not_shown(
+    server: WebServer, open_store: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Azure's shared signature goes to the server in the query, and into no message or log."""
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2021-12-02&sp=r&sig=hunter2")
+    store = open_store(abfs_anonymous=False)
+    for behaviour in (web.serve, web.status(403), web.status(500), web.reset, web.garbage):
+        server.behaviours = dict.fromkeys([f"{KEY}?sv=2021-12-02&sp=r&sig=hunter2"], behaviour)
+        if behaviour is web.serve:
+            assert store.open("a.fits").url == "abfs://bucket/night/a.fits"
+        else:
+            with pytest.raises(FrameUnavailable, match="abfs://bucket/night/a") as caught:
+                open_store(abfs_anonymous=False).open("a.fits")
+            assert "hunter2" not in str(caught.value)
+    assert {path for path, _ in server.requests} == {f"{KEY}?sv=2021-12-02&sp=r&sig=hunter2"}
+    assert "hunter2" not in caplog.text
 
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://bucket/secret.fits", "s3://bucket/night/../secret.fits", "s3://bucket/night/%2e%2e/secret.fits",
-     "s3://bucket/nights/a.fits", "s3://other/night/a.fits", "s3://bucket/night//a.fits", "../secret.fits",
-     "s3://bucket", "s3:bucket/night/a.fits"],
+    ["//bucket/secret.fits", "//bucket/night/../secret.fits", "//bucket/night/%2e%2e/secret.fits",
+     "//bucket/nights/a.fits", "//other/night/a.fits", "//bucket/night//a.fits", "//bucket", "bucket/night/a.fits",
+     "//jane:hunter2@bucket/night/a.fits", "//bucket@survey.dfs.core.windows.net/night/a.fits",
+     "//bucket:443/night/a.fits"],
 )  # fmt: skip
-def test_outside_the_root(server: WebServer, open_store: Open, url: str) -> None:
-    """Other buckets and prefixes, parents and empty folders are refused, and nothing is asked."""
-    with pytest.raises(FrameRefused, match=r"outside the frame roots|in the path|empty folder|no host"):
-        open_store().open(url)
+def test_outside_the_root(server: WebServer, open_store: Open, scheme: str, url: str) -> None:
+    """Other buckets and prefixes, parents, empty folders, accounts in the URL are refused, and nothing is asked."""
+    refusal = r"outside the frame roots|in the path|empty folder|no bucket|an @ before the path"
+    with pytest.raises(FrameRefused, match=refusal) as caught:
+        open_store().open(f"{scheme}:{url}")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(FrameRefused, match="in the path"):
+        open_store().open("../secret.fits")
+    for other in {"s3", "gs", "abfs", "http"} - {scheme}:
+        with pytest.raises(FrameRefused, match="outside the frame roots"):
+            open_store().open(f"{other}://bucket/night/a.fits")
     assert server.requests == []
 
 
@@ -97,7 +193,7 @@ def test_missing(server: WebServer, open_store: Open) -> None:
     """A key that is not there is missing; a burst asks once, later it is found."""
     store = open_store(failure_age_s=0.2)
     for _ in range(20):
-        with pytest.raises(FrameMissing, match=r"s3://bucket/night/b\.fits: no such bucket or key"):
+        with pytest.raises(FrameMissing, match=r"://bucket/night/b\.fits: no such bucket or key"):
             store.open("b.fits")
     assert len(server.requests) == 1
     server.files["/bucket/night/b.fits"] = server.files[KEY]
@@ -107,14 +203,14 @@ def test_missing(server: WebServer, open_store: Open) -> None:
 
 @pytest.mark.parametrize("code", [401, 403])
 def test_access_denied_is_loud(
-    server: WebServer, open_store: Open, code: int, caplog: pytest.LogCaptureFixture
+    server: WebServer, open_store: Open, scheme: str, code: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """401 and 403 are unavailable (buckets say so of what is missing), and the log names what to look at."""
     server.behaviours[KEY] = web.status(code)
     with caplog.at_level(logging.ERROR), pytest.raises(FrameUnavailable, match="access denied"):
         open_store().open("a.fits")
-    assert "AWS_ACCESS_KEY_ID" in caplog.text
-    assert "frames.s3_endpoint" in caplog.text
+    assert CREDENTIALS[scheme] in caplog.text
+    assert PLACES[scheme] in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -137,17 +233,17 @@ def test_failing_server(server: WebServer, open_store: Open, behaviour: web.Beha
     store = open_store(failure_age_s=5.0)
     start = time.monotonic()
     for _ in range(30):
-        with pytest.raises(FrameUnavailable, match=r"^s3://bucket/night/a\.fits: "):
+        with pytest.raises(FrameUnavailable, match=r"^\w+://bucket/night/a\.fits: "):
             store.open("a.fits")
     assert time.monotonic() - start < 1.5
     assert len(server.requests) == 1
 
 
-def test_server_that_is_down(server: WebServer, open_store: Open) -> None:
+def test_server_that_is_down(server: WebServer, open_store: Open, scheme: str) -> None:
     """No server at the endpoint: unavailable, for every key."""
     with WebServer() as other:
         url = other.url
-    store = open_store(s3_endpoint=url, failure_age_s=5.0)
+    store = open_store(**{f"{scheme}_endpoint": url.rstrip("/"), "failure_age_s": 5.0})
     with pytest.raises(FrameUnavailable, match="error sending request"):
         store.open("a.fits")
     with pytest.raises(FrameUnavailable, match=r"b\.fits: .*asked again in"):
@@ -170,8 +266,12 @@ def test_bad_bodies_and_limits(server: WebServer, open_store: Open) -> None:
         store.open("big.gz")
 
 
-def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path) -> None:
-    """An object replaced while it is open is unavailable where its bytes would mix, and read anew at the next open."""
+@pytest.mark.parametrize("heeds", [True, False])
+def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path, heeds: bool) -> None:
+    """An object replaced while it is open is unavailable where its bytes would mix, and read anew at the next open.
+
+    Also where the server does not heed If-Match.
+    """
     data = np.random.default_rng(5).normal(size=(400, 200)).astype("f4")
     for i in range(2):
         fits.PrimaryHDU(data + i).writeto(tmp_path / f"{i}.fits")
@@ -179,7 +279,13 @@ def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path
     store = open_store()
     frame = store.open("a.fits")
     server.files[KEY] = (tmp_path / "1.fits").read_bytes()
-    server.behaviours[KEY] = lambda handler: web.serve(handler, etag='"2"')
+
+    def serve(handler: web.Handler) -> None:
+        if not heeds:
+            del handler.headers["If-Match"]
+        web.serve(handler, etag='"2"')
+
+    server.behaviours[KEY] = serve
     with pytest.raises(FrameUnavailable, match="another one than when it was opened"):
         frame[300:320, 5:9]
     np.testing.assert_array_equal(store.open("a.fits")[300:320, 5:9], data[300:320, 5:9] + 1)

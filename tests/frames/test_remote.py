@@ -273,7 +273,9 @@ def test_other_hosts(server: WebServer, open_store: Open, url: str) -> None:
 @pytest.mark.parametrize(
     "root",
     [
-        "gs://bucket/x",
+        "az://container/x",
+        "gs://u:hunter2@bucket/",
+        "abfs://container@account.dfs.core.windows.net/",
         "ftp://host/",
         "https://u:hunter2@host/",
         "https://host/?key=hunter2",
@@ -768,12 +770,13 @@ def test_s3_root_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
 PIECES = [*".;?@:% \t\\/", "..", "a", "é", "data", "2e", "%2e", "%2E", "%25", "%2f", "%5c", "%c0%ae"]
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.sampled_from(["http", "s3"]))
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.sampled_from(["http", "s3", "abfs", "memory"]))
 def test_no_url_leaves_its_root(path: str, scheme: str) -> None:
     """Whatever follows the root: the URL is refused, or what is asked for lies beneath, however often it is decoded."""
-    root = parse_root(f"{scheme}://host/data/")
+    start = f"{scheme}://{'' if scheme == 'memory' else 'host/'}data/"
+    root = parse_root(start)
     try:
-        address = parse(f"{scheme}://host/data/{path}")
+        address = parse(start + path)
     except FrameRefused:
         return
     if not address.beneath(root):

@@ -60,7 +60,11 @@ def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
     [
         ("http://user:pass@example.org/a.fits", "http://example.org/a.fits: outside the frame roots"),
         ("s3://bucket/a.fits", "outside the frame roots"),
-        ("gs://user:pass@bucket/a.fits", "gs://bucket/a.fits: scheme 'gs', wanted file:, http:, https:, s3: or a path"),
+        ("gs://user:pass@bucket/a.fits", "gs://bucket/a.fits: an @ before the path"),
+        (
+            "az://user:pass@bucket/a.fits",
+            "az://bucket/a.fits: scheme 'az', wanted a path or a URL: file:, http:, .*abfs:",
+        ),
         ("ftp://x/a", "scheme 'ftp'"),
         ("file://elsewhere/a.fits", "file on host 'elsewhere'"),
         ("a\0.fits", "not a path"),
@@ -78,7 +82,7 @@ def test_other_schemes(tree: Path, url: str, problem: str) -> None:
 
 def test_without_roots(tree: Path, pixels: np.ndarray) -> None:
     """Without roots only files named by a flag are read; relative paths start at the base, else at the first root."""
-    with FrameStore(FrameSettings(), allowed_files=[tree / "a.fits"]) as store:
+    with FrameStore(FrameSettings(), allowed=[(tree / "a.fits").as_uri()]) as store:
         np.testing.assert_array_equal(store.open(str(tree / "a.fits"))[ALL], pixels)
         with pytest.raises(FrameRefused, match="frame_roots: none configured"):
             store.open(str(tree.parent / "secret.fits"))
