@@ -1,15 +1,24 @@
-"""nginx and the Versity S3 Gateway as processes on 127.0.0.1."""
+"""Servers of frames as processes on 127.0.0.1: nginx; for buckets the Versity S3 Gateway, fake-gcs-server, Azurite."""
 
 from __future__ import annotations
 
+import base64
+import email.utils
+import hashlib
+import hmac
+import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -119,16 +128,140 @@ class Nginx(Process):
         return [(int(status), int(size)) for status, size, _ in map(str.split, lines)]
 
 
-class Gateway(Process):
-    """A folder of buckets over S3."""
+def _find(program: str, name: str, runtime: str, place: str = "") -> str:
+    """Return the path of a server that `deploy/servers.sh` brings where its runtime is; skip where it is not."""
+    found = shutil.which(program) or shutil.which(_CACHE / place / program)
+    if found is None:
+        why = f", and {runtime} is not here to get it with" if shutil.which(runtime) is None else f". {_INSTALL}"
+        pytest.skip(f"{name} is not installed{why}")
+    return found
+
+
+class Bucket(Process):
+    """A server with a bucket called so; ``root``, ``settings`` and the environment ``environ`` are a store's on it."""
+
+    root: str
+    settings: dict[str, Any]
+    environ: dict[str, str]
+
+    def fill(self, folder: Path) -> None:
+        """Bring the files of the folder ``bucket`` that are not there yet into the bucket."""
+        self._there = getattr(self, "_there", set())
+        for path in sorted(set(folder.iterdir()) - self._there):
+            self._upload(path.name, path.read_bytes())
+            self._there.add(path)
+
+    def _upload(self, name: str, data: bytes) -> None:
+        raise NotImplementedError
+
+
+class Gateway(Bucket):
+    """The Versity S3 Gateway, which serves a folder of buckets as it is."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        self.environ = {"AWS_ACCESS_KEY_ID": "jane", "AWS_SECRET_ACCESS_KEY": "hunter2hunter2"}
-        found = shutil.which("versitygw") or shutil.which(_CACHE / "versitygw")
-        if found is None:
-            why = "and Go is not here to build it with" if shutil.which("go") is None else f". {_INSTALL}"
-            pytest.skip(f"the Versity S3 Gateway is not installed {why}")
+        found = _find("versitygw", "the Versity S3 Gateway", "go")
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.root, self.settings = "s3://bucket/", {"s3_endpoint": f"http://127.0.0.1:{port}"}
+        self.environ = {"AWS_ACCESS_KEY_ID": "jane", "AWS_SECRET_ACCESS_KEY": "hunter2hunter2"}
         secrets = {"ROOT_ACCESS_KEY": "jane", "ROOT_SECRET_KEY": "hunter2hunter2"}
         super().__init__([found, "--port", f"127.0.0.1:{port}", "posix", str(root)], port, folder / "out.log", secrets)
+
+    def _upload(self, name: str, data: bytes) -> None:
+        """Do nothing: the folder is the bucket."""
+
+
+class FakeGoogle(Bucket):
+    """fake-gcs-server, in memory."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        found = _find("fake-gcs-server", "fake-gcs-server", "go")
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}"
+        self.root, self.settings = "gs://bucket/", {"gs_endpoint": self._url, "gs_anonymous": True}
+        self.environ = {}
+        command = [found, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+        super().__init__([*command, "-public-host", "127.0.0.1"], port, folder / "out.log")
+        self._post("/storage/v1/b?project=test", json.dumps({"name": "bucket"}).encode(), "application/json")
+
+    def _upload(self, name: str, data: bytes) -> None:
+        path = f"/upload/storage/v1/b/bucket/o?uploadType=media&name={quote(name, safe='')}"
+        self._post(path, data, "image/fits")
+
+    def _post(self, path: str, body: bytes, kind: str) -> None:
+        urlopen(Request(self._url + path, body, {"Content-Type": kind}), timeout=20).close()
+
+
+class Azurite(Bucket):
+    """Azurite's blob service, in memory."""
+
+    # Known to everyone: the emulator's account.
+    _ACCOUNT = "devstoreaccount1"
+    _KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        found = _find("azurite-blob", "Azurite", "npm", "node_modules/.bin")
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}/{self._ACCOUNT}"
+        self.root, self.settings = "abfs://bucket/", {"abfs_account": self._ACCOUNT, "abfs_endpoint": self._url}
+        self.environ = {"AZURE_STORAGE_ACCOUNT_KEY": self._KEY}
+        command = [found, "--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+        super().__init__([*command, "--blobHost", "127.0.0.1", "--blobPort", str(port)], port, folder / "out.log")
+        self._put("/bucket")
+
+    def _upload(self, name: str, data: bytes) -> None:
+        self._put(f"/bucket/{quote(name)}", data)
+
+    def _put(self, path: str, body: bytes | None = None) -> None:
+        """Make a container, or a blob where there is a body, by a request signed as Azure's "shared key" is."""
+        headers = {"x-ms-date": email.utils.formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
+        headers |= {"x-ms-blob-type": "BlockBlob"} if body is not None else {}
+        named = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
+        length, query = len(body or b"") or "", "" if body is not None else "\nrestype:container"
+        signed = f"PUT\n\n\n{length}\n\nimage/fits\n\n\n\n\n\n\n{named}/{self._ACCOUNT}/{self._ACCOUNT}{path}{query}"
+        digest = hmac.digest(base64.b64decode(self._KEY), signed.encode(), hashlib.sha256)
+        headers["Authorization"] = f"SharedKey {self._ACCOUNT}:{base64.b64encode(digest).decode()}"
+        headers |= {"Content-Type": "image/fits"}
+        url = self._url + path + ("" if body is not None else "?restype=container")
+        urlopen(Request(url, body or b"", headers, method="PUT"), timeout=20).close()
+
+
+class Relay:
+    """A port that passes connections on to another one and counts the bytes that come back."""
+
+    def __init__(self, port: int) -> None:
+        self.moved = 0
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._other: dict[socket.socket, socket.socket] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            for source in select.select([self._listener, *self._other], [], [], 0.02)[0]:
+                if source is self._listener:
+                    client, server = source.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                    self._other |= {client: server, server: client}
+                elif source in self._other:
+                    self._pass(source, self._other[source])
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        data = source.recv(1 << 16)
+        if source.getpeername()[1] == self._target:
+            self.moved += len(data)
+        sink.sendall(data)
+        if not data:
+            for end in (source, sink):
+                del self._other[end]
+                end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for end in (self._listener, *self._other):
+            end.close()

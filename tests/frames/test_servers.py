@@ -1,7 +1,8 @@
-"""The same pixels from disk, nginx (with and without ranges) and an S3 gateway; what they move; their faults."""
+"""The same pixels from disk, nginx (with and without ranges) and three vendors' buckets; what moves; faults."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from astropy.io import fits
-from real_servers import Gateway, Nginx
+from real_servers import Azurite, Bucket, FakeGoogle, Gateway, Nginx, Relay
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameError, FrameMissing, FrameUnavailable
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.server
 
 ALL = (slice(None), slice(None))
 STAMP = (slice(1500, 1563), slice(700, 763))
-KINDS = ("ranges", "norange", "tls", "s3")
+BUCKETS = {"s3": Gateway, "gs": FakeGoogle, "abfs": Azurite}
+KINDS = ("ranges", "norange", "tls", *BUCKETS)
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +57,27 @@ def nginx(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ngin
 
 
 @pytest.fixture(scope="module")
-def gateway(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """Start an S3 gateway on the folder above."""
-    with Gateway(tree.parent, tmp_path_factory.mktemp("gateway")) as running:
-        yield running
+def buckets(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Bucket]]:
+    """Return a function that starts the server of a scheme's buckets, once, with the folder as its bucket."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Bucket] = {}
+
+        def start(scheme: str) -> Bucket:
+            if scheme not in running:
+                running[scheme] = stack.enter_context(BUCKETS[scheme](tree.parent, tmp_path_factory.mktemp(scheme)))
+            running[scheme].fill(tree)
+            return running[scheme]
+
+        yield start
 
 
 @pytest.fixture
 def remote(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FrameStore]:
     """Open a store on one of `KINDS`, whose root holds the folder's frames."""
     settings: dict[str, Any] = {}
-    if request.param == "s3":
-        server = request.getfixturevalue("gateway")
-        settings, root = {"s3_endpoint": server.url}, "s3://bucket/"
+    if request.param in BUCKETS:
+        server = request.getfixturevalue("buckets")(request.param)
+        settings, root = server.settings, server.root
         for name, value in server.environ.items():
             monkeypatch.setenv(name, value)
     else:
@@ -102,13 +112,19 @@ def test_same_pixels_as_from_disk(remote: FrameStore, disk: FrameStore, name: st
         assert there.wcs_cards() == here.wcs_cards()
 
 
+@pytest.fixture(scope="module")
+def names(shared_data: Path, tree: Path) -> list[str]:
+    """Copy the damaged and unusual frames into the folder."""
+    shutil.copytree(shared_data / "odd", tree, dirs_exist_ok=True)
+    return sorted(path.name for path in (shared_data / "odd").glob("*.f*"))
+
+
 @pytest.mark.parametrize("remote", KINDS, indirect=True)
-def test_odd_frames_as_from_disk(remote: FrameStore, disk: FrameStore, odd: Path, tree: Path) -> None:
+def test_odd_frames_as_from_disk(names: list[str], remote: FrameStore, disk: FrameStore) -> None:
     """Damaged and unusual frames give the pixels, or the error and the message, that they give from disk."""
-    shutil.copytree(odd, tree, dirs_exist_ok=True)
     failed = 0
-    for path in sorted(odd.glob("*.f*")):
-        here, there = pixels_or_problem(disk, path.name), pixels_or_problem(remote, path.name)
+    for name in names:
+        here, there = pixels_or_problem(disk, name), pixels_or_problem(remote, name)
         np.testing.assert_array_equal(there, here)
         failed += isinstance(here, tuple)
     assert failed > 3
@@ -144,6 +160,22 @@ def test_what_a_stamp_moves(
     assert sum(size for _, size in moved) < share * (tree / name).stat().st_size
     assert {status for status, _ in moved} == {206}
     assert len(moved) <= requests
+
+
+@pytest.mark.parametrize("remote", BUCKETS, indirect=True)
+@pytest.mark.parametrize(("name", "share"), [("wide.fits", 0.025), ("rows.fits.fz", 0.05), ("squares.fits.fz", 0.05)])
+def test_what_a_stamp_moves_from_a_bucket(
+    remote: FrameStore, buckets: Callable[[str], Bucket], tree: Path, name: str, share: float, request: Any
+) -> None:
+    """A stamp of 63 × 63 pixels of an object moves as little, counted on the wire between."""
+    scheme = request.node.callspec.params["remote"]
+    server = buckets(scheme)
+    with Relay(server.port) as relay:
+        endpoint = server.settings[f"{scheme}_endpoint"].replace(str(server.port), str(relay.port))
+        settings = FrameSettings(frame_roots=(server.root,), **server.settings | {f"{scheme}_endpoint": endpoint})
+        with FrameStore(settings) as store:
+            assert store.open(name)[STAMP].shape == (63, 63)
+        assert 63 * 63 < relay.moved < share * (tree / name).stat().st_size
 
 
 def test_twenty_stamps_need_one_open(nginx: Nginx) -> None:
