@@ -50,7 +50,7 @@ from astropy.time import Time
 from stampworker.alerts import FIELDS, Alert, Scalar
 from stampworker.config import PLANES, ResolveSettings, nearest
 from stampworker.errors import AlertError, ConfigError
-from stampworker.frames.address import REMOTE, scheme_of, without_credentials
+from stampworker.frames.address import REMOTE, WEB, scheme_of, without_credentials
 
 GROUP = "stampworker.resolvers"
 """Entry points of other packages' resolvers."""
@@ -334,7 +334,7 @@ class _Template:
             raise self._malformed(full, str(exc)) from None
         scheme = self._scheme(parsed[0][0] if parsed else "", full)
         self._is_path = scheme is None
-        self._is_encoded = scheme not in (None, "s3")  # a key is not
+        self._is_encoded = scheme == "file" or scheme in WEB  # a key is not
         self._path: list[str | _Hole] = []
         self._fragment: list[str | _Hole] = []
         into = self._path
@@ -376,7 +376,7 @@ class _Template:
         """Return the scheme of a URL, None of a path; of a URL, no field may stand before the path."""
         scheme = scheme_of(start)
         if scheme not in (None, "file", *REMOTE):
-            raise self._malformed(full, f"scheme {scheme!r}, wanted file:, http:, https:, s3: or a path")
+            raise self._malformed(full, f"scheme {scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:")
         if scheme is not None and not _FIXED.match(start):
             raise self._malformed(full, "wanted scheme://host/path, with fields only after the host")
         return scheme

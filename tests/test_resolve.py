@@ -82,6 +82,8 @@ def with_extra(**extra: Any) -> Alert:
         ("same.fits", "same.fits"),
         ("https://h:8080/p/{objectId}.fits?n={objectId}&v={visit}#{band}", "https://h:8080/p/obj%201.fits?n=obj%201"),
         ("s3://bucket/{objectId}/{night}.fits", "s3://bucket/obj 1/20261124.fits"),
+        ("abfs://container/{objectId}/{night}.fits", "abfs://container/obj 1/20261124.fits"),
+        ("memory://Night/{objectId}.fits", "memory://Night/obj 1.fits"),
         ("file:///d/{objectId}.fits", "file:///d/obj%201.fits"),
     ],
 )
@@ -168,7 +170,7 @@ def test_what_an_alert_lacks_is_said(text: str, message: str) -> None:
         ("./{night}.fits", r"wanted a path without the folders \. and \.\."),
         ("", "wanted a path"),
         ("{root}/", "wanted a path"),
-        ("ftp://h/{night}.fits", "scheme 'ftp', wanted file:, http:"),
+        ("ftp://h/{night}.fits", "scheme 'ftp', wanted a path or a URL: file:, http:"),
         ("https://{night}.h/x.fits", "with fields only after the host"),
         ("https:{night}", "with fields only after the host"),
         ("s3://{night}/x.fits", "with fields only after the host"),
