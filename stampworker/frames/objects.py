@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+_NOBODY = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing token request")
 _ENDPOINT = re.compile(r"https?://[^?#@\s]+")
 
 
@@ -179,7 +180,7 @@ class BucketClient:
             return _Changed(address.shown, "the object is another one than when it was opened")
         # Without credentials obstore asks a cloud machine's metadata service for some, and elsewhere there is none.
         denied = isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError)
-        nobody = "://169.254.169.254/" in said or "performing token request" in said
+        nobody = _NOBODY.search(said) is not None
         if denied or nobody:
             problem = f"access denied ({said}); {_look(address)}"
             log.error("%s: %s", address.shown, problem)

@@ -213,6 +213,24 @@ def test_access_denied_is_loud(
     assert PLACES[scheme] in caplog.text
 
 
+METADATA = {"s3": "AWS_METADATA_ENDPOINT", "gs": "GCE_METADATA_HOST", "abfs": "AZURE_MSI_ENDPOINT"}
+
+
+def test_no_credentials_is_loud(
+    open_store: Open, scheme: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without credentials, and nobody to give any, the log names what to look at; the bucket is asked for once."""
+    with WebServer() as metadata:  # of a cloud machine, as obstore believes
+        place = metadata.url.rstrip("/")
+        monkeypatch.setenv(METADATA[scheme], place.removeprefix("http://") if scheme == "gs" else place)
+        store = open_store(**{f"{scheme}_anonymous": False, "failure_age_s": 5.0})
+        for name in ("a.fits", "b.fits"):
+            with pytest.raises(FrameUnavailable, match=rf"{name}: access denied"):
+                store.open(name)
+    assert caplog.text.count(CREDENTIALS[scheme]) == 1
+    assert PLACES[scheme] in caplog.text
+
+
 @pytest.mark.parametrize(
     "behaviour",
     [

@@ -19,15 +19,18 @@ import numpy as np
 import pytest
 import web_server as web
 from astropy.io import fits
+from astropy.table import Table
 from hypothesis import given
 from hypothesis import strategies as st
 from web_server import WebServer
 
+from stampworker import enrich_table
 from stampworker.config import FrameSettings
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames import FrameStore
 from stampworker.frames.address import parse, parse_root
 from stampworker.frames.web import forbidden
+from stampworker.packets import Packet
 
 ALL = (slice(None), slice(None))
 Open = Callable[..., FrameStore]
@@ -786,3 +789,15 @@ def test_no_url_leaves_its_root(path: str, scheme: str) -> None:
         resolved = posixpath.normpath(re.sub(r";[^/]*", "", asked.replace("\\", "/")))
         assert resolved == "/data" or resolved.startswith("/data/")
         asked = unquote(asked, errors="surrogateescape")
+
+
+def test_table_with_frames_of_a_server(server: WebServer, pixels: np.ndarray) -> None:
+    """A call names its frames by URL, signed or not; no root is needed, and what lies beside stays refused."""
+    table = Table({"x": [40.0], "y": [30.0]})
+    science = url_of(server) + "?X-Amz-Signature=hunter2#0"
+    _, packets = enrich_table(table, frames={"science": science}, radius=4)
+    assert isinstance(packets[0], Packet)
+    np.testing.assert_array_equal(packets[0].stamps["science"].data, pixels[26:35, 36:45])
+    assert packets[0].frames == {"science": url_of(server) + "#0"}
+    with FrameStore(FrameSettings(), allowed=[science]) as store, pytest.raises(FrameRefused, match="outside"):
+        store.open(url_of(server, "secret.fits"))
