@@ -438,7 +438,9 @@ def _add_enrich(commands: Any) -> None:
     _frame_flags(parser)
     table = parser.add_argument_group("tables of candidates")
     for plane in PLANES:
-        table.add_argument(f"--{plane}", metavar="FILE", help=f"the {plane} frame of every row, a file or URL; FILE#HDU names an HDU")
+        table.add_argument(
+            f"--{plane}", metavar="FILE", help=f"the {plane} frame of every row, file or URL; FILE#HDU is an HDU"
+        )
     table.add_argument("--columns", metavar="x=X_IMAGE,...", help="columns by other names")
     table.add_argument("--pixel-origin", type=int, choices=(0, 1), default=0, help="of x and y in the table")
 
