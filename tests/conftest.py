@@ -20,6 +20,12 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# Servers of tests are on this machine. obstore, which has an environment of its own, sees what is deleted here.
+for _name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
+
+
 def real_data(folder: Path) -> Path:
     """Return a folder of real data; where there is none skip, or fail under STAMPWORKER_TEST_DATA_REQUIRED."""
     if not folder.is_dir():

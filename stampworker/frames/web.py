@@ -4,7 +4,8 @@ On the standard library's ``http.client``, because three things must be certain 
 the address that is connected to is the one that was checked (a name may resolve to another one the next time); every
 single wait, TLS's and the headers' included, ends by the request's end; and nothing is followed, sent or decoded that
 was not asked for. What it lacks is here: a few kept connections, redirects within the roots, one repetition where a
-kept connection turns out to be closed. Proxies of the environment are not used.
+kept connection turns out to be closed, the environment's proxies. A proxy finds a server's address by itself, so there
+no address is checked: whoever sets one vouches for where it leads.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import getproxies, proxy_bypass
 
-from stampworker.errors import FrameError, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.address import REMOTE, Address, join, parse, scheme_of, without_credentials
+from stampworker.errors import ConfigError, FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames.address import WEB, Address, join, parse, scheme_of, without_credentials
 from stampworker.frames.allowance import end_within
 from stampworker.frames.remote import FIRST, Beginning, Memory, collect
 
@@ -86,10 +88,16 @@ class WebClient:
         Where redirects may lead, and which addresses are named on purpose.
     memory : Memory
         Where failures are remembered.
+
+    Raises
+    ------
+    ConfigError
+        A proxy of the environment is none that can be used.
     """
 
     def __init__(self, settings: FrameSettings, roots: Sequence[Address], memory: Memory) -> None:
         self.settings, self.roots, self.memory = settings, roots, memory
+        self._proxies = {scheme: _proxy(scheme) for scheme in WEB} if any(r.scheme in WEB for r in roots) else {}
         self._lock = threading.Lock()
         self._idle: list[tuple[Origin, http.client.HTTPConnection]] = []
 
@@ -147,7 +155,7 @@ class WebClient:
         base = f"{address.scheme}://{_netloc(address)}{address.target}"
         target = join(base, (location or "").partition("#")[0])
         shown = without_credentials(target)
-        if not location or scheme_of(target) not in REMOTE[:2]:
+        if not location or scheme_of(target) not in WEB:
             raise FrameRefused(first.shown, f"redirects to {shown!r}, wanted http: or https:")
         found = parse(target)
         if not any(found.beneath(root) for root in self.roots):
@@ -159,10 +167,14 @@ class WebClient:
         credentials = address.authorization or _from_netrc(address.host)
         if credentials:
             headers["Authorization"] = credentials
+        target, proxy = address.target, self._proxy(address)
+        if proxy is not None and address.scheme == "http":
+            target = f"http://{_netloc(address).removesuffix(':80')}{target}"
+            headers |= _authorize(proxy)
         while True:
-            connection, fresh = self._connection(address, end, first)
+            connection, fresh = self._connection(address, proxy, end, first)
             try:
-                response = self._send(connection, address, headers, end, fresh)
+                response = self._send(connection, target, headers, end, fresh)
                 break
             except _Reset:
                 continue
@@ -179,7 +191,7 @@ class WebClient:
     def _send(
         self,
         connection: http.client.HTTPConnection,
-        address: Address,
+        target: str,
         headers: dict[str, str],
         end: float,
         fresh: bool,
@@ -188,7 +200,7 @@ class WebClient:
         sock.end, sock.read_s = end, self.settings.read_s
         sock.settimeout(_remaining(end, self.settings.read_s))
         try:
-            connection.request("GET", address.target, headers=headers)
+            connection.request("GET", target, headers=headers)
             return connection.getresponse()
         except (ConnectionError, http.client.RemoteDisconnected, ssl.SSLEOFError):
             if fresh:
@@ -196,14 +208,20 @@ class WebClient:
             connection.close()
             raise _Reset from None
 
-    def _connection(self, address: Address, end: float, first: Address) -> tuple[http.client.HTTPConnection, bool]:
+    def _proxy(self, address: Address) -> Address | None:
+        proxy = self._proxies.get(address.scheme)
+        return None if proxy is None or proxy_bypass(_netloc(address)) else proxy
+
+    def _connection(
+        self, address: Address, proxy: Address | None, end: float, first: Address
+    ) -> tuple[http.client.HTTPConnection, bool]:
         """Return a connection, and whether it is a new one."""
         while (kept := self._take(address.origin)) is not None:
             if _is_quiet(kept.sock):
                 return kept, False
             kept.close()
         connection = http.client.HTTPConnection(address.host, address.port)
-        connection.sock = self._connect(address, end, first)
+        connection.sock = self._connect(address, proxy, end, first)
         # http.client would reconnect by itself, to an address that nobody checked.
         connection.auto_open = 0
         return connection, True
@@ -215,16 +233,20 @@ class WebClient:
                     return self._idle.pop(i)[1]
         return None
 
-    def _connect(self, address: Address, end: float, first: Address) -> socket.socket:
+    def _connect(self, address: Address, proxy: Address | None, end: float, first: Address) -> socket.socket:
         problem: Exception | None = None
-        for family, sockaddr in self._resolve(address, first):
+        for family, sockaddr in self._resolve(proxy or address, first, is_proxy=proxy is not None):
             sock = _PlainSocket(family, socket.SOCK_STREAM)
             try:
                 sock.settimeout(_remaining(end, self.settings.connect_s))
                 sock.connect(sockaddr)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return self._tls.wrap_socket(sock, server_hostname=address.host) if address.scheme == "https" else sock
-            except (OSError, UnicodeError) as exc:
+                if address.scheme == "http":
+                    return sock
+                if proxy is not None:
+                    self._tunnel(sock, address, proxy, end)
+                return self._tls.wrap_socket(sock, server_hostname=address.host)
+            except (OSError, UnicodeError, http.client.HTTPException) as exc:
                 sock.close()
                 problem = exc
         if isinstance(problem, ssl.SSLCertVerificationError):
@@ -232,9 +254,21 @@ class WebClient:
         said = f"none within connect_s ({self.settings.connect_s:g} s)"
         if not isinstance(problem, TimeoutError):
             said = _said(problem) if problem else "no address"
-        raise self.failed(first, f"no connection to {_netloc(address)}: {said}", server=True) from problem
+        via = f" through the proxy {_netloc(proxy)}" if proxy is not None else ""
+        raise self.failed(first, f"no connection to {_netloc(address)}{via}: {said}", server=True) from problem
 
-    def _resolve(self, address: Address, first: Address) -> Iterator[tuple[int, Any]]:
+    def _tunnel(self, sock: _PlainSocket, address: Address, proxy: Address, end: float) -> None:
+        """Ask a proxy for a connection to the server itself."""
+        sock.end, sock.read_s = end, self.settings.connect_s
+        lines = {"Host": _netloc(address), "User-Agent": _AGENT, **_authorize(proxy)}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        sock.sendall(f"CONNECT {_netloc(address)} HTTP/1.1\r\n{head}\r\n".encode("ascii"))
+        with contextlib.closing(http.client.HTTPResponse(sock, method="CONNECT")) as response:
+            response.begin()
+        if response.status != 200:
+            raise OSError(f"it says {response.status} {ascii(response.reason)[1:-1]}")
+
+    def _resolve(self, address: Address, first: Address, *, is_proxy: bool) -> Iterator[tuple[int, Any]]:
         """Yield the addresses of a host that frames may come from, each checked just before it is connected to."""
         try:
             found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
@@ -244,7 +278,7 @@ class WebClient:
         allowed, refused = [], "no"
         for family, _, _, _, sockaddr in found:
             ip = str(sockaddr[0])
-            if ip in named or address.host == "localhost" or not (what := forbidden(ip)):
+            if is_proxy or ip in named or address.host == "localhost" or not (what := forbidden(ip)):
                 allowed.append((family, sockaddr))
             else:
                 refused = f"{ip}, {what}"
@@ -267,9 +301,8 @@ class WebClient:
             self.memory.note((*first.origin, first.target), error)
             raise error
         if status in (401, 403, 407):
-            problem = (
-                f"{said}; credentials come from the netrc file (~/.netrc, or where NETRC points), machine {first.host}"
-            )
+            source = f"the netrc file (~/.netrc, or where NETRC points), machine {first.host}"
+            problem = f"{said}; credentials come from {source if status != 407 else 'the URL in HTTP_PROXY'}"
             log.error("%s: %s", first.shown, problem)
             raise self.failed(first, problem)
         if wait is not None:
@@ -471,6 +504,25 @@ def forbidden(ip: str) -> str | None:
         "a multicast": address.is_multicast,
     }
     return next((name for name, applies in kinds.items() if applies), None)
+
+
+def _proxy(scheme: str) -> Address | None:
+    """Return the environment's proxy for a scheme: HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, in lower case, too."""
+    found = getproxies()
+    given = found.get(scheme) or found.get("all")
+    if not given:
+        return None
+    url = given if "://" in given else f"http://{given}"
+    if scheme_of(url) != "http":
+        raise ConfigError(f"{scheme.upper()}_PROXY: found {without_credentials(url)}, wanted http://host:port")
+    try:
+        return parse(url)
+    except FrameRefused as exc:
+        raise ConfigError(f"{scheme.upper()}_PROXY: {exc}") from exc
+
+
+def _authorize(proxy: Address) -> dict[str, str]:
+    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
 
 
 def _is_quiet(sock: socket.socket) -> bool:

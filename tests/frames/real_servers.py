@@ -104,7 +104,7 @@ class Nginx(Process):
         nginx = shutil.which("nginx", path=os.environ["PATH"] + os.pathsep + "/usr/sbin")
         if nginx is None:
             pytest.fail(f"nginx is not installed. {_INSTALL}", pytrace=False)
-        port, tls_port = free_port(), free_port()
+        port, self.tls_port = free_port(), free_port()
         self.certificate, self._access = folder / "cert.pem", folder / "access.log"
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
@@ -113,9 +113,9 @@ class Nginx(Process):
             capture_output=True,
         )  # fmt: skip
         user = "user root;" if os.geteuid() == 0 else ""  # else its workers may not enter a folder of ours
-        config = _NGINX.format(folder=folder, root=root, user=user, port=port, tls_port=tls_port)
+        config = _NGINX.format(folder=folder, root=root, user=user, port=port, tls_port=self.tls_port)
         (folder / "nginx.conf").write_text(config)
-        self.url, self.tls_url = f"http://127.0.0.1:{port}/", f"https://localhost:{tls_port}/"
+        self.url, self.tls_url = f"http://127.0.0.1:{port}/", f"https://localhost:{self.tls_port}/"
         command = [nginx, "-e", str(folder / "error.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
         super().__init__(command, port, folder / "out.log")
 
@@ -234,22 +234,28 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._other: dict[socket.socket, socket.socket] = {}
+        self._servers: set[socket.socket] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    def _connect(self, client: socket.socket) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._target))
 
     def _run(self) -> None:
         while not self._over.is_set():
             for source in select.select([self._listener, *self._other], [], [], 0.02)[0]:
                 if source is self._listener:
-                    client, server = source.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                    client = source.accept()[0]
+                    server = self._connect(client)
+                    self._servers.add(server)
                     self._other |= {client: server, server: client}
                 elif source in self._other:
                     self._pass(source, self._other[source])
 
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         data = source.recv(1 << 16)
-        if source.getpeername()[1] == self._target:
+        if source in self._servers:
             self.moved += len(data)
         sink.sendall(data)
         if not data:
@@ -265,3 +271,20 @@ class Relay:
         self._thread.join()
         for end in (self._listener, *self._other):
             end.close()
+
+
+class Proxy(Relay):
+    """A proxy that connects to whatever port of this machine it is asked for; ``heads`` are the requests for that."""
+
+    def __init__(self) -> None:
+        self.heads: list[str] = []
+        super().__init__(0)
+
+    def _connect(self, client: socket.socket) -> socket.socket:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += client.recv(1 << 12)
+        self.heads.append(head.decode())
+        server = socket.create_connection(("127.0.0.1", int(head.split()[1].rpartition(b":")[2])))
+        client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        return server

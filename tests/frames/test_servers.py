@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from astropy.io import fits
-from real_servers import Azurite, Bucket, FakeGoogle, Gateway, Nginx, Relay
+from real_servers import Azurite, Bucket, FakeGoogle, Gateway, Nginx, Proxy, Relay
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameError, FrameMissing, FrameUnavailable
@@ -236,3 +236,16 @@ def test_certificate_that_is_not_trusted(nginx: Nginx, caplog: pytest.LogCapture
     with FrameStore(FrameSettings(frame_roots=(nginx.tls_url,))) as store, untrusted:
         store.open("plain.fits")
     assert "certificate not trusted" in caplog.text
+
+
+def test_proxy(nginx: Nginx, disk: FrameStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TLS the server itself is spoken to, through what a proxy connects."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(nginx.certificate))
+    with Proxy() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://jane:hunter2@127.0.0.1:{proxy.port}")
+        with FrameStore(FrameSettings(frame_roots=(nginx.tls_url,))) as store:
+            for name in ("wide.fits", "plain.fits.gz"):
+                np.testing.assert_array_equal(store.open(name)[ALL], disk.open(name)[ALL])
+    assert [head.splitlines()[0] for head in proxy.heads] == [f"CONNECT localhost:{nginx.tls_port} HTTP/1.1"]
+    assert "Proxy-Authorization: Basic amFuZTpodW50ZXIy" in proxy.heads[0]
+    assert proxy.moved > 63 * 3072 * 4

@@ -29,6 +29,12 @@ class Handler(BaseHTTPRequestHandler):
             self.server.headers.append({name.title(): value for name, value in self.headers.items()})
         self.server.behaviours.get(self.path, serve)(self)
 
+    def do_CONNECT(self) -> None:
+        """Note the request and do as a proxy."""
+        with self.server.lock:
+            self.server.requests.append((self.path, None))
+        self.server.tunnel(self)
+
     @property
     def content(self) -> bytes | None:
         """The file that is asked for."""
@@ -65,6 +71,7 @@ class WebServer(ThreadingHTTPServer):
         self.behaviours: dict[str, Behaviour] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.headers: list[dict[str, str]] = []
+        self.tunnel: Behaviour = status(403)
         self.sent = 0
         self.decodes = False  # what asks for a key may encode more of it than it must
         self.lock = threading.Lock()
