@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from astropy.table import Table
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 from tqdm import tqdm
 
 from stampworker import archive, viewer
@@ -19,7 +19,7 @@ from stampworker.alerts import Alert, encode
 from stampworker.config import Settings
 from stampworker.confusion import confusion, format_confusion, recovery
 from stampworker.errors import ConfigError, PublishError
-from stampworker.kafka import Record, consumer, publish_all
+from stampworker.kafka import Record, check_topics, consumer, publish_all
 from stampworker.packets import Packet
 from stampworker.packets import encode as encode_packet
 from stampworker.simulate import Night, simulate
@@ -110,7 +110,9 @@ def _work(settings: Settings, number: int) -> dict[str, Packet]:
 
 def _read_back(reader: Consumer, running: Future[Totals], number: int, settings: Settings) -> dict[str, Packet]:
     packets: dict[str, Packet] = {}
-    reader.subscribe([settings.worker.packet_topic])
+    topic = settings.worker.packet_topic
+    # Not subscribed: on the embedded broker the only member of a group is now and then left without partitions.
+    reader.assign([TopicPartition(topic, place, 0) for place in range(check_topics(settings, [topic])[topic])])
     last = time.monotonic()
     with tqdm(total=number, unit="packet", disable=None, leave=False) as bar:
         while len(packets) < number:
