@@ -214,6 +214,15 @@ class WorkerSettings(_Section):
     """Topic that packets are published to."""
     reject_topic: str = Field("rejects", min_length=1)
     """Topic that rejected alerts are published to."""
+    retry_topic: str | None = Field(None, min_length=1)
+    """Topic of the group's own in which alerts wait whose frames are missing or unavailable, to be tried again; without
+    one they are rejected at once."""
+    retry_delay_s: float = Field(30.0, gt=0, le=86_400)
+    """Time between two attempts at an alert, seconds."""
+    retry_missing_s: float = Field(600.0, ge=0)
+    """A missing frame may only be late: an alert is tried again for so long after its first attempt, seconds."""
+    retry_unavailable_s: float = Field(3600.0, ge=0)
+    """The same for a frame that cannot be read now: a server that is down, busy or wants other credentials."""
     group: str = Field("stampworker", min_length=1)
     """Kafka consumer group."""
     slot: int | None = Field(None, ge=0)
@@ -233,9 +242,11 @@ class WorkerSettings(_Section):
 
     @model_validator(mode="after")
     def _no_loop(self) -> Self:
-        for name in ("packet_topic", "reject_topic"):
+        for name in ("packet_topic", "reject_topic", "retry_topic"):
             if getattr(self, name) in self.input_topic:
                 raise ValueError(f"{name} is an input topic, too: the worker would read what it writes")
+        if self.retry_topic in (self.packet_topic, self.reject_topic):
+            raise ValueError(f"retry_topic is the topic of packets or rejects, too: {self.retry_topic!r}")
         return self
 
     def slot_number(self) -> int:

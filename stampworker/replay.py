@@ -16,7 +16,8 @@ from stampworker.config import Settings
 from stampworker.errors import ConfigError
 from stampworker.kafka import check_topics, committed, consumer
 from stampworker.resolve import load_resolver
-from stampworker.worker import Place, Totals, Worker
+from stampworker.retries import Place
+from stampworker.worker import Totals, Worker
 
 _CALL_S = 15.0
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -99,7 +100,7 @@ def replay(
     load_resolver(settings.resolve)  # as the worker will; before the group is set to the range
     group = f"{settings.worker.group}-replay-{run}"
     worker_settings = settings.worker.model_copy(
-        update={"input_topic": (topic,), "packet_topic": to_topic, "group": group}
+        update={"input_topic": (topic,), "packet_topic": to_topic, "group": group, "retry_topic": None}
     )
     settings = settings.model_copy(update={"worker": worker_settings})
     ends = _prepare(settings, topic, start or Bound(), end or Bound())

@@ -3,7 +3,7 @@
 The promise, exactly once:
 
 1. Poll a batch and make its packets. The group's metadata is captured with the batch.
-2. Begin a transaction and publish packets and rejects.
+2. Begin a transaction and publish packets, retries and rejects.
 3. Add the next offsets, with the group's metadata.
 4. Commit.
 
@@ -11,6 +11,9 @@ A rebalance or an error before step 4 aborts the transaction; then every assigne
 offset, and the batch is read again. Steps 2 to 4 run in a thread of their own, while the next batch goes through
 step 1; when the transaction aborts, that next batch is thrown away with it, because it lies behind the one that is
 read again.
+
+An alert whose frames may still come goes to the retry topic, where the group's workers wait until it is due, and
+never blocks the alerts behind it.
 """
 
 from __future__ import annotations
@@ -19,11 +22,9 @@ import logging
 import math
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -43,17 +44,12 @@ from stampworker.kafka import (
     consumer,
     message_limit,
 )
-from stampworker.packets import STAMP_FIELDS, Packet, encode
+from stampworker.outcomes import Attempt, Outcome, Retry, attempt_of, next_attempt, record_of
+from stampworker.packets import STAMP_FIELDS, Packet
 from stampworker.resolve import load_resolver
-from stampworker.schema import PACKET
+from stampworker.retries import Place, WaitingRoom
 
 log = logging.getLogger(__name__)
-
-Place = tuple[str, int]
-"""Topic and partition."""
-
-ERRORS_PREFIX = "stampworker.errors."
-HEADERS_PREFIX = "stampworker."
 
 # A poll is this long at most, so that signals are answered promptly.
 _SLICE_S = 0.2
@@ -61,22 +57,15 @@ _CALL_S = 10.0
 _SEEK_S = 5.0
 # Leaving the group takes a moment; without a broker it may take for ever.
 _CLOSE_S = 15.0
-# The topic of rejects must take the alert and these headers.
-_LONGEST_HEADER = 8_000
-_STAGES = {  # stage of a reject: what was at work, for the header class.name
-    "decode": "stampworker.alerts.decode",
-    "frames": "stampworker.frames.FrameStore",
-    "enrich": "stampworker.enrich.make_packets",
-    "publish": "stampworker.kafka.Publisher",
-}
 
 
 @dataclass
 class Totals:
-    """What a worker has done; ``alerts = packets + rejects`` at every commit."""
+    """What a worker has done; ``alerts = packets + retries + rejects`` at every commit, each attempt being counted."""
 
     alerts: int = 0
     packets: int = 0
+    retries: int = 0
     rejects: int = 0
     batches: int = 0
     aborts: int = 0
@@ -91,7 +80,8 @@ class _Batch:
     size_bytes: int = 0
     started: float = 0.0
     metadata: object = None
-    results: list[Packet | Reject] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     poll_s: float = 0.0
     enrich_s: float = 0.0
@@ -202,9 +192,11 @@ class Worker:
     def _connect(self) -> None:
         worker = self._settings.worker
         transactional = worker.guarantee == "exactly-once"
-        outputs = [worker.packet_topic, worker.reject_topic] if transactional else []
-        check_topics(self._settings, [*worker.input_topic, *outputs])
+        retries = [worker.retry_topic] if worker.retry_topic is not None else []
+        outputs = [worker.packet_topic, worker.reject_topic, *retries]
+        check_topics(self._settings, [*worker.input_topic, *(outputs if transactional else retries)])
         self._consumer = consumer(self._settings)
+        self._waiting = WaitingRoom[Message](self._consumer)
         if transactional:
             self._largest = self._limit()
             self._publisher = ExactlyOnce(self._settings, self._largest)
@@ -212,7 +204,10 @@ class Worker:
             self._publisher = AtLeastOnce(self._settings, self._consumer)
         self._publisher.start()
         self._consumer.subscribe(
-            list(worker.input_topic), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            [*worker.input_topic, *retries],
+            on_assign=self._on_assign,
+            on_revoke=self._on_revoke,
+            on_lost=self._on_lost,
         )
         log.info("group %s slot %s: %s", worker.group, worker.slot_number(), worker.guarantee)
 
@@ -227,7 +222,10 @@ class Worker:
     def _limit(self) -> int | None:
         """Return the bytes of the largest record that the output topics take; warn where a packet may be larger."""
         worker, enrich = self._settings.worker, self._settings.enrich
-        limits = [message_limit(self._settings, topic) for topic in (worker.packet_topic, worker.reject_topic)]
+        topics = [
+            topic for topic in (worker.packet_topic, worker.retry_topic, worker.reject_topic) if topic is not None
+        ]
+        limits = [message_limit(self._settings, topic) for topic in topics]
         largest = min((limit for limit in limits if limit is not None), default=None)
         packet = len(STAMP_FIELDS) * (2 * math.ceil(enrich.radius) + 1) ** 2 * 4
         if largest is not None and packet > largest:
@@ -243,8 +241,7 @@ class Worker:
         batch = self._poll_batch()
         if batch.messages and not self._behind:
             started = time.monotonic()
-            batch.results = self._enrich(batch.messages, store)
-            batch.records = self._records(batch)
+            self._enrich(batch, store)
             batch.enrich_s = time.monotonic() - started
         self._settle()
         self._raise_failure()
@@ -259,7 +256,7 @@ class Worker:
         """Poll until the batch is full by count, bytes or time, the input ends, or nothing comes."""
         batch, limits, began = _Batch(), self._settings.worker, time.monotonic()
         while not self._stop.is_set() and not self._behind:
-            message = self._consumer.poll(_SLICE_S)
+            message = self._next_message()
             if message is not None and self._take(message):
                 batch.add(message)
             now = time.monotonic()
@@ -276,14 +273,35 @@ class Worker:
         batch.poll_s = time.monotonic() - began
         return batch
 
+    def _next_message(self) -> Message | None:
+        """Return what comes next: a retry that is due, or what is polled unless it is a retry that is not."""
+        message = self._waiting.take()
+        if message is not None:
+            return message
+        message = self._consumer.poll(_SLICE_S)
+        if message is None or message.error() is not None:
+            return message
+        self._first.setdefault(_place(message), _offset(message))
+        due_s = self._attempt(message).due_s
+        if due_s > time.time():
+            self._waiting.keep(_place(message), due_s, message)
+            return None
+        return message
+
+    def _attempt(self, message: Message) -> Attempt:
+        try:
+            return attempt_of(message, self._settings.worker.retry_topic)
+        except ValueError as exc:
+            log.warning("%s partition %d offset %d: %s; taken as an alert", *_place(message), _offset(message), exc)
+            return attempt_of(message, None)
+
     def _take(self, message: Message) -> bool:
-        """Tell whether a polled message is an alert to work on."""
+        """Tell whether a message is an alert to work on."""
         error = message.error()
         if error is not None:
             self._polled_error(message, error)
             return False
         place = _place(message)
-        self._first.setdefault(place, _offset(message))
         if not self._drained:
             return True
         end = self._end(place)
@@ -321,39 +339,37 @@ class Worker:
 
     # -- enriching ----------------------------------------------------------------------------------------------
 
-    def _enrich(self, messages: Sequence[Message], store: FrameStore) -> list[Packet | Reject]:
-        folder = self._settings.alerts.schema_folder
-        decoded: list[Alert | AlertError] = []
-        for message in messages:
-            try:
-                decoded.append(decode(message.value() or b"", folder))
-            except AlertError as exc:
-                decoded.append(exc)
-        return enrich_mixed(decoded, store, self._settings, self._resolver)
+    def _enrich(self, batch: _Batch, store: FrameStore) -> None:
+        """Work on a batch: what becomes of each alert, and the record that it leaves as."""
+        decoded = [self._decode(message) for message in batch.messages]
+        results = enrich_mixed(decoded, store, self._settings, self._resolver)
+        batch.attempts = [self._attempt(message) for message in batch.messages]
+        batch.outcomes = [self._outcome(*pair) for pair in zip(batch.attempts, results, strict=True)]
+        batch.records = [self._record(batch, place) for place in range(len(batch.messages))]
 
-    def _records(self, batch: _Batch) -> list[Record]:
-        return [self._record(m, result) for m, result in zip(batch.messages, batch.results, strict=True)]
+    def _decode(self, message: Message) -> Alert | AlertError:
+        try:
+            return decode(message.value() or b"", self._settings.alerts.schema_folder)
+        except AlertError as exc:
+            return exc
 
-    def _record(self, message: Message, result: Packet | Reject) -> Record:
-        worker = self._settings.worker
-        if isinstance(result, Reject):
-            log.warning(
-                "reject topic=%s partition=%d offset=%d alert=%s stage=%s error=%s: %s",
-                *(*_place(message), message.offset(), result.alert_id, result.stage, type(result.error).__name__),
-                result.error,
+    def _outcome(self, attempt: Attempt, result: Packet | Reject) -> Outcome:
+        if isinstance(result, Packet):
+            return result
+        following = next_attempt(attempt, result.error, self._settings.worker, time.time())
+        return Retry(result.alert_id, result.error, following) if following is not None else result
+
+    def _record(self, batch: _Batch, place: int) -> Record:
+        attempt, outcome = batch.attempts[place], batch.outcomes[place]
+        if not isinstance(outcome, Packet):
+            level, name = (logging.INFO, "retry") if isinstance(outcome, Retry) else (logging.WARNING, "reject")
+            log.log(
+                level,
+                "%s topic=%s partition=%d offset=%d alert=%s attempt=%d error=%s: %s",
+                *(name, attempt.topic, attempt.partition, attempt.offset, outcome.alert_id, attempt.number),
+                *(type(outcome.error).__name__, outcome.error),
             )
-            headers = [*(message.headers() or []), *_error_headers(message, result)]
-            return Record(worker.reject_topic, message.key(), message.value(), headers)
-        headers = [
-            (HEADERS_PREFIX + "schema", " ".join(PACKET)),
-            (HEADERS_PREFIX + "version", result.worker_version),
-            (HEADERS_PREFIX + "input.topic", message.topic()),
-            (HEADERS_PREFIX + "input.partition", str(message.partition())),
-            (HEADERS_PREFIX + "input.offset", str(message.offset())),
-        ]
-        if self._replay is not None:
-            headers.append((HEADERS_PREFIX + "replay", self._replay))
-        return Record(worker.packet_topic, result.key.encode(), encode(result), headers)
+        return record_of(batch.messages[place], attempt, outcome, self._settings.worker, self._replay)
 
     # -- publishing ---------------------------------------------------------------------------------------------
 
@@ -370,11 +386,11 @@ class Worker:
 
     def _set_aside(self, batch: _Batch, exc: RecordTooLarge) -> None:
         """Replace a packet that its topic refuses by a reject."""
-        result = batch.results[exc.place]
-        if isinstance(result, Reject):
+        outcome = batch.outcomes[exc.place]
+        if not isinstance(outcome, Packet):
             raise PublishError(f"not even the reject can be published: {exc}") from exc
-        batch.results[exc.place] = Reject(result.alert_id, "publish", exc)
-        batch.records[exc.place] = self._record(batch.messages[exc.place], batch.results[exc.place])
+        batch.outcomes[exc.place] = Reject(outcome.alert_id, "publish", exc)
+        batch.records[exc.place] = self._record(batch, exc.place)
 
     def _settle(self) -> None:
         """Wait for the batch that is being published; note whether it must be read again."""
@@ -404,14 +420,18 @@ class Worker:
         self._publisher.resize(self._largest)
 
     def _count(self, batch: _Batch, publish_s: float) -> None:
-        rejects = sum(isinstance(result, Reject) for result in batch.results)
-        self.totals.alerts += len(batch.messages)
-        self.totals.packets += len(batch.messages) - rejects
+        alerts, packets, retries, rejects = (
+            sum(isinstance(outcome, kind) for outcome in batch.outcomes) for kind in (object, Packet, Retry, Reject)
+        )
+        self.totals.alerts += alerts
+        self.totals.packets += packets
+        self.totals.retries += retries
         self.totals.rejects += rejects
         self.totals.batches += 1
         log.info(
-            "batch alerts=%d packets=%d rejects=%d bytes_in=%d bytes_out=%d poll_s=%.3f enrich_s=%.3f publish_s=%.3f",
-            *(len(batch.messages), len(batch.messages) - rejects, rejects, batch.size_bytes),
+            "batch alerts=%d packets=%d retries=%d rejects=%d bytes_in=%d bytes_out=%d poll_s=%.3f enrich_s=%.3f "
+            "publish_s=%.3f",
+            *(alerts, packets, retries, rejects, batch.size_bytes),
             *(sum(len(r.value or b"") for r in batch.records), batch.poll_s, batch.enrich_s, publish_s),
         )
         if self._on_batch is not None:
@@ -451,12 +471,14 @@ class Worker:
 
     def _forget(self, places: set[Place]) -> None:
         self._ended -= places
+        self._waiting.dismiss(places)
         for place in places:
             self._first.pop(place, None)
 
     def _rewind(self) -> None:
         """Set the partitions that were read back to their committed offsets, or to where reading began."""
         self._behind = False
+        self._waiting.dismiss(self._assigned)
         # The others stand where they began: one that is not fetched yet cannot be set back, and one at its end would
         # not report that again.
         wanted = [TopicPartition(*place) for place in sorted(self._assigned & self._first.keys())]
@@ -506,21 +528,3 @@ def _offset(message: Message) -> int:
 
 def _listed(places: set[Place]) -> str:
     return ", ".join(f"{topic} {partition}" for topic, partition in sorted(places)) or "nothing"
-
-
-def _error_headers(message: Message, reject: Reject) -> list[tuple[str, Any]]:
-    """Say why an alert was rejected, in the manner of Kafka Connect's dead-letter headers."""
-    error = reject.error
-    values = {
-        "topic": message.topic(),
-        "partition": message.partition(),
-        "offset": message.offset(),
-        "timestamp": message.timestamp()[1],
-        "stage": reject.stage,
-        "class.name": _STAGES[reject.stage],
-        "exception.class.name": f"{type(error).__module__}.{type(error).__name__}",
-        "exception.message": str(error)[:_LONGEST_HEADER],
-        "exception.stacktrace": "".join(traceback.format_exception(error))[-_LONGEST_HEADER:],
-        "attempt": 1,
-    }
-    return [(ERRORS_PREFIX + name, str(value)) for name, value in values.items()]

@@ -23,8 +23,9 @@ from stampworker.alerts import Alert, encode
 from stampworker.config import Settings, load
 from stampworker.errors import ConfigError, PublishError, TransactionAborted
 from stampworker.kafka import AtLeastOnce, Record
+from stampworker.outcomes import ERRORS_PREFIX
 from stampworker.packets import Packet
-from stampworker.worker import ERRORS_PREFIX, Worker
+from stampworker.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +109,13 @@ def test_drained_worker_publishes_each_alert_and_logs_each_batch(
     assert (reject.key(), reject.value()) == (b"key", b"no alert")
     assert dict(reject.headers() or [])[ERRORS_PREFIX + "stage"] == b"decode"
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("batch ")]
-    assert [line.split()[1:4] for line in lines] == [
-        ["alerts=3", "packets=3", "rejects=0"],
-        ["alerts=3", "packets=3", "rejects=0"],
-        ["alerts=2", "packets=1", "rejects=1"],
+    assert [line.split()[1:5] for line in lines] == [
+        ["alerts=3", "packets=3", "retries=0", "rejects=0"],
+        ["alerts=3", "packets=3", "retries=0", "rejects=0"],
+        ["alerts=2", "packets=1", "retries=0", "rejects=1"],
     ]
     for line in lines:
-        names = [part.split("=")[0] for part in line.split()[4:]]
+        names = [part.split("=")[0] for part in line.split()[5:]]
         assert names == ["bytes_in", "bytes_out", "poll_s", "enrich_s", "publish_s"]
 
 

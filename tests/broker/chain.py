@@ -23,7 +23,7 @@ class Chain:
 
     broker: KafkaBroker
     alerts: Sequence[Alert]
-    roots: Sequence[Path]
+    roots: Sequence[Path | str]
     input: str
     packets: str
     rejects: str

@@ -28,9 +28,10 @@ import stampworker.worker
 from stampworker.alerts import Alert, encode
 from stampworker.config import load
 from stampworker.errors import ProducerFenced
+from stampworker.outcomes import ERRORS_PREFIX, HEADERS_PREFIX
 from stampworker.packets import Packet
 from stampworker.replay import Bound, replay
-from stampworker.worker import ERRORS_PREFIX, HEADERS_PREFIX, Totals, Worker
+from stampworker.worker import Totals, Worker
 
 HERE = Path(__file__).parent
 StartWorker = Callable[..., WorkerProcess]
