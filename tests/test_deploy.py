@@ -34,7 +34,7 @@ def test_compose_topics_are_made_before_they_are_used(services: dict[str, Any]) 
     """The topics that the workers name are those that the service ``topics`` makes."""
     worker = settings_of(services["worker-0"]).worker
     made = services["topics"]["command"][0].partition("for topic in ")[2].partition(";")[0].split()
-    assert set(made) == {*worker.input_topic, worker.packet_topic, worker.reject_topic}
+    assert set(made) == {*worker.input_topic, worker.packet_topic, worker.reject_topic, worker.retry_topic}
 
 
 def test_compose_workers_have_slots_of_their_own(services: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ LAYERS = (  # a module imports from layers above its own; within a layer, none k
     ("frames", "alerts", "packets"),
     ("resolve",),
     ("enrich", "kafka", "archive"),
+    ("outcomes", "retries"),
     ("worker", "viewer", "health", "simulate", "confusion"),
     ("replay", "demo"),
     ("cli",),
