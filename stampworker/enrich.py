@@ -87,15 +87,35 @@ class _FrameSet:
         return self.planes["science"]
 
 
+@dataclass
+class _Group:
+    """Alerts with the same frames."""
+
+    urls: dict[str, str]
+    members: list[int]
+    opened: _FrameSet | Exception | None = None
+
+
+@dataclass
+class Prepared:
+    """A batch whose frames are open as far as there is room for them; made by `prepare`, for `complete`."""
+
+    alerts: Sequence[Alert | AlertError]
+    groups: list[_Group]
+    results: dict[int, Packet | Reject]
+    by_sky: bool
+
+
 def make_packets(
-    alerts: Sequence[Alert], store: FrameStore, settings: Settings, resolver: Resolver | None = None
+    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
 ) -> list[Packet | Reject]:
     """Make a packet, or a reject, of each alert.
 
     Parameters
     ----------
-    alerts : sequence of Alert
-        A batch; alerts with the same frames are worked on together.
+    alerts : sequence of Alert or AlertError
+        A batch; alerts with the same frames are worked on together. An error stands for an alert that could not be
+        decoded.
     store : FrameStore
         Where frames are opened.
     settings : Settings
@@ -113,35 +133,101 @@ def make_packets(
     ConfigError
         The settings' resolver cannot be loaded.
     """
+    return complete(prepare(alerts, store, settings, resolver), store, settings)
+
+
+def prepare(
+    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
+) -> Prepared:
+    """Do what waits for disks and servers: find and open the frames of a batch, and fetch what its stamps need.
+
+    It may run in another thread while `complete` works on the batch before.
+
+    Parameters
+    ----------
+    alerts, store, settings, resolver
+        As for `make_packets`.
+
+    Returns
+    -------
+    prepared : Prepared
+
+    Raises
+    ------
+    ConfigError
+        The settings' resolver cannot be loaded.
+    """
     resolver = resolver or load_resolver(settings.resolve)
+    prepared = _grouped(alerts, resolver)
+    store.prefetch(url for group in prepared.groups for url in group.urls.values())
+    room = settings.frames.max_open_frames
+    for group in prepared.groups:
+        room -= len(group.urls)
+        if room >= 0:  # the others are opened when their turn comes
+            _open_group(group, prepared, store, settings)
+    return prepared
+
+
+def complete(prepared: Prepared, store: FrameStore, settings: Settings) -> list[Packet | Reject]:
+    """Make the packets and rejects of a batch.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        What `prepare` returned; its frames are let go of one after another.
+    store, settings
+        As for `make_packets`.
+
+    Returns
+    -------
+    results : list of Packet or Reject
+        In the order of the alerts.
+    """
+    results, alerts = prepared.results, prepared.alerts
+    for group in prepared.groups:
+        if group.opened is None:
+            _open_group(group, prepared, store, settings)
+        opened, group.opened = group.opened, None
+        for i in group.members:
+            alert = alerts[i]
+            if isinstance(opened, Exception):
+                results[i] = Reject(alert.alert_id, "frames", opened)
+            elif isinstance(alert, Alert) and opened is not None:  # as they all are
+                with store.allowance():
+                    results[i] = _packet_or_reject(alert, opened, settings)
+    store.trim()
+    return [results[i] for i in range(len(alerts))]
+
+
+def _grouped(alerts: Sequence[Alert | AlertError], resolver: Resolver) -> Prepared:
+    groups: dict[tuple[tuple[str, str], ...], _Group] = {}
     results: dict[int, Packet | Reject] = {}
-    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, alert in enumerate(alerts):
         found = _frames_or_reject(alert, resolver)
         if isinstance(found, Reject):
             results[i] = found
         else:
-            groups.setdefault(tuple(sorted(found.items())), []).append(i)
-    store.prefetch(url for frames in groups for _, url in frames)
-    for frames, members in groups.items():
-        try:
-            frame_set = _open(dict(frames), store, settings.enrich, resolver.by_sky)
-        except Exception as exc:
-            if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
-                log.exception("frames %s: unexpected error", ", ".join(plane for plane, _ in frames))
-            results |= {i: Reject(alerts[i].alert_id, "frames", exc) for i in members}
-            continue
-        radius = math.ceil(settings.enrich.radius)
-        group = [alerts[i] for i in members]
-        store.fetch(frame_set.planes.values(), _boxes(group, frame_set, radius))
-        for i in members:
-            with store.allowance():
-                results[i] = _packet_or_reject(alerts[i], frame_set, settings)
-    store.trim()
-    return [results[i] for i in range(len(alerts))]
+            key = tuple(sorted(found.items()))
+            groups.setdefault(key, _Group(dict(key), [])).members.append(i)
+    return Prepared(alerts, list(groups.values()), results, resolver.by_sky)
 
 
-def _frames_or_reject(alert: Alert, resolver: Resolver) -> Mapping[str, str] | Reject:
+def _open_group(group: _Group, prepared: Prepared, store: FrameStore, settings: Settings) -> None:
+    """Open the frames of a group, and fetch what its stamps need of them."""
+    alerts = [alert for i in group.members if isinstance(alert := prepared.alerts[i], Alert)]
+    try:
+        group.opened = frames = _open(group.urls, store, settings.enrich, prepared.by_sky)
+    except Exception as exc:
+        if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
+            log.exception("frames %s: unexpected error", ", ".join(group.urls))
+        group.opened = exc
+    else:
+        store.fetch(frames.planes.values(), _boxes(alerts, frames, math.ceil(settings.enrich.radius)))
+
+
+def _frames_or_reject(alert: Alert | AlertError, resolver: Resolver) -> Mapping[str, str] | Reject:
+    if isinstance(alert, AlertError):
+        return Reject(alert.alert_id, "decode", alert)
     try:
         return resolver.frames(alert)
     except Exception as exc:
@@ -495,7 +581,7 @@ def enrich_table(
     alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
     with FrameStore(wanted.frames, allowed=urls.values()) as store:
         check_frames(urls, store)
-        results = enrich_mixed(alerts, store, wanted, resolver)
+        results = make_packets(alerts, store, wanted, resolver)
     return results_table(table, results), results
 
 
@@ -533,11 +619,3 @@ def _split_hdu(path: str | Path) -> tuple[Path, str]:
     """Split ``FILE#HDU``; a file whose own name has the mark is taken as a whole."""
     file, mark, fragment = str(path).rpartition("#")
     return (Path(file), fragment) if mark and not Path(path).exists() else (Path(path), "")
-
-
-def enrich_mixed(
-    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
-) -> list[Packet | Reject]:
-    """Make packets of alerts among which some could not be read; see `make_packets`."""
-    good = iter(make_packets([a for a in alerts if isinstance(a, Alert)], store, settings, resolver))
-    return [next(good) if isinstance(a, Alert) else Reject(a.alert_id, "decode", a) for a in alerts]

@@ -8,9 +8,9 @@ The promise, exactly once:
 4. Commit.
 
 A rebalance or an error before step 4 aborts the transaction; then every assigned partition is set back to its committed
-offset, and the batch is read again. Steps 2 to 4 run in a thread of their own, while the next batch goes through
-step 1; when the transaction aborts, that next batch is thrown away with it, because it lies behind the one that is
-read again.
+offset, and the batch is read again. Three batches are under way at a time, each in a thread of its own: one is being
+published (steps 2 to 4), one is computed, and of the one behind it frames are opened and fetched. When a transaction
+aborts, those behind it are thrown away with it, because they lie behind the one that is read again.
 
 An alert whose frames may still come goes to the retry topic, where the group's workers wait until it is due, and
 never blocks the alerts behind it.
@@ -30,7 +30,7 @@ from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException
 
 from stampworker.alerts import Alert, decode
 from stampworker.config import Settings
-from stampworker.enrich import Reject, enrich_mixed
+from stampworker.enrich import Prepared, Reject, complete, prepare
 from stampworker.errors import AlertError, PublishError, TransactionAborted
 from stampworker.frames import FrameStore
 from stampworker.kafka import (
@@ -143,6 +143,8 @@ class Worker:
         self._first: dict[Place, int] = {}
         self._largest: int | None = None
         self._behind = False  # what was polled since the last commit must be read again
+        self._filling = _Batch()
+        self._ready: tuple[_Batch, Future[Prepared]] | None = None  # polled, while its frames are opened
         self._pending: tuple[_Batch, Future[float]] | None = None
         self._failure: Exception | None = None
         self._consumer: Consumer
@@ -176,9 +178,13 @@ class Worker:
         try:
             self._connect()
             try:
-                with FrameStore(self._settings.frames) as store, ThreadPoolExecutor(1, "publish") as thread:
+                with (
+                    FrameStore(self._settings.frames) as store,
+                    ThreadPoolExecutor(1, "ahead") as ahead,
+                    ThreadPoolExecutor(1, "publish") as publish,
+                ):
                     while not self._finished():
-                        self._turn(store, thread)
+                        self._turn(store, ahead, publish)
                     self._settle()
                 self._raise_failure()
             finally:
@@ -236,49 +242,63 @@ class Worker:
             )
         return largest
 
-    def _turn(self, store: FrameStore, thread: ThreadPoolExecutor) -> None:
-        """Read and enrich one batch while the last one commits; then hand it to the publisher."""
-        batch = self._poll_batch()
-        if batch.messages and not self._behind:
-            started = time.monotonic()
-            self._enrich(batch, store)
-            batch.enrich_s = time.monotonic() - started
+    def _turn(self, store: FrameStore, ahead: ThreadPoolExecutor, publish: ThreadPoolExecutor) -> None:
+        """Read a batch, and work on the one before while the last one commits; then hand that to the publisher."""
+        is_closed = self._poll_batch()
+        ready, self._ready = self._ready, None
+        if is_closed and not self._behind:
+            batch, self._filling = self._filling, _Batch()
+            alerts = [self._decode(message) for message in batch.messages]
+            self._ready = batch, ahead.submit(prepare, alerts, store, self._settings, self._resolver)
+        if ready is not None and not self._behind:
+            self._enrich(*ready, store)
         self._settle()
         self._raise_failure()
         if self._behind:
+            self._filling, self._ready = _Batch(), None
             self._rewind()
-        elif batch.messages:
-            self._pending = batch, thread.submit(self._publish, batch)
+        elif ready is not None:
+            self._pending = ready[0], publish.submit(self._publish, ready[0])
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def _poll_batch(self) -> _Batch:
-        """Poll until the batch is full by count, bytes or time, the input ends, or nothing comes."""
-        batch, limits, began = _Batch(), self._settings.worker, time.monotonic()
-        while not self._stop.is_set() and not self._behind:
-            message = self._next_message()
+    def _poll_batch(self) -> bool:
+        """Poll until the batch is full by count, bytes or time, the input ends, or nothing comes; tell if it is closed.
+
+        While another batch waits to be worked on, only what is there at once is taken; the rest in the next turn.
+        """
+        batch, began = self._filling, time.monotonic()
+        patience = 0.0 if self._ready is not None else _SLICE_S
+        is_closed = False
+        while not self._stop.is_set() and not self._behind and not is_closed:
+            message = self._next_message(patience)
             if message is not None and self._take(message):
                 batch.add(message)
-            now = time.monotonic()
-            if batch.messages:
-                if len(batch.messages) >= limits.batch_count or batch.size_bytes >= limits.batch_bytes:
-                    break
-                if now - batch.started >= limits.batch_s or self._input_ended():
-                    break
-            elif now - began >= _SLICE_S or self._input_ended():
+            is_closed = self._is_closed(batch)
+            if self._input_ended() or (message is None and (not batch.messages or not patience)):
                 break
         # Captured now, never refreshed: with the metadata of a later generation the offsets of a batch that another
         # worker reads again would be accepted.
-        batch.metadata = self._consumer.consumer_group_metadata()
-        batch.poll_s = time.monotonic() - began
-        return batch
+        if is_closed := bool(batch.messages) and (is_closed or self._stop.is_set()):
+            batch.metadata = self._consumer.consumer_group_metadata()
+        batch.poll_s += time.monotonic() - began
+        return is_closed
 
-    def _next_message(self) -> Message | None:
+    def _is_closed(self, batch: _Batch) -> bool:
+        limits = self._settings.worker
+        return bool(batch.messages) and (
+            len(batch.messages) >= limits.batch_count
+            or batch.size_bytes >= limits.batch_bytes
+            or time.monotonic() - batch.started >= limits.batch_s
+            or self._input_ended()
+        )
+
+    def _next_message(self, patience_s: float) -> Message | None:
         """Return what comes next: a retry that is due, or what is polled unless it is a retry that is not."""
         message = self._waiting.take()
         if message is not None:
             return message
-        message = self._consumer.poll(_SLICE_S)
+        message = self._consumer.poll(patience_s)
         if message is None or message.error() is not None:
             return message
         self._first.setdefault(_place(message), _offset(message))
@@ -333,19 +353,22 @@ class Worker:
     def _finished(self) -> bool:
         if self._failure is not None:
             return False
-        if self._stop.is_set():
-            return True  # the next owner begins at the committed offsets, so nothing need be set back
-        return not self._behind and self._input_ended() and self._pending is None
+        if self._behind:
+            return self._stop.is_set()  # the next owner begins at the committed offsets, so nothing need be set back
+        if self._ready is not None or self._filling.messages:
+            return False
+        return self._stop.is_set() or (self._input_ended() and self._pending is None)
 
     # -- enriching ----------------------------------------------------------------------------------------------
 
-    def _enrich(self, batch: _Batch, store: FrameStore) -> None:
+    def _enrich(self, batch: _Batch, prepared: Future[Prepared], store: FrameStore) -> None:
         """Work on a batch: what becomes of each alert, and the record that it leaves as."""
-        decoded = [self._decode(message) for message in batch.messages]
-        results = enrich_mixed(decoded, store, self._settings, self._resolver)
+        started = time.monotonic()
+        results = complete(prepared.result(), store, self._settings)
         batch.attempts = [self._attempt(message) for message in batch.messages]
         batch.outcomes = [self._outcome(*pair) for pair in zip(batch.attempts, results, strict=True)]
         batch.records = [self._record(batch, place) for place in range(len(batch.messages))]
+        batch.enrich_s = time.monotonic() - started
 
     def _decode(self, message: Message) -> Alert | AlertError:
         try:

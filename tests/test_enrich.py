@@ -15,7 +15,7 @@ from stampworker import enrich
 from stampworker.alerts import Alert, from_record
 from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings, VerdictSettings
 from stampworker.cutouts import is_artefact
-from stampworker.enrich import Reject, enrich_mixed, enrich_table, file_url, make_packets, results_table
+from stampworker.enrich import Reject, enrich_table, file_url, make_packets, results_table
 from stampworker.errors import AlertError, FrameCorrupt, FrameMismatch, FrameMissing, FrameRefused
 from stampworker.frames import FrameStore
 from stampworker.packets import METRICS, Packet, encode
@@ -607,7 +607,7 @@ def test_errors_among_alerts(night):
     """An alert that could not be read is a reject of the stage decode, in its place."""
     alert = from_record(alert_record(some(night)))
     with FrameStore(FrameSettings(frame_roots=("/",))) as store:
-        made = enrich_mixed([AlertError("a"), alert, AlertError("b", "id")], store, settings())
+        made = make_packets([AlertError("a"), alert, AlertError("b", "id")], store, settings())
     assert [type(result) for result in made] == [Reject, Packet, Reject]
     assert made[0].to_record() == {"alertId": None, "stage": "decode", "error": "AlertError", "message": "a"}
     assert made[2].alert_id == "id"

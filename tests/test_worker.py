@@ -18,6 +18,7 @@ from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicPar
 from mock_cluster import MockCluster, make_fatal
 from night import STAR, write_night
 
+import stampworker.enrich
 import stampworker.worker
 from stampworker.alerts import Alert, encode
 from stampworker.config import Settings, load
@@ -171,6 +172,39 @@ def test_batch_is_closed_by_bytes_and_by_time(
     made = settings(**limit)
     send(cluster, made, alerts[:3])
     assert Worker(made, drained=True).run().batches == 3
+
+
+def test_frames_are_opened_while_the_batch_before_is_computed(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch but the last is computed only after the frames of the next have been opened, in another thread."""
+    made = settings(worker__batch_count=2)
+    send(cluster, made, alerts)
+    opened = threading.Semaphore(0)
+    threads = set()
+
+    def prepare(*args: Any) -> Any:
+        threads.add(threading.current_thread())
+        prepared = stampworker.enrich.prepare(*args)
+        opened.release()
+        return prepared
+
+    left = [4]  # batches
+
+    def complete(*args: Any) -> Any:
+        left[0] -= 1
+        assert opened.acquire(timeout=10)  # this batch's
+        if left[0]:
+            assert opened.acquire(timeout=10), "the next batch's frames are not opened yet"
+            opened.release()
+        return stampworker.enrich.complete(*args)
+
+    monkeypatch.setattr(stampworker.worker, "prepare", prepare)
+    monkeypatch.setattr(stampworker.worker, "complete", complete)
+    worker = Worker(made, drained=True)
+    totals = worker.run()
+    assert (totals.packets, totals.batches, left) == (7, 4, [0])
+    assert threading.current_thread() not in threads
 
 
 def test_stop_publishes_what_was_read(

@@ -1,0 +1,81 @@
+"""The frames of a batch, opened and fetched while the one before is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import web_server as web
+from astropy.io import fits
+from web_server import WebServer
+
+from stampworker.alerts import Alert
+from stampworker.config import EnrichSettings, FrameSettings, Settings
+from stampworker.enrich import Reject, complete, make_packets, prepare
+from stampworker.frames import FrameStore
+from stampworker.packets import Packet, encode
+
+NIGHT = 4  # sets of frames
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[WebServer]:
+    """Serve some sets of frames, too large to come whole with the first request."""
+    rng = np.random.default_rng(5)
+    with WebServer() as running:
+        for number in range(NIGHT):
+            for plane in ("science", "difference"):
+                fits.PrimaryHDU(rng.normal(0, 3, (500, 300)).astype("f4")).writeto(tmp_path / "f.fits", overwrite=True)
+                running.files[f"/{number}-{plane}.fits"] = (tmp_path / "f.fits").read_bytes()
+        yield running
+
+
+def settings_of(server: WebServer, **frames: object) -> Settings:
+    made = {"frame_roots": (server.url,), "total_s": 10.0, "read_s": 5.0, **frames}
+    return Settings(enrich=EnrichSettings(radius=9), frames=FrameSettings.model_validate(made))
+
+
+def batch(number: int) -> list[Alert]:
+    """Return a few alerts of one set of frames."""
+    frames = {plane: f"{number}-{plane}.fits" for plane in ("science", "difference")}
+    return [Alert(f"{number}/{y}", x=150.0, y=float(y), fwhm=3.0, frames=frames) for y in (60, 240, 470)]
+
+
+def test_what_was_prepared_is_computed_without_another_request(server: WebServer) -> None:
+    """All that packets need is there before they are made, also when a batch has ended in between."""
+    settings = settings_of(server)
+    with FrameStore(settings.frames) as store:
+        first = prepare(batch(0), store, settings)
+        second = prepare(batch(1), store, settings)
+        asked = len(server.requests)
+        made = complete(first, store, settings) + complete(second, store, settings)
+        assert len(server.requests) == asked
+    with FrameStore(settings.frames) as store:
+        at_once = make_packets(batch(0) + batch(1), store, settings)
+    assert [encode(p) for p in made if isinstance(p, Packet)] == [encode(p) for p in at_once if isinstance(p, Packet)]
+    assert len(made) == len(at_once) == 6
+
+
+def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> None:
+    """The rest is opened when its turn comes, and what was computed is let go of."""
+    settings = settings_of(server, max_open_frames=4)
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)]
+    with FrameStore(settings.frames) as store:
+        prepared = prepare(alerts, store, settings)
+        assert {path[1] for path, _ in server.requests} == {"0", "1"}
+        made = complete(prepared, store, settings)
+        assert [group.opened for group in prepared.groups] == [None] * NIGHT
+    assert [result.alert_id for result in made] == [alert.alert_id for alert in alerts]
+    assert all(isinstance(result, Packet) for result in made)
+
+
+def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) -> None:
+    """A set whose server fails is rejected with the server's words, the others are packets."""
+    server.behaviours["/1-difference.fits"] = web.status(503)
+    settings = settings_of(server)
+    with FrameStore(settings.frames) as store:
+        made = complete(prepare(batch(0) + batch(1) + batch(2), store, settings), store, settings)
+    assert [isinstance(result, Reject) for result in made] == [False] * 3 + [True] * 3 + [False] * 3
+    assert all("503" in str(result.error) for result in made if isinstance(result, Reject))
