@@ -177,6 +177,15 @@ def split_cards(cards: bytes) -> Iterator[bytes]:
     return (cards[i : i + CARD] for i in range(0, len(cards), CARD))
 
 
+def values_of(cards: bytes) -> dict[str, bytes]:
+    """Return keyword → the rest of its card after ``=``; the first of equals."""
+    values: dict[str, bytes] = {}
+    for card in split_cards(cards):
+        if card[8:9] == b"=":
+            values.setdefault(card[:8].rstrip().decode("latin-1"), card[9:])
+    return values
+
+
 def walk(source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
     """Yield the HDUs of a FITS file, reading headers only.
 
@@ -247,10 +256,7 @@ def _check_magic(raw: bytes, url: str, index: int) -> None:
 
 
 def _parse(raw: bytes, url: str, index: int, start: int) -> Hdu:
-    values: dict[str, bytes] = {}
-    for card in split_cards(raw):
-        if card[8:9] == b"=":
-            values.setdefault(card[:8].rstrip().decode("latin-1"), card[9:])
+    values = values_of(raw)
     cards = Cards(values, url, f"HDU {index}")
     bitpix = bitpix_of(cards, "BITPIX")
     axes = axes_of(cards, "NAXIS")

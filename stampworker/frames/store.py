@@ -27,6 +27,7 @@ from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, parse, par
 from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
 from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
+from stampworker.frames.inherit import with_inherited
 from stampworker.frames.memory import MemoryFile, open_memory
 from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
@@ -152,12 +153,15 @@ class Frame:
 
     @property
     def bunit(self) -> str | None:
-        """BUNIT of the header."""
+        """BUNIT of the header, or inherited."""
         return parse_text(self._hdu.values.get("BUNIT", b"")) or None
 
     @property
     def header(self) -> fits.Header:
-        """The image's header; what is not printable in it reads as ``?``. Shared: copy before a change."""
+        """The image's header; what is not printable in it reads as ``?``.
+
+        Last in it stands what an extension inherits, see `stampworker.frames.inherit`. Shared: copy before a change.
+        """
         with self._lock:
             if self._header is None:
                 self._header = _header(self._hdu)
@@ -253,6 +257,11 @@ class _File:
             self.source = source
             self._rest = walk(source, url, settings.max_header_bytes)
         return self.source
+
+    @property
+    def primary(self) -> Hdu:
+        """The first HDU, when one has been asked for."""
+        return self._walked[0]
 
     def hdus(self) -> Iterator[Hdu]:
         """Yield the HDUs, reading headers only as far as needed."""
@@ -538,10 +547,12 @@ class FrameStore:
                 f"truncated: the data of {hdu}, shape {hdu.axes}, end at byte {hdu.offset + hdu.size}, "
                 f"the file at {source.size}",
             )
+        described = with_inherited(hdu, file.primary)
         if hdu.kind == "image":
-            return Frame(url, hdu, PlainImage(source, hdu, url, mask=mask), source)
+            return Frame(url, described, PlainImage(source, hdu, url, mask=mask), source)
         limit = settings.max_decompressed_bytes
-        return Frame(url, hdu, TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit), source)
+        tiled = TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit)
+        return Frame(url, described, tiled, source)
 
     def _path(self, given: str, url: str) -> Path:
         """Return the absolute path, as named, of a URL or path without fragment."""
