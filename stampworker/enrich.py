@@ -27,7 +27,6 @@ from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS, NoConvergence
-from astropy.wcs.utils import wcs_to_celestial_frame
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -35,7 +34,7 @@ from stampworker.alerts import Alert, from_table, masked_column
 from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
 from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact, weigh_point_source
 from stampworker.errors import AlertError, FrameError, FrameMismatch
-from stampworker.frames import Frame, FrameStore, Kind, on_grid
+from stampworker.frames import Frame, FrameStore, Kind, celestial_frame, on_grid
 from stampworker.frames.address import scheme_of
 from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
@@ -349,10 +348,8 @@ def _position(alert: Alert, frames: _FrameSet) -> tuple[float, float]:
     elif science.wcs is None:
         raise FrameMismatch(science.url, f"no usable WCS, and alert {alert.alert_id!r} gives ra, dec only")
     else:
-        axis = science.wcs.wcs.ctype[science.wcs.wcs.lng][:4]
-        if axis not in ("RA--", "GLON"):  # of the others astropy takes some for ICRS
-            raise FrameMismatch(science.url, f"a WCS in {axis}, wanted RA or GLON for an alert that gives ra, dec only")
-        x, y = _pixel(science.wcs, alert.ra, alert.dec)
+        lon, lat = _lon_lat(science.url, science.wcs, alert.ra, alert.dec)
+        x, y = _pixel(science.wcs, lon, lat)
     if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
         pixels = alert.x is not None and not by_sky
         where = f"x {x}, y {y}" if pixels else f"ra {alert.ra}, dec {alert.dec}"
@@ -374,12 +371,21 @@ def _boxes(alerts: Sequence[Alert], frames: _FrameSet, radius: int) -> Iterator[
             yield y1, y1 + side, x1, x1 + side
 
 
-def _pixel(wcs: WCS, ra: float, dec: float) -> tuple[float, float]:
-    """Return the pixel of a place in ICRS; NaN where the projection has none."""
-    lon, lat = ra, dec
-    if not _is_equatorial(wcs):
-        sky = SkyCoord(ra, dec, unit="deg").transform_to(wcs_to_celestial_frame(wcs)).spherical
-        lon, lat = sky.lon.deg, sky.lat.deg
+def _lon_lat(url: str, wcs: WCS, ra: float, dec: float) -> tuple[float, float]:
+    """Return a place in ICRS in the system of a WCS, degrees."""
+    if _is_equatorial(wcs):
+        return ra, dec
+    system = celestial_frame(wcs)
+    if system is None:
+        found = f"{wcs.wcs.ctype[wcs.wcs.lng][:4]} {wcs.wcs.radesys}".strip()
+        problem = f"a WCS in {found}, wanted RA or GLON in a system in use for an alert that gives ra, dec only"
+        raise FrameMismatch(url, problem)
+    sky = SkyCoord(ra, dec, unit="deg").transform_to(system).spherical
+    return float(sky.lon.deg), float(sky.lat.deg)
+
+
+def _pixel(wcs: WCS, lon: float, lat: float) -> tuple[float, float]:
+    """Return the pixel of a place in the system of a WCS; NaN where the projection has none."""
     world = (lon, lat) if wcs.wcs.lng < wcs.wcs.lat else (lat, lon)
     # Without distortions first: where that has no answer, neither has the iteration.
     x, y = (float(value) for value in wcs.wcs_world2pix(*world, 0))

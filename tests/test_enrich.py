@@ -402,16 +402,19 @@ def test_position_in_other_systems(tmp_path, changes):
     assert (packet.candidate["x"], packet.candidate["y"]) == pytest.approx(STAR, abs=1e-4)
 
 
-@pytest.mark.parametrize("axes", ["ELON ELAT", "HLON HLAT", "SLON SLAT", "TLON TLAT"])
+@pytest.mark.parametrize("axes", ["ELON ELAT", "HLON HLAT", "SLON SLAT", "TLON TLAT", "RA-- DEC- GAPPT"])
 def test_other_systems_take_pixels_only(tmp_path, axes):
     """Of a celestial system that ra, dec are not converted to, the reject says so."""
+    *axes, system = axes.split() if axes.endswith("GAPPT") else [*axes.split(), "ICRS"]
     header = night_header("CD")
-    header["CTYPE1"], header["CTYPE2"] = (f"{axis}-TAN" for axis in axes.split())
+    header["RADESYS"] = system
+    header["CTYPE1"], header["CTYPE2"] = (f"{axis}-TAN" for axis in axes)
     frames = {"science": write(tmp_path / "s.fits", night_planes()["science"], header)}
     made = reject(frames, x=None, y=None, ra=1.0, dec=2.0)
     assert type(made.error) is FrameMismatch
-    assert f"a WCS in {axes[:4]}, wanted RA or GLON" in str(made.error)
-    assert one(frames).stamps["science"].header["CTYPE1"] == f"{axes[:4]}-TAN"
+    assert f"a WCS in {axes[0]}" in str(made.error)
+    assert "wanted RA or GLON in a system in use" in str(made.error)
+    assert one(frames).stamps["science"].header["CTYPE1"] == f"{axes[0]}-TAN"
 
 
 def test_frame_without_wcs(tmp_path):

@@ -5,6 +5,7 @@ reads only what is sliced; `on_grid` brings a frame onto the grid of another.
 """
 
 from stampworker.frames.grid import Kind, Regridded, on_grid
+from stampworker.frames.sky import celestial_frame
 from stampworker.frames.store import Frame, FrameStore
 
-__all__ = ["Frame", "FrameStore", "Kind", "Regridded", "on_grid"]
+__all__ = ["Frame", "FrameStore", "Kind", "Regridded", "celestial_frame", "on_grid"]

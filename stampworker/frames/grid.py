@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
-from astropy.wcs.utils import wcs_to_celestial_frame
 from scipy.interpolate import RectBivariateSpline
 from scipy.ndimage import distance_transform_edt, map_coordinates
 
 from stampworker.errors import FrameMismatch
-from stampworker.frames.sky import is_celestial_card
+from stampworker.frames.sky import celestial_frame, is_celestial_card
 from stampworker.frames.store import Frame
 
 if TYPE_CHECKING:
@@ -129,6 +128,7 @@ class Regridded(Frame):
         """Return the science frame's."""
         return self._science.wcs_cards()
 
+    @np.errstate(over="ignore", invalid="ignore")  # a hostile WCS gives infinities, not warnings
     def window(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1`` of the science grid, which may hang over the science frame's edge.
 
@@ -204,6 +204,15 @@ def _compare(frame: Frame, science: Frame) -> bool:
             f"shape {frame.shape}, wanted {science.shape} as {science.url} has, or a WCS on both sides; "
             f"{lacking.url}: {lacking.wcs_problem}",
         )
+    if _system(here) != _system(there):
+        for one, wcs in ((science, here), (frame, there)):
+            if celestial_frame(wcs) is None:
+                system = " ".join(_system(wcs))
+                raise FrameMismatch(
+                    frame.url,
+                    f"its grid cannot be compared with that of {science.url}: the WCS of {one.url} is in {system}, "
+                    "wanted RA or GLON, and RADESYS and EQUINOX in use",
+                )
     if frame.shape != science.shape:
         return False
     if frame.wcs_cards() == science.wcs_cards():
@@ -219,8 +228,8 @@ def _through(here: WCS, there: WCS, y: NDArray[Any], x: NDArray[Any]) -> tuple[N
     world = here.all_pix2world(x, y, 0)
     lon, lat = world[here.wcs.lng], world[here.wcs.lat]
     if _system(here) != _system(there):
-        sky = SkyCoord(lon, lat, unit="deg", frame=wcs_to_celestial_frame(here))
-        sky = sky.transform_to(wcs_to_celestial_frame(there)).spherical
+        sky = SkyCoord(lon, lat, unit="deg", frame=celestial_frame(here))
+        sky = sky.transform_to(celestial_frame(there)).spherical
         lon, lat = sky.lon.deg, sky.lat.deg
     world = (lon, lat) if there.wcs.lng < there.wcs.lat else (lat, lon)
     px, py = there.all_world2pix(*world, 0, tolerance=1e-6, quiet=True)

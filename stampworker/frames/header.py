@@ -134,6 +134,8 @@ class Cards:
             number = int(real)
         else:
             number = int(match[1])
+        if not -(1 << 63) <= number < 1 << 63:
+            raise self.corrupt(f"{keyword} is {describe(value)}, wanted an integer of 64 bits")
         if (low is not None and number < low) or (high is not None and number > high):
             raise self.corrupt(f"{keyword} is {number}, wanted {low} to {'any' if high is None else high}")
         return number

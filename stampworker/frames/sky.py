@@ -13,9 +13,11 @@ import threading
 import warnings
 
 import numpy as np
+from astropy.coordinates import BaseCoordinateFrame
 from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs import WcsError as AstropyWcsError
+from astropy.wcs.utils import wcs_to_celestial_frame
 
 from stampworker.frames.header import Hdu, describe, parse_real, parse_text, split_cards
 
@@ -25,6 +27,10 @@ _REAL = re.compile(
     r"|[AB]P?_(ORDER|DMAX)|[AB]P?_\d_\d"
 )
 _LOOKUP = re.compile(r"(CPDIS|CQDIS|DP|DQ|CPERR|CQERR|DVERR|D2IMDIS|D2IMARR|AXISCORR)\d?")
+# Whatever the header claims, astropy makes a table of a SIP's order², WCSLIB of a TNX's, and go through it.
+_MAX_ORDER = 9
+_MAX_TNX = 20
+_TNX = re.compile(r"(?:lng|lat)cor\s*=\s*\"?([^\"]*)", re.IGNORECASE)
 # Warnings are silenced for the whole process while a WCS is made; one at a time, so that the filters are put back.
 _LOCK = threading.Lock()
 
@@ -57,10 +63,9 @@ def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
         if not (text or real):
             continue
         seen.add(keyword)
-        value = card[9:]
-        if (parse_text(value) if text else parse_real(value)) is None and not (text is None and _empty(value)):
-            problem = problem or f"{keyword} is {describe(value)}, wanted a {'string' if text else 'number'}"
+        problem = problem or _problem(keyword, card[9:], "string" if text else "number")
         cards.append(card.decode("latin-1"))
+    problem = problem or _tnx_problem(hdu)
     if not cards:
         problem = problem or "the header has no WCS"
     if hdu.plane != hdu.axes[-2:]:
@@ -69,6 +74,31 @@ def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
     if linear and not any(linear):  # which WCSLIB takes for the unit matrix
         problem = problem or "singular WCS: every CDi_j is 0"
     return cards, problem
+
+
+def _problem(keyword: str, value: bytes, wanted: str) -> str | None:
+    """Return what is wrong with a card."""
+    if wanted == "string":
+        return None if parse_text(value) is not None else f"{keyword} is {describe(value)}, wanted a string"
+    number = parse_real(value)
+    if number is None:
+        return None if _empty(value) else f"{keyword} is {describe(value)}, wanted a number"
+    if keyword.endswith("_ORDER") and number > _MAX_ORDER:
+        return f"{keyword} is {describe(value)}, wanted at most {_MAX_ORDER}"
+    return None
+
+
+def _tnx_problem(hdu: Hdu) -> str | None:
+    """Return what is wrong with the orders of a TNX or ZPX: the second and third numbers of a correction."""
+    for axis in "12":
+        pieces = sorted(keyword for keyword in hdu.values if re.fullmatch(rf"WAT{axis}_\d{{3}}", keyword))
+        text = "".join(parse_text(hdu.values[piece]) or "" for piece in pieces)
+        for numbers in _TNX.findall(text):
+            for number in numbers.split()[:4]:
+                order = parse_real(number.encode("latin-1"))
+                if order is None or not 0 <= order <= _MAX_TNX:
+                    return f"WAT{axis}: a correction of {numbers.split()[:4]}, wanted orders of 0 to {_MAX_TNX}"
+    return None
 
 
 def is_celestial_card(keyword: str) -> bool:
@@ -116,8 +146,23 @@ def make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str 
         return None, f"unreadable WCS: {str(exc).strip().splitlines()[-1] if str(exc).strip() else type(exc).__name__}"
     if not wcs.has_celestial or wcs.wcs.lng < 0:
         return None, f"no celestial WCS: CTYPE {', '.join(wcs.wcs.ctype)}"
-    matrix = wcs.pixel_scale_matrix
-    if not (np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-9 * np.sum(matrix**2)):
+    with np.errstate(over="ignore", invalid="ignore"):
+        matrix = wcs.pixel_scale_matrix
+        regular = np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-9 * np.sum(matrix**2)
+    if not regular:
         return None, f"singular WCS: matrix {matrix.tolist()}"
     wcs.array_shape = shape
     return wcs, None
+
+
+def celestial_frame(wcs: WCS) -> BaseCoordinateFrame | None:
+    """Return astropy's coordinate frame of a WCS, None where there is none: ecliptic, RADESYS or EQUINOX out of use.
+
+    Of the other systems astropy takes some for equatorial ones.
+    """
+    if wcs.wcs.ctype[wcs.wcs.lng][:4] not in ("RA--", "GLON"):
+        return None
+    try:
+        return wcs_to_celestial_frame(wcs)
+    except ValueError:
+        return None

@@ -124,6 +124,24 @@ def test_shape_without_wcs(write: Write, store: FrameStore, sky: dict[str, Any],
             on_grid(other, science)
 
 
+@pytest.mark.parametrize("which", ["science", "other"])
+@pytest.mark.parametrize("cards", [{"CTYPE1": "ELON-TAN", "CTYPE2": "ELAT-TAN"}, {"RADESYS": "GAPPT"}])
+def test_unknown_systems_are_not_compared(
+    write: Write, store: FrameStore, sky: dict[str, Any], which: str, cards: dict[str, Any]
+) -> None:
+    """Ecliptic longitudes are not taken for right ascensions, nor is an unknown system for a known one."""
+    data = np.zeros((61, 83), "f4")
+    strange = sky | cards
+    science = store.open(str(write("s.fits", data, **(strange if which == "science" else sky))))
+    other = store.open(str(write("t.fits", data, **(sky if which == "science" else strange))))
+    with pytest.raises(
+        FrameMismatch, match=r"cannot be compared with that of .*s\.fits: the WCS of .* wanted RA or GLON"
+    ):
+        on_grid(other, science)
+    alike = store.open(str(write("u.fits", data, **(strange | {"CRPIX1": 99.0}))))
+    assert on_grid(alike, other if which == "other" else science).resampled
+
+
 def test_lookup_tables_are_not_compared(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
     """Frames with the same lookup-table distortions are one grid; otherwise nothing is guessed."""
     data = np.zeros((61, 83), "f4")

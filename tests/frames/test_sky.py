@@ -14,19 +14,23 @@ from stampworker.frames import FrameStore
 SIP = {"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP", "A_ORDER": 2, "B_ORDER": 2, "A_2_0": 1e-5, "A_1_1": -2e-6}
 SIP |= {"B_0_2": 3e-6, "B_2_0": 1e-6, "AP_ORDER": 1, "BP_ORDER": 1, "AP_1_0": 1e-7, "BP_0_1": 1e-7}
 TPV = {"CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", "PV1_0": 1e-5, "PV1_1": 1.001, "PV2_1": 0.999, "PV1_4": 2e-3}
+TNX = {"CTYPE1": "RA---TNX", "CTYPE2": "DEC--TNX"}
+for axis, name, cor in ((1, "ra", "lng"), (2, "dec", "lat")):
+    text = f'wtype=tnx axtype={name} {cor}cor = "3. 2. 2. 1. -0.1 0.1 -0.1 0.1 1e-4 2e-3 3e-3 4e-3 "'
+    TNX |= {f"WAT{axis}_001": text[:68], f"WAT{axis}_002": text[68:]}
 PC = {"PC1_1": 0.9, "PC1_2": 0.1, "PC2_1": -0.1, "PC2_2": 0.9, "CDELT1": -7e-5, "CDELT2": 7e-5}
 CROTA = {"CDELT1": -7e-5, "CDELT2": 7e-5, "CROTA2": 12.0}
 LINEAR = ("CD1_1", "CD1_2", "CD2_1", "CD2_2")
 
 
-@pytest.mark.parametrize("kind", ["cd", "sip", "tpv", "pc", "crota", "galactic", "three axes", "equinox", "sin"])
+@pytest.mark.parametrize("kind", ["cd", "sip", "tpv", "tnx", "pc", "crota", "galactic", "three axes", "equinox", "sin"])
 def test_same_sky_as_astropy(
     write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any], kind: str
 ) -> None:
     """Positions are astropy's of the whole header, and so are those of a stamp made of the cards with CRPIX moved."""
     if kind in ("pc", "crota"):
         sky = {k: v for k, v in sky.items() if k not in LINEAR}
-    more: dict[str, dict[str, Any]] = {"sip": SIP, "tpv": TPV, "pc": PC, "crota": CROTA}
+    more: dict[str, dict[str, Any]] = {"sip": SIP, "tpv": TPV, "tnx": TNX, "pc": PC, "crota": CROTA}
     more["galactic"] = {"CTYPE1": "GLON-CAR", "CTYPE2": "GLAT-CAR"}
     more["three axes"] = {"WCSAXES": 3, "CTYPE3": "FREQ", "CRVAL3": 1e9, "CDELT3": 1e6, "CUNIT3": "Hz", "CD3_3": 1.0}
     more["equinox"] = {"RADESYS": "FK5", "EQUINOX": 1975.0}
@@ -57,6 +61,12 @@ def test_same_sky_as_astropy(
         ({"CPDIS1": "LOOKUP", "DP1.EXTVER": 1.0}, "CPDIS1: lookup-table distortions"),
         ({"D2IMDIS1": "LOOKUP"}, "D2IMDIS1: lookup-table distortions"),
         ({"CQDIS2": "LOOKUP"}, "CQDIS2: lookup-table distortions"),
+        (SIP | {"B_ORDER": 40_000}, "B_ORDER is '40000', wanted at most 9"),
+        (
+            {"CTYPE1": "RA---TNX", "WAT1_001": 'wtype=tnx lngcor = "3. 66 40000 0.'},
+            "WAT1: a correction of .* 0 to 20",
+        ),
+        ({"CTYPE1": "RA---TNX", "WAT1_001": 'wtype=tnx lngcor = "3. 6', "WAT1_002": "66666 3 0 0"}, "WAT1: a corr"),
         ({"CTYPE1": "RA---TAB", "CTYPE2": "DEC--TAB"}, "CTYPE1: lookup-table distortions"),
         ({"CTYPE1": "X", "CTYPE2": "Y"}, "no celestial WCS"),
         ({"CD1_1": 0.0, "CD1_2": 0.0, "CD2_1": 0.0, "CD2_2": 0.0}, "singular WCS: every CD"),
