@@ -84,6 +84,25 @@ def test_blank_integers(tmp_path: Path, store: FrameStore) -> None:
     assert np.isnan(got).any()
 
 
+@pytest.mark.parametrize("codec", INTEGERS)
+@pytest.mark.parametrize("dtype", ["u1", "i2", "i4"])
+def test_scaled_integers(tmp_path: Path, store: FrameStore, codec: str, dtype: str) -> None:
+    """BSCALE, BZERO and BLANK of a compressed image give the bits that astropy gives."""
+    data = np.random.default_rng(5).integers(0, 50, (61, 83)).astype(dtype)
+    tile = (19, 26) if codec == "HCOMPRESS_1" else (10, 30)
+    path = pack(tmp_path / "a.fits.fz", data, compression_type=codec, tile_shape=tile)
+    raw = path.read_bytes()
+    end = raw.rindex(b"END" + b" " * 77)
+    cards = [f"{name:8}= {value:>20}".ljust(80) for name, value in (("BSCALE", 0.1), ("BZERO", -31.7), ("BLANK", 7))]
+    more = "".join([*cards, "END".ljust(80)]).encode()
+    assert not raw[end + 80 : end + len(more)].strip()
+    path.write_bytes(raw[:end] + more + raw[end + len(more) :])
+    got, want = store.open(str(path))[0:61, 0:83], fits.getdata(path, 1)
+    assert got.dtype == want.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.isnan(got), data == 7)
+
+
 def test_tiles_that_do_not_quantise(tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
     """Tiles of constant or infinite value, stored without loss in another column, are read as well."""
     pixels[20:30] = 7.25
