@@ -291,7 +291,8 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
     radius = math.ceil(settings.enrich.radius)
     x1, y1 = _corner(x, y, radius)
     others: dict[str, Any] = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
-    cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **others)
+    on_one_grid = {plane: frame for plane, frame in others.items() if not frame.resampled}
+    cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **on_one_grid)
     side = 2 * radius + 1
     for plane, frame in others.items():
         if frame.resampled:  # it may have data where the stamp hangs over the science frame's edge
@@ -346,7 +347,8 @@ def _position(alert: Alert, frames: _FrameSet) -> tuple[float, float]:
     elif alert.ra is None or alert.dec is None:
         raise AlertError("found no position, wanted x and y, or ra and dec")
     elif science.wcs is None:
-        raise FrameMismatch(science.url, f"no usable WCS, and alert {alert.alert_id!r} gives ra, dec only")
+        why = f"no usable WCS ({science.wcs_problem}), and alert {alert.alert_id!r} gives ra, dec only"
+        raise FrameMismatch(science.url, why)
     else:
         lon, lat = _lon_lat(science.url, science.wcs, alert.ra, alert.dec)
         x, y = _pixel(science.wcs, lon, lat)

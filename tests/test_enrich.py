@@ -1,8 +1,10 @@
 """Enrichment: where every plane, every number and every reject of a packet comes from."""
 
+import gzip
 import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Setti
 from stampworker.cutouts import is_artefact
 from stampworker.enrich import Reject, enrich_table, file_url, make_packets, results_table
 from stampworker.errors import AlertError, FrameCorrupt, FrameMismatch, FrameMissing, FrameRefused
-from stampworker.frames import FrameStore
+from stampworker.frames import Frame, FrameStore, Regridded
+from stampworker.frames import store as frame_store
 from stampworker.packets import METRICS, Packet, encode
 
 RADIUS = 9
@@ -423,7 +426,64 @@ def test_frame_without_wcs(tmp_path):
     assert one(frames).stamps["science"].wcs is None
     made = reject(frames, x=None, y=None, ra=1.0, dec=2.0)
     assert (made.stage, type(made.error)) == ("frames", FrameMismatch)
-    assert "science.fits: no usable WCS, and alert 'a-1' gives ra, dec only" in str(made.error)
+    problem = "science.fits: no usable WCS (the header has no WCS), and alert 'a-1' gives ra, dec only"
+    assert problem in str(made.error)
+
+
+def test_other_grids_are_mapped_once(tmp_path, monkeypatch):
+    """Of a plane on another grid a stamp reads one section, and interpolates its own pixels once."""
+    frames = {}
+    for plane, data in night_planes().items():
+        if plane in ("science", "difference", "error"):
+            header = night_header("CD", plane)
+            header["CRPIX1"] += 0 if plane == "science" else 0.5
+            frames[plane] = write(tmp_path / f"{plane}.fits", data, header)
+    mapped, read = [], []
+    window, slicing = Regridded.window, Frame.__getitem__
+    monkeypatch.setattr(Regridded, "window", lambda self, *box: (mapped.append(box), window(self, *box))[1])
+    monkeypatch.setattr(Frame, "__getitem__", lambda self, at: (read.append(self.url), slicing(self, at))[1])
+    packet = one(frames)
+    assert packet.resampled_planes == ("difference", "error")
+    x, y = STAR
+    x1, y1 = round(x) - RADIUS, round(y) - RADIUS
+    assert mapped == [(y1, y1 + 2 * RADIUS + 1, x1, x1 + 2 * RADIUS + 1)] * 2
+    assert sorted(read) == sorted(file_url(path) for path in frames.values())
+
+
+def test_lookup_tables_are_not_carried(tmp_path):
+    """A WCS with lookup-table distortions is not used without them: no stamp has a WCS, ra and dec are a reject."""
+    for plane, data in night_planes().items():
+        header = night_header("CD", plane)
+        header["CPDIS1"] = "LOOKUP"
+        write(tmp_path / f"{plane}.fits", data, header)
+    frames = {plane: str(tmp_path / f"{plane}.fits") for plane in ("science", "difference")}
+    packet = one(frames)
+    assert packet.resampled_planes == ()
+    for stamp in packet.stamps.values():
+        assert stamp.wcs is None
+        assert not any(card.startswith(("CTYPE", "CRVAL", "CPDIS", "DP1")) for card in stamp.header)
+    made = reject(frames, x=None, y=None, ra=150.0, dec=2.0)
+    assert type(made.error) is FrameMismatch
+    assert "no usable WCS (CPDIS1: lookup-table distortions cannot be carried by a stamp)" in str(made.error)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_twenty_alerts_open_each_frame_once(tmp_path, monkeypatch, packed):
+    """In one batch or in two, a frame is opened, and inflated, once."""
+    frames = write_night(tmp_path, planes=("science", "difference", "mask"))
+    if packed:
+        for path in frames.values():
+            Path(path).write_bytes(gzip.compress(Path(path).read_bytes()))
+    opened, inflated = [], []
+    opener, inflater = frame_store._open_local, frame_store.inflate
+    monkeypatch.setattr(frame_store, "_open_local", lambda *a: (opened.append(a[0]), opener(*a))[1])
+    monkeypatch.setattr(frame_store, "inflate", lambda *a: (inflated.append(a[1]), inflater(*a))[1])
+    alerts = [from_record(alert_record(frames, alertId=f"a-{i}", x=20.0 + i, y=30.0)) for i in range(20)]
+    with FrameStore(FrameSettings(frame_roots=("/",))) as store:
+        for batch in (alerts, alerts[:10]):
+            assert all(isinstance(made, Packet) for made in make_packets(batch, store, settings()))
+    assert sorted(opened) == sorted(frames.values())
+    assert len(inflated) == (3 if packed else 0)
 
 
 @pytest.mark.parametrize("kind", ["CD", "SIP", "TPV"])
