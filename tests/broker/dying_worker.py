@@ -28,6 +28,7 @@ class DyingProducer(Producer):
 def dying(self: Producer, *args: Any, **kwargs: Any) -> Any:
     DyingProducer.calls += 1
     if when == "before" and DyingProducer.calls == number:
+        self.flush(10)  # so that the broker has what is in the open transaction
         os.kill(os.getpid(), signal.SIGKILL)
     result = getattr(Producer, method)(self, *args, **kwargs)
     if when == "after" and DyingProducer.calls == number:
