@@ -35,6 +35,7 @@ except ImportError:  # installed without a compiler
 Plane = NDArray[Any]
 Floats = NDArray[np.float64]
 
+NATIVE = (np.dtype(np.float32), np.dtype(np.float64))
 LARGEST_SHIFT = 16  # the Gram matrix grows with the fourth power: 1225² at 16 pixels
 HUGE = 1e50  # float64 values beyond it, and errors below its inverse, would overflow when squared; no float32 is
 FLAT = 1e-6  # a template that varies by less than this part of its values is constant: 16 times the rounding of float32
@@ -186,16 +187,20 @@ def planes_of(cutout: Mapping[str, Any]) -> tuple[Plane, Plane, Plane, Plane | N
         if cutout.get(name) is None:
             raise KeyError(f"the cutout has no plane {name!r}")
         plane = np.asarray(cutout[name])
-        if plane.dtype.kind not in "fiub":
-            raise ValueError(f"plane {name!r} has dtype {plane.dtype}, wanted real numbers")
         _check_shape(name, plane, planes[0].shape if planes else None)
-        planes.append(np.ascontiguousarray(plane, np.float32 if plane.dtype.str[1:] == "f4" else np.float64))
+        planes.append(plane if plane.dtype in NATIVE and plane.flags.c_contiguous else _converted(name, plane))
     mask = cutout.get("mask")
     if mask is not None:
         mask = np.asarray(mask)
         _check_shape("mask", mask, planes[0].shape)
         mask = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0).view(np.uint8)
     return planes[0], planes[1], planes[2], mask
+
+
+def _converted(name: str, plane: Plane) -> Plane:
+    if plane.dtype.kind not in "fiub":
+        raise ValueError(f"plane {name!r} has dtype {plane.dtype}, wanted real numbers")
+    return np.ascontiguousarray(plane, np.float32 if plane.dtype.str[1:] == "f4" else np.float64)
 
 
 def _check_shape(name: str, plane: Plane, wanted: tuple[int, ...] | None) -> None:
