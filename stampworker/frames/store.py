@@ -102,8 +102,7 @@ class Frame:
         self._pixels, self._source = pixels, source
         self._ranged = source if isinstance(source, RangedFile) else None
         # Rows of plain local files are free, and cost no time to count.
-        free = hdu.kind == "image" and self._ranged is None and not source.whole
-        self._read = pixels.read if free else self._charged
+        self._is_free = hdu.kind == "image" and self._ranged is None and not source.whole
         self._hdu = hdu
         self._lock = threading.Lock()
         self._header: fits.Header | None = None
@@ -133,10 +132,8 @@ class Frame:
             raise ValueError(f"a frame is sliced with steps of 1, not {y_step}, {x_step}")
         if y1 <= y0 or x1 <= x0:
             return np.empty((max(y1 - y0, 0), max(x1 - x0, 0)), self.dtype)
-        return self._read(y0, y1, x0, x1)
-
-    def _charged(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
+        if not self._is_free:
+            charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
         return self._pixels.read(y0, y1, x0, x1)
 
     def fetches(self, boxes: Iterable[Box]) -> list[Callable[[], object]]:

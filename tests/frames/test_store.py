@@ -1,12 +1,15 @@
 """What may be read, what is kept, what happens to files that change: the store."""
 
+import gc
 import gzip
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+from astropy.io import fits
 from conftest import Write
 
 from stampworker.config import FrameSettings
@@ -162,6 +165,25 @@ def test_open_files_are_bounded(tmp_path: Path, write: Write, pixels: np.ndarray
     assert descriptors(tmp_path) == 0
     with pytest.raises(ValueError, match="this FrameStore is closed"):
         store.open(str(paths[0]))
+
+
+@pytest.mark.parametrize("kind", ["gzip", "tiled"])
+def test_files_are_let_go_of_without_the_collector(tmp_path: Path, write: Write, pixels: np.ndarray, kind: str) -> None:
+    """What the store has let go of, and nobody refers to, is closed at once, not when cycles are collected."""
+    data = gzip.compress(write("plain.fits", pixels).read_bytes())
+    if kind == "tiled":
+        fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(pixels)]).writeto(tmp_path / "tiled.fits")
+        data = (tmp_path / "tiled.fits").read_bytes()
+    for i in range(6):
+        (tmp_path / f"{i}.fits").write_bytes(data)
+    gc.collect()
+    gc.disable()
+    try:
+        with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_open_frames=2)) as store:
+            opened = [weakref.ref(store.open(f"{i}.fits")) for i in range(6)]
+            assert [frame() is None for frame in opened] == [True] * 4 + [False] * 2
+    finally:
+        gc.enable()
 
 
 def test_evicted_frames_stay_readable(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
