@@ -94,6 +94,8 @@ def replay(
     """
     live = {topic: "the topic that is replayed", settings.worker.packet_topic: "the live packets' topic"}
     live[settings.worker.reject_topic] = "the topic of rejects"
+    if settings.worker.retry_topic is not None:
+        live[settings.worker.retry_topic] = "the topic of retries"
     if to_topic in live:
         raise ConfigError(f"--to-topic: found {to_topic!r}, {live[to_topic]}; wanted one of its own")
     _check_range(start or Bound(), end or Bound())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from confluent_kafka import TopicPartition
 
-from stampworker.config import Settings
+from stampworker.config import Settings, load
 from stampworker.errors import ConfigError
 from stampworker.replay import Bound, _offset, parse_bound, replay
 
@@ -42,12 +42,14 @@ def test_bound_that_is_neither_is_refused(text: str) -> None:
         ("alerts", "the topic that is replayed"),
         ("packets", "the live packets' topic"),
         ("rejects", "the topic of rejects"),
+        ("retries", "the topic of retries"),
     ],
 )
 def test_replay_into_a_topic_in_use_is_refused(to_topic: str, what: str) -> None:
-    """Packets never go to the topic that is read, nor among the live packets or the rejects."""
+    """Packets never go to the topic that is read, nor where the live worker would read or write them."""
+    settings = load(flags={"worker.retry_topic": "retries"})
     with pytest.raises(ConfigError, match=f"found '{to_topic}', {what}"):
-        replay(Settings(), "alerts", to_topic, run="r")
+        replay(settings, "alerts", to_topic, run="r")
 
 
 @pytest.mark.parametrize(("start", "end"), [("9", "3"), ("3", "3"), ("2026-01-02T00:00:00", "2026-01-01T00:00:00")])
