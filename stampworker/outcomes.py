@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import operator
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,12 +18,16 @@ from stampworker.kafka import Headers, Record
 from stampworker.packets import Packet, encode
 from stampworker.schema import PACKET
 
+log = logging.getLogger(__name__)
+
 HEADERS_PREFIX = "stampworker."
 ERRORS_PREFIX = HEADERS_PREFIX + "errors."
 RETRY_PREFIX = HEADERS_PREFIX + "retry."
 
 # The topics of rejects and retries must take the alert and these headers.
 _LONGEST_HEADER = 8_000
+# The interpreter's own fast calls do not notice that the client both fails and returns.
+_headers_of = cast(Callable[[Message], Headers | None], operator.methodcaller("headers"))
 _STAGES = {  # stage of a reject: what was at work, for the header class.name
     "decode": "stampworker.alerts.decode",
     "frames": "stampworker.frames.FrameStore",
@@ -168,7 +174,17 @@ def _error_headers(attempt: Attempt, reject: Reject) -> Headers:
 
 
 def _given(message: Message) -> Headers:
-    return cast(Headers, message.headers() or [])
+    try:
+        return _headers_of(message) or []
+    except SystemError:
+        # The client cannot give a name that is not UTF-8: it fails once, and from then on gives a list with a hole in
+        # it that kills the process.
+        message.set_headers([])
+        log.warning(
+            "%s partition %s offset %s: a header's name is not UTF-8; the record goes on without headers",
+            *(message.topic(), message.partition(), message.offset()),
+        )
+        return []
 
 
 def _text(value: str | bytes | None) -> str:

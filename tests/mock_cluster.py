@@ -18,6 +18,8 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, Pro
 PRODUCE = 0
 INIT_PRODUCER_ID = 22
 PARTITIONS = 4
+TOPIC, VALUE, MSGFLAGS, HEADERS = 1, 4, 7, 10  # kinds of arguments of rd_kafka_producev
+COPY = 2
 
 
 def library() -> ctypes.CDLL:
@@ -70,6 +72,18 @@ class MockCluster:
         producer = Producer({"bootstrap.servers": self.address, "log_level": 0})
         for value in values:
             producer.produce(topic, value, b"key", partition=partition)
+        assert producer.flush(10) == 0
+
+    def produce_with_header(self, topic: str, value: bytes, name: bytes) -> None:
+        """Send a record with a header whose name need not be text."""
+        producer = Producer({"bootstrap.servers": self.address, "log_level": 0})
+        lib = self._library
+        lib.rd_kafka_headers_new.restype = ctypes.c_void_p
+        headers = ctypes.c_void_p(lib.rd_kafka_headers_new(ctypes.c_size_t(1)))
+        lib.rd_kafka_header_add(headers, name, ctypes.c_ssize_t(len(name)), b"value", ctypes.c_ssize_t(5))
+        # Pairs of what follows and itself, to an end of 0.
+        what = (TOPIC, topic.encode(), VALUE, ctypes.c_char_p(value), ctypes.c_size_t(len(value)))
+        assert lib.rd_kafka_producev(handle(producer), *what, MSGFLAGS, COPY, HEADERS, headers, 0) == 0
         assert producer.flush(10) == 0
 
     def committed(self, group: str, topic: str) -> int:

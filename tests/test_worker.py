@@ -120,6 +120,23 @@ def test_drained_worker_publishes_each_alert_and_logs_each_batch(
         assert names == ["bytes_in", "bytes_out", "poll_s", "enrich_s", "publish_s"]
 
 
+@pytest.mark.parametrize("what", ["packet", "reject"])
+def test_header_whose_name_is_no_text(
+    cluster: MockCluster,
+    settings: Callable[..., Settings],
+    alerts: list[Alert],
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    """Any client can write one, and ours cannot read it: the alert leaves like others, without headers."""
+    made = settings()
+    value = encode(alerts[0]) if what == "packet" else b"no alert"
+    cluster.produce_with_header(made.worker.input_topic[0], value, b"\xff\xfe")
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets, totals.rejects) == (1, what == "packet", what == "reject")
+    assert "a header's name is not UTF-8" in caplog.text
+
+
 def test_worker_finds_frames_that_alerts_do_not_name(
     cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
 ) -> None:
