@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import traceback
 from collections.abc import Callable, Mapping
@@ -90,11 +91,12 @@ def attempt_of(message: Message, retry_topic: str | None) -> Attempt:
         return Attempt(topic, message.partition() or 0, message.offset() or 0, message.timestamp()[1])
     values = {name.removeprefix(RETRY_PREFIX): _text(value) for name, value in _given(message)}
     try:
-        return Attempt(
-            values["topic"],
-            *(int(values[name]) for name in ("partition", "offset", "timestamp_ms", "number")),
-            *(float(values[name]) for name in ("since_s", "due_s")),
-        )
+        first = values["topic"]
+        numbers = [int(values[name]) for name in ("partition", "offset", "timestamp_ms", "number")]
+        times = [float(values[name]) for name in ("since_s", "due_s")]
+        if not all(map(math.isfinite, times)):
+            raise ValueError(f"since_s, due_s: found {times}, wanted finite ones")
+        return Attempt(first, *numbers, *times)
     except (KeyError, ValueError) as exc:
         raise ValueError(f"the headers {RETRY_PREFIX}* of a retry: {type(exc).__name__} {exc}") from None
 
@@ -103,7 +105,8 @@ def next_attempt(attempt: Attempt, error: Exception, settings: WorkerSettings, n
     """Return the try that follows a failed one; None where the failure cannot heal, or no time is left for it to."""
     patience = {FrameMissing: settings.retry_missing_s, FrameUnavailable: settings.retry_unavailable_s}
     limit = next((limit for kind, limit in patience.items() if isinstance(error, kind)), 0.0)
-    since, due = attempt.since_s or now_s, now_s + settings.retry_delay_s
+    # A first attempt that lies in the future is another clock's: it must not make the patience longer for ever.
+    since, due = min(attempt.since_s or now_s, now_s), now_s + settings.retry_delay_s
     if settings.retry_topic is None or due > since + limit:
         return None
     return replace(attempt, number=attempt.number + 1, since_s=since, due_s=due)

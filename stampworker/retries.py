@@ -30,15 +30,15 @@ class WaitingRoom(Generic[Kept]):
         self._reader = reader
         self._kept: dict[Place, tuple[float, Kept]] = {}
 
-    def keep(self, place: Place, due_s: float, record: Kept) -> None:
-        """Keep a record until a time, seconds since 1970; nothing more is read from its partition."""
+    def keep(self, place: Place, wait_s: float, record: Kept) -> None:
+        """Keep a record for some seconds; nothing more is read from its partition."""
         # What was fetched beyond it is dropped and fetched again, from the next record on.
         self._reader.pause([TopicPartition(*place)])
-        self._kept[place] = due_s, record
+        self._kept[place] = time.monotonic() + wait_s, record
 
     def take(self) -> Kept | None:
         """Return a record that is due, if any, and let its partition go on."""
-        now = time.time()
+        now = time.monotonic()
         for place, (due, record) in self._kept.items():
             if due <= now:
                 self.dismiss([place])

@@ -302,11 +302,16 @@ class Worker:
         if message is None or message.error() is not None:
             return message
         self._first.setdefault(_place(message), _offset(message))
-        due_s = self._attempt(message).due_s
-        if due_s > time.time():
-            self._waiting.keep(_place(message), due_s, message)
+        # No longer than the delay: a clock that is ahead, here or where it was written, must not hold the partition.
+        wait_s = min(self._attempt(message).due_s - time.time(), self._settings.worker.retry_delay_s)
+        if wait_s > 0 and not self._is_beyond(message):
+            self._waiting.keep(_place(message), wait_s, message)
             return None
         return message
+
+    def _is_beyond(self, message: Message) -> bool:
+        """Tell whether a message lies at or behind the end of a drained worker's input."""
+        return self._drained and _offset(message) >= self._end(_place(message))
 
     def _attempt(self, message: Message) -> Attempt:
         try:
@@ -321,18 +326,14 @@ class Worker:
         if error is not None:
             self._polled_error(message, error)
             return False
-        place = _place(message)
-        if not self._drained:
-            return True
-        end = self._end(place)
-        if _offset(message) + 1 >= end:
-            self._ended.add(place)
-        return _offset(message) < end
+        if self._drained and _offset(message) + 1 >= self._end(_place(message)):
+            self._ended.add(_place(message))
+        return not self._is_beyond(message)
 
     def _polled_error(self, message: Message, error: KafkaError) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
             # Commit markers take offsets too, so the last alert may lie well before the end; only this event tells.
-            if self._drained and _offset(message) >= self._end(_place(message)):
+            if self._is_beyond(message):
                 self._ended.add(_place(message))
         elif error.fatal() or error.code() == KafkaError._FATAL:  # the client marks none of its messages as fatal
             raise PublishError(f"the consumer cannot go on: {error.str()}")

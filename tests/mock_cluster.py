@@ -67,11 +67,11 @@ class MockCluster:
         push = self._library.rd_kafka_mock_push_request_errors_array
         push(self._cluster, ctypes.c_int16(request), ctypes.c_size_t(times), errors)
 
-    def produce(self, topic: str, values: Iterable[bytes], partition: int = 0) -> None:
+    def produce(self, topic: str, values: Iterable[bytes], partition: int = 0, headers: Any = None) -> None:
         """Send records, each acknowledged."""
         producer = Producer({"bootstrap.servers": self.address, "log_level": 0})
         for value in values:
-            producer.produce(topic, value, b"key", partition=partition)
+            producer.produce(topic, value, b"key", partition=partition, headers=headers)
         assert producer.flush(10) == 0
 
     def produce_with_header(self, topic: str, value: bytes, name: bytes) -> None:

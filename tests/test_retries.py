@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import time
 import uuid
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Message, TopicPartition
@@ -228,6 +230,58 @@ def test_a_record_that_no_worker_put_there_is_an_alert(
     assert "KeyError 'topic'; taken as an alert" in caplog.text
 
 
+def waiting_headers(due_s: float, since_s: float = 1.0) -> list[tuple[str, str | bytes | None]]:
+    """Return the headers of a second attempt."""
+    return Attempt("elsewhere", 1, 2, 3, number=2, since_s=since_s, due_s=due_s).headers()
+
+
+def test_clock_that_was_ahead_does_not_hold_a_partition(
+    cluster: MockCluster, settings: MakeSettings, frames: dict[str, str]
+) -> None:
+    """No alert waits longer than the delay, however far ahead the time of its next attempt lies."""
+    made = settings()
+    headers = waiting_headers(time.time() + 3600)
+    cluster.produce(made.worker.retry_topic or "", [encode(alert("a", frames))], headers=headers)
+    began = time.monotonic()
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets) == (1, 1)
+    assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.parametrize("headers", [waiting_headers(math.inf), waiting_headers(0.0, since_s=math.nan)])
+def test_times_that_are_not_finite_are_no_workers(
+    cluster: MockCluster,
+    settings: MakeSettings,
+    frames: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+    headers: list[tuple[str, str | bytes | None]],
+) -> None:
+    """Such a record would wait, or be tried again, for ever: it is taken as an alert."""
+    made = settings()
+    cluster.produce(made.worker.retry_topic or "", [encode(alert("a", frames))], headers=headers)
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets) == (1, 1)
+    assert "wanted finite ones; taken as an alert" in caplog.text
+
+
+def test_what_comes_while_the_last_alert_waits_is_left(
+    cluster: MockCluster, settings: MakeSettings, frames: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drained worker ends where a partition ended when it saw its first record, not when that was due."""
+    made = settings()
+    topic = made.worker.retry_topic or ""
+    keep = stampworker.worker.WaitingRoom.keep
+
+    def keep_and_send(*args: Any) -> None:
+        keep(*args)
+        cluster.produce(topic, [encode(alert("late", frames))])
+
+    monkeypatch.setattr(stampworker.worker.WaitingRoom, "keep", keep_and_send)
+    cluster.produce(topic, [encode(alert("a", frames))], headers=waiting_headers(time.time() + 3600))
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets) == (1, 1)
+
+
 def test_without_a_retry_topic_a_missing_frame_is_a_reject_at_once(
     cluster: MockCluster, settings: MakeSettings, frames: dict[str, str], tmp_path: Path
 ) -> None:
@@ -257,6 +311,14 @@ def test_what_can_heal_is_tried_for_as_long_as_the_settings_say(error: Exception
         assert following == replace(attempt, number=attempt.number + 1, since_s=1000.0, due_s=now + 10)
         attempt, now = following, following.due_s
     assert now == 1000 + tried_for
+
+
+def test_first_attempt_in_the_future_is_now() -> None:
+    """The clock of the worker that tried first may be ahead: an alert is not tried for longer on that account."""
+    settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_s=60)
+    following = next_attempt(Attempt("t", 1, 2, 3, 2, since_s=9000.0), FrameMissing("u", "gone"), settings, 1000.0)
+    assert following is not None
+    assert following.since_s == 1000.0
 
 
 @pytest.mark.parametrize("other", ["packet_topic", "reject_topic", "input_topic"])
