@@ -124,7 +124,7 @@ def from_record(record: Mapping[str, Any]) -> Alert:
             known = nearest(str(name), FIELDS)
             raise AlertError(f"{_shown(name)} is not a field of an alert{known}; other values go to 'extra'")
     alert_id = record.get("alertId")
-    if not isinstance(alert_id, str) or not alert_id or not _is_text(alert_id):
+    if not isinstance(alert_id, str) or not alert_id or not is_text(alert_id):
         raise AlertError(f"alertId: found {_shown(alert_id)}, wanted a string that is not empty")
     try:
         values = {name: _number(name, record.get(name)) for name in _NUMBERS}
@@ -391,7 +391,7 @@ def _shown(value: object) -> str:
     return ascii(value)[:200]
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Tell whether a string can be written as UTF-8: JSON may escape half of a surrogate pair."""
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
@@ -407,7 +407,7 @@ def _number(name: str, value: object) -> float | None:
 
 
 def _string(name: str, value: object) -> str | None:
-    if value is None or (isinstance(value, str) and _is_text(value)):
+    if value is None or (isinstance(value, str) and is_text(value)):
         return value
     raise AlertError(f"{name}: found {_shown(value)}, wanted a string")
 
@@ -426,7 +426,7 @@ def _extra(value: object) -> dict[str, Scalar]:
         raise AlertError(f"extra: found {type(value).__name__}, wanted a map of scalars")
     for name, item in value.items():
         _key("extra", name)
-        if not isinstance(item, Scalar) or _is_too_long(item) or (isinstance(item, str) and not _is_text(item)):
+        if not isinstance(item, Scalar) or _is_too_long(item) or (isinstance(item, str) and not is_text(item)):
             raise AlertError(
                 f"extra.{name}: found {_shown(item)}, wanted a string, a double, a 64-bit integer or a boolean"
             )
@@ -434,7 +434,7 @@ def _extra(value: object) -> dict[str, Scalar]:
 
 
 def _key(field_name: str, name: object) -> None:
-    if not isinstance(name, str) or not _is_text(name):
+    if not isinstance(name, str) or not is_text(name):
         raise AlertError(f"{field_name}: found the name {_shown(name)}, wanted a string")
 
 
@@ -446,7 +446,7 @@ def _frames(value: object) -> dict[str, str]:
     for plane, url in value.items():
         if plane not in PLANES:
             raise AlertError(f"frames: no plane is called {_shown(plane)}{nearest(str(plane), PLANES)}")
-        if not isinstance(url, str) or not url or not _is_text(url):
+        if not isinstance(url, str) or not url or not is_text(url):
             raise AlertError(f"frames.{plane}: found {_shown(url)}, wanted a URL or path")
     if "error" in value and "variance" in value:
         raise AlertError("frames: found both error and variance, wanted one of them")

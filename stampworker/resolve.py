@@ -47,7 +47,7 @@ from urllib.parse import quote
 
 from astropy.time import Time
 
-from stampworker.alerts import FIELDS, Alert, Scalar
+from stampworker.alerts import FIELDS, Alert, Scalar, is_text
 from stampworker.config import PLANES, ResolveSettings, nearest
 from stampworker.errors import AlertError, ConfigError
 from stampworker.frames.address import REMOTE, WEB, scheme_of, without_credentials
@@ -204,6 +204,8 @@ class Resolver:
                 raise AlertError(f"resolver {self.name!r}: no plane is called {plane!r}{nearest(str(plane), PLANES)}")
             if not isinstance(url, str) or not url:
                 raise AlertError(f"resolver {self.name!r}: {plane}: found {type(url).__name__}, wanted a URL or path")
+            if not is_text(url):  # a file's name that is not UTF-8, as os.listdir gives it
+                raise AlertError(f"resolver {self.name!r}: {plane}: found {ascii(url)[:200]}, wanted text")
             if not _is_named(plane, named) and (not self.planes or plane in self.planes):
                 frames[plane] = url
         return frames

@@ -430,6 +430,7 @@ def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.Lo
         "plane": {"science": "science.fits", "diffrence": "d"},
         "path": {"science": Path("science.fits")},
         "empty": {"science": ""},
+        "bytes": {"science": os.fsdecode(b"\xe9.fits")},
         "none": {},
         "both": {"science": "science.fits", "error": "e", "variance": "v"},
     }
@@ -453,6 +454,7 @@ def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.Lo
         "plane": "resolver 'mine': no plane is called 'diffrence'; the nearest known is 'difference'",
         "path": "resolver 'mine': science: found PosixPath, wanted a URL or path",
         "empty": "resolver 'mine': science: found str, wanted a URL or path",
+        "bytes": "resolver 'mine': science: found '\\udce9.fits', wanted text",
         "none": "frames: found none, wanted at least science; the resolver is 'mine'",
         "both": "frames: found both error and variance, wanted one; the resolver is 'mine'",
     }

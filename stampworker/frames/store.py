@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 import numpy as np
 from astropy.io import fits
 
-from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, parse, parse_root, scheme_of, without_credentials
 from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
@@ -406,8 +406,8 @@ class FrameStore:
 
     def _together(self, tasks: list[Callable[[], object]]) -> None:
         def attempt(task: Callable[[], object]) -> None:
-            # The failure is remembered, and told when the frame itself is asked for.
-            with contextlib.suppress(FrameError):
+            # It fails again, and is told, when the frame itself is asked for: a fault of ours, too, is one alert's.
+            with contextlib.suppress(Exception):
                 task()
 
         if len(tasks) == 1:

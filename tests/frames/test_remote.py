@@ -218,6 +218,15 @@ def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
     assert {path for path, _ in server.requests} == {"/data/0.fits", "/data/1.fits", "/data/2.fits"}
 
 
+@pytest.mark.parametrize("names", [["\udce9.fits"], ["\udce9.fits", "a.fits"]])
+def test_prefetch_never_fails(open_store: Open, names: list[str]) -> None:
+    """Not even by what no frame should be called: it is one alert's to fail, when the frame is opened."""
+    store = open_store()
+    store.prefetch(names)
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        store.open(names[0])
+
+
 @pytest.mark.parametrize(
     "path",
     [
