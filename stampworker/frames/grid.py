@@ -100,7 +100,6 @@ class Regridded(Frame):
         self.url, self.dtype = frame.url, frame.dtype
         self.shape = science.shape
         self._ny, self._nx = science.shape
-        self._read = self.window
         self._power = 0 if _SOLID_ANGLE.search(frame.bunit or "") else {"variance": 2, "mask": 0}.get(kind, 1)
 
     @property
@@ -127,6 +126,9 @@ class Regridded(Frame):
     def wcs_cards(self) -> list[str]:
         """Return the science frame's."""
         return self._science.wcs_cards()
+
+    def _read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
+        return self.window(y0, y1, x0, x1)
 
     @np.errstate(over="ignore", invalid="ignore")  # a hostile WCS gives infinities, not warnings
     def window(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:

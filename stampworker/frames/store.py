@@ -132,6 +132,9 @@ class Frame:
             raise ValueError(f"a frame is sliced with steps of 1, not {y_step}, {x_step}")
         if y1 <= y0 or x1 <= x0:
             return np.empty((max(y1 - y0, 0), max(x1 - x0, 0)), self.dtype)
+        return self._read(y0, y1, x0, x1)
+
+    def _read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         if not self._is_free:
             charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
         return self._pixels.read(y0, y1, x0, x1)
