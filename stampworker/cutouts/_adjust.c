@@ -34,11 +34,18 @@
 typedef ptrdiff_t Index;
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
-/* The constants of adjust.py. */
-static const double HUGE_VALUE = 1e50, FLAT = 1e-6, STEP = 0.25, CLOSE = 1e-5, LONGEST_STEP = 0.5;
-enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, MOST_POINTS = 8 * LARGEST_SHIFT + 1 };
+/* The constants of adjust.py and search.py. */
+static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-4, LONGEST_STEP = 0.5;
+static const double TOLERANCE = 1e-7, ROUNDING = 1e-13, NEGLIGIBLE = 1e-20;
+enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, POINTS = 7 };
+enum { MOST_HALVINGS = 8, MOST_MINIMA = 32 };
 enum { LANES = 8, BLOCK = 16, HORIZON = 32 }; /* BLOCK columns of a product and its weights stay in the first-level cache */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
+
+/* A rectangle of moves with the Bernstein coefficients of the form; the last lane is the one before it again. */
+typedef struct {
+    double u, v, width, height, square[POINTS][LANES], product[POINTS][LANES];
+} Box;
 
 typedef struct {
     Correlate *correlate;
@@ -53,6 +60,7 @@ typedef struct {
     double *planes, *weights, *weights_image, *product; /* interleaved */
     unsigned char *bad_image, *bad_template, *undefined;
     double *gram, *projection, *sums;
+    Box *boxes;
     double image_square, image_sum, weight_sum, image_mean, template_mean;
 } Work;
 
@@ -60,6 +68,16 @@ typedef struct {
     double u, v, chi2, scale, gu, gv, huu, huv, hvv, square, slope_u, slope_v, sum, sum_u, sum_v;
     int free;
 } Value;
+
+typedef struct {
+    double bound, corner, u, v, least, most; /* the lowest corner and its place; range of the scales */
+} Measure;
+
+typedef struct {
+    double negligible, limit; /* below the limit lies what is of interest */
+    int count;
+    Value best, minima[MOST_MINIMA];
+} Search;
 
 typedef struct {
     int failure, at_bound;
@@ -590,101 +608,227 @@ static Value polish(const Work *s, double u, double v)
     return here;
 }
 
-/* How far below a point of the grid the minimum between its points may lie: the mean rise to its neighbours on each axis. */
-static double possible_drop(const double *chi2, Index n, Index row, Index column)
+/* Weights of the four taps, by powers of the fraction, times 6. */
+static const double SPLINE[4][4] = {{1, -3, 3, -1}, {4, 0, -6, 3}, {1, 3, 3, -3}, {0, 0, 0, 1}};
+/* Share of the product of Bernstein coefficients i and l of two cubics in coefficient i + l of their product. */
+static const double SHARE[4][4] = {{1, 0.5, 0.2, 0.05}, {0.5, 0.6, 0.45, 0.2}, {0.2, 0.45, 0.6, 0.5}, {0.05, 0.2, 0.5, 1}};
+
+/* What makes Bernstein coefficients of the form on one axis of a cell; the last lane is the one before it again. */
+typedef struct {
+    double from, to;
+    int first; /* of the four planes */
+    double pairs[4][4][LANES], singles[4][LANES];
+} Axis;
+
+static void make_axis(const Work *s, int cell, Axis *axis)
 {
-    double here = chi2[row * n + column], drop = 0;
-    for (int axis = 0; axis < 2; axis++) {
-        Index at = axis ? column : row, apart = axis ? 1 : n;
-        double rise = 0;
-        int neighbours = 0;
-        if (at > 0)
-            rise += chi2[row * n + column - apart] - here, neighbours++;
-        if (at + 1 < n)
-            rise += chi2[row * n + column + apart] - here, neighbours++;
-        drop += neighbours ? rise / neighbours : 0;
+    double taps[4][4];
+    axis->from = larger(cell, -s->max_shift), axis->to = smaller(cell + 1, s->max_shift);
+    axis->first = cell - 1 + s->reach;
+    double a = axis->from - cell, b = axis->to - cell;
+    for (int i = 0; i < 4; i++) { /* a coefficient is the polar form at as many ends as its number says */
+        double x = i > 0 ? b : a, y = i > 1 ? b : a, z = i > 2 ? b : a;
+        for (int k = 0; k < 4; k++) {
+            const double *c = SPLINE[k];
+            taps[i][k] = (c[0] + c[1] * (x + y + z) / 3 + c[2] * (x * y + y * z + z * x) / 3 + c[3] * (x * y * z)) / 6;
+        }
     }
-    return drop;
-}
-
-static int is_local_minimum(const double *chi2, Index n, Index row, Index column)
-{
-    for (Index j = row ? row - 1 : 0; j <= row + 1 && j < n; j++)
-        for (Index i = column ? column - 1 : 0; i <= column + 1 && i < n; i++)
-            if (chi2[j * n + i] < chi2[row * n + column])
-                return 0;
-    return 1;
-}
-
-/* chi2 of points at their best scales, from the square of the moved template and its product with the image. */
-HOT static void fill_chi2(const Work *s, const double *restrict square, const double *restrict product, Index n, double *restrict chi2)
-{
-    const double low = 1 / s->max_scale, high = s->max_scale, image_square = s->image_square;
-    for (Index i = 0; i < n; i++) {
-        double scale = smaller(larger(product[i] / larger(square[i], 2.2250738585072014e-308), low), high);
-        chi2[i] = image_square - scale * (2 * product[i] - scale * square[i]);
-    }
-}
-
-/* chi2 on the grid: the form is contracted in x for each column of points, then in y for each point. */
-static void fill_grid(const Work *s, const double *points, Index n, double *chi2)
-{
-    double rows[4][MOST_PLANES], cross[MOST_PLANES], taps_at[MOST_POINTS][3][4];
-    double square[MOST_POINTS], product[MOST_POINTS], column_chi2[MOST_POINTS];
-    int first[MOST_POINTS];
-    for (Index i = 0; i < n; i++)
-        first[i] = taps(points[i], s->reach, taps_at[i]);
-    for (Index i = 0; i < n; i++) {
-        const double *X = taps_at[i][0];
-        const int column = first[i];
-        for (int j = 0; j < s->count; j++) {
-            for (int a = 0; a < 4 && j + a < s->count; a++) {
-                double sum = 0;
+    memset(axis->pairs, 0, sizeof axis->pairs);
+    memset(axis->singles, 0, sizeof axis->singles);
+    for (int i = 0; i < 4; i++)
+        for (int l = 0; l < 4; l++)
+            for (int j = 0; j < 4; j++) {
+                axis->singles[j][i + l] += SHARE[i][l] * taps[i][j];
                 for (int k = 0; k < 4; k++)
-                    for (int l = 0; l < 4; l++)
-                        sum += X[k] * X[l] * *gram_at(s, a, l - k, j, column + k);
-                rows[a][j] = sum;
+                    axis->pairs[j][k][i + l] += SHARE[i][l] * (taps[i][j] * taps[l][k]);
             }
-            cross[j] = 0;
-            for (int k = 0; k < 4; k++)
-                cross[j] += X[k] * s->projection[j * s->count + column + k];
-        }
-        for (Index r = 0; r < n; r++) {
-            const double *Y = taps_at[r][0];
-            const int row = first[r];
-            square[r] = product[r] = 0;
-            for (int t = 0; t < 4; t++) {
-                product[r] += Y[t] * cross[row + t];
-                for (int a = 0; t + a < 4; a++)
-                    square[r] += (a ? 2 : 1) * Y[t] * Y[t + a] * rows[a][row + t];
-            }
-        }
-        fill_chi2(s, square, product, n, column_chi2);
-        for (Index r = 0; r < n; r++)
-            chi2[r * n + i] = column_chi2[r];
+    for (int j = 0; j < 4; j++) {
+        axis->singles[j][POINTS] = axis->singles[j][POINTS - 1];
+        for (int k = 0; k < 4; k++)
+            axis->pairs[j][k][POINTS] = axis->pairs[j][k][POINTS - 1];
     }
 }
 
-/* The global minimum: each local minimum of the grid is polished that may get below the best point of the grid. */
-static Value lowest(const Work *s, double *grid)
+/* The cells of one column: the form is contracted in x for each row of planes, then in y for each cell. */
+HOT static void fill_column(const Work *s, const Axis *axes, int cells, const Axis *across, Box *boxes)
 {
-    Index n = 2 * (Index)ceil(s->max_shift / STEP) + 1;
-    double *points = grid, *chi2 = grid + n, bottom = INFINITY;
-    for (Index i = 0; i < n; i++)
-        points[i] = n > 1 ? -s->max_shift + 2 * s->max_shift * (double)i / (double)(n - 1) : 0;
-    fill_grid(s, points, n, chi2);
-    for (Index i = 0; i < n * n; i++)
-        bottom = smaller(bottom, chi2[i]);
-    Value best = {.chi2 = INFINITY};
-    for (Index row = 0; row < n; row++)
-        for (Index column = 0; column < n; column++)
-            if (is_local_minimum(chi2, n, row, column) &&
-                chi2[row * n + column] - possible_drop(chi2, n, row, column) <= bottom) {
-                Value found = polish(s, points[column], points[row]);
-                if (found.chi2 < best.chi2)
-                    best = found;
+    double lags[4][MOST_PLANES][LANES] = {{{0}}}, cross[MOST_PLANES][LANES] = {{0}};
+    for (int j = 0; j < s->count; j++)
+        for (int k = 0; k < 4; k++) {
+            double projection = s->projection[j * s->count + across->first + k];
+            for (int lane = 0; lane < LANES; lane++)
+                cross[j][lane] += across->singles[k][lane] * projection;
+            for (int a = 0; a < 4 && j + a < s->count; a++)
+                for (int l = 0; l < 4; l++) {
+                    double gram = *gram_at(s, a, l - k, j, across->first + k);
+                    for (int lane = 0; lane < LANES; lane++)
+                        lags[a][j][lane] += across->pairs[k][l][lane] * gram;
+                }
+        }
+    for (int i = 0; i < cells; i++) {
+        const Axis *along = &axes[i];
+        Box *box = &boxes[i * cells];
+        box->v = along->from, box->height = along->to - along->from;
+        box->u = across->from, box->width = across->to - across->from;
+        memset(box->square, 0, sizeof box->square);
+        memset(box->product, 0, sizeof box->product);
+        for (int m = 0; m < POINTS; m++)
+            for (int t = 0; t < 4; t++) {
+                const int plane = along->first + t;
+                for (int lane = 0; lane < LANES; lane++)
+                    box->product[m][lane] += along->singles[t][m] * cross[plane][lane];
+                for (int a = 0; t + a < 4; a++) {
+                    double weight = (a ? 2 : 1) * along->pairs[t][t + a][m];
+                    for (int lane = 0; lane < LANES; lane++)
+                        box->square[m][lane] += weight * lags[a][plane][lane];
+                }
             }
-    return best;
+    }
+}
+
+/* chi2 at the coefficients of a box: in the box it is nowhere below the least. Also the range of their best scales. */
+HOT static void measure(const Work *s, const Box *box, double negligible, Measure *found)
+{
+    const double low = 1 / s->max_scale, high = s->max_scale, middle = (low + high) / 2, image_square = s->image_square;
+    const double *restrict square = box->square[0], *restrict product = box->product[0];
+    double bound[LANES], least[LANES], most[LANES], chi2[POINTS * LANES];
+    for (int lane = 0; lane < LANES; lane++)
+        bound[lane] = INFINITY, least[lane] = high, most[lane] = low;
+    for (int i = 0; i < POINTS * LANES; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            double t = square[i + lane], p = product[i + lane]; /* t may be negative: then the best is the bound on p's side */
+            double scale = (p - middle * t) / larger(t, negligible) + middle;
+            scale = smaller(larger(scale, low), high);
+            double value = image_square - scale * (2 * p - scale * t);
+            chi2[i + lane] = value;
+            bound[lane] = smaller(bound[lane], value);
+            least[lane] = smaller(least[lane], scale), most[lane] = larger(most[lane], scale);
+        }
+    for (int lane = 1; lane < LANES; lane++) {
+        bound[0] = smaller(bound[0], bound[lane]);
+        least[0] = smaller(least[0], least[lane]), most[0] = larger(most[0], most[lane]);
+    }
+    found->bound = bound[0], found->least = least[0], found->most = most[0];
+    found->corner = INFINITY;
+    for (int row = 0; row < 2; row++)
+        for (int column = 0; column < 2; column++) {
+            double value = chi2[(row * LANES + column) * (POINTS - 1)];
+            if (value < found->corner) {
+                found->corner = value;
+                found->u = box->u + column * box->width, found->v = box->v + row * box->height;
+            }
+        }
+}
+
+/* The lower and the upper half of each column of coefficients: de Casteljau's averages. */
+HOT static void halve(const double from[POINTS][LANES], double low[POINTS][LANES], double high[POINTS][LANES])
+{
+    memcpy(high, from, POINTS * sizeof *from);
+    for (int i = 0; i < POINTS; i++) {
+        memcpy(low[i], high[0], sizeof *low);
+        for (int m = 0; m < POINTS - 1 - i; m++)
+            for (int lane = 0; lane < LANES; lane++)
+                high[m][lane] = (high[m][lane] + high[m + 1][lane]) / 2;
+    }
+}
+
+/* Rows become columns, and the last lane again the one before it. */
+static void turn(const double from[POINTS][LANES], double to[POINTS][LANES])
+{
+    for (int m = 0; m < POINTS; m++)
+        for (int lane = 0; lane < LANES; lane++)
+            to[m][lane] = from[lane < POINTS ? lane : POINTS - 1][m];
+}
+
+static void halve_columns(const double from[POINTS][LANES], double low[POINTS][LANES], double high[POINTS][LANES])
+{
+    double turned[POINTS][LANES], turned_low[POINTS][LANES], turned_high[POINTS][LANES];
+    turn(from, turned);
+    halve(turned, turned_low, turned_high);
+    turn(turned_low, low);
+    turn(turned_high, high);
+}
+
+static void divide(const Box *box, int in_x, Box halves[2])
+{
+    for (int i = 0; i < 2; i++) {
+        halves[i].u = box->u, halves[i].v = box->v;
+        halves[i].width = in_x ? box->width / 2 : box->width, halves[i].height = in_x ? box->height : box->height / 2;
+    }
+    if (in_x)
+        halves[1].u += halves[1].width;
+    else
+        halves[1].v += halves[1].height;
+    void (*const split)(const double[POINTS][LANES], double[POINTS][LANES], double[POINTS][LANES]) = in_x ? halve_columns : halve;
+    split(box->square, halves[0].square, halves[1].square);
+    split(box->product, halves[0].product, halves[1].product);
+}
+
+static void polish_from(const Work *s, double u, double v, Search *found)
+{
+    Value value = polish(s, u, v);
+    if (value.chi2 < found->best.chi2) {
+        found->best = value;
+        found->limit = value.chi2 * (1 - TOLERANCE) - ROUNDING * s->image_square;
+    }
+    found->minima[found->count++ % MOST_MINIMA] = value;
+}
+
+/* Whether a box touches a minimum that was found, or nearly, with the scale free, or at one bound, in all of it and there. */
+static int belongs(const Work *s, const Box *box, const Measure *here, const Search *found)
+{
+    for (int i = 0; i < MOST_MINIMA && i < found->count; i++) {
+        const Value *value = &found->minima[i];
+        if (fabs(value->u - box->u - box->width / 2) > 1.5 * box->width || fabs(value->v - box->v - box->height / 2) > 1.5 * box->height)
+            continue;
+        if (value->free ? 1 / s->max_scale < here->least && here->most < s->max_scale
+                        : here->least == value->scale && here->most == value->scale)
+            return 1;
+    }
+    return 0;
+}
+
+/* Look into a box, unless chi2 is known to be lower elsewhere than anywhere in it. */
+static void search(const Work *s, const Box *box, int halvings, Search *found)
+{
+    Measure here;
+    measure(s, box, found->negligible, &here);
+    if (!(here.bound < found->limit))
+        return;
+    if (here.corner < found->limit || (halvings == MOST_HALVINGS && !belongs(s, box, &here, found)))
+        polish_from(s, here.u, here.v, found);
+    if (halvings == MOST_HALVINGS || !(here.bound < found->limit))
+        return;
+    Box halves[2];
+    divide(box, halvings % 2, halves);
+    search(s, &halves[0], halvings + 1, found);
+    search(s, &halves[1], halvings + 1, found);
+}
+
+/* The global minimum; see search.py. */
+static Value lowest(const Work *s)
+{
+    Search found = {.best = {.chi2 = INFINITY}, .limit = INFINITY};
+    int cells = 2 * (int)ceil(s->max_shift);
+    if (!cells)
+        return evaluate(s, 0, 0);
+    Axis axes[2 * LARGEST_SHIFT];
+    for (int i = 0; i < cells; i++)
+        make_axis(s, i - cells / 2, &axes[i]);
+    for (int i = 0; i < cells; i++)
+        fill_column(s, axes, cells, &axes[i], s->boxes + i);
+    for (int i = 0; i < s->count * s->count; i++)
+        found.negligible = larger(found.negligible, NEGLIGIBLE * gram_at(s, 0, 0, 0, 0)[i]);
+    Measure start = {.corner = INFINITY}, here;
+    for (int i = 0; i < cells * cells; i++) {
+        measure(s, &s->boxes[i], found.negligible, &here);
+        if (here.corner < start.corner)
+            start = here;
+    }
+    polish_from(s, start.u, start.v, &found);
+    for (int i = 0; i < cells * cells; i++)
+        search(s, &s->boxes[i], 0, &found);
+    return found.best;
 }
 
 /* ---- The result ----------------------------------------------------------------------------------------------------- */
@@ -800,19 +944,19 @@ static void widen(const Py_buffer *from, double *to, Index size)
 /* All memory of a fit is one block; NULL where there is none. */
 static void *allocate(Work *s)
 {
-    Index size = s->ny * s->nx, n = 2 * (Index)ceil(s->max_shift / STEP) + 1, squared = (Index)s->count * s->count;
+    Index size = s->ny * s->nx, cells = 2 * (Index)ceil(s->max_shift), squared = (Index)s->count * s->count;
     Index h = s->h > 0 ? s->h : 0, w = s->w > 0 ? s->w : 0, rows = s->slab + s->count, line = s->nx + 2 * s->reach;
     const Index planes = rows * (w + s->count) * LANES, weights = (s->slab + 1) * w * LANES, product = rows * (BLOCK + s->count) * LANES;
-    const Index scratch = size > n * n + n ? size : n * n + n, padded = (s->ny + 2 * s->reach) * s->stride;
+    const Index boxes = cells * cells * (Index)(sizeof(Box) / sizeof(double)), padded = (s->ny + 2 * s->reach) * s->stride;
     struct {
         double **place;
         Index size;
     } parts[] = {{&s->planes, planes}, {&s->weights, weights}, {&s->weights_image, weights},
                  {&s->product, product}, {&s->gram, 28 * squared}, {&s->projection, squared}, {&s->sums, squared},
                  {&s->weight, h * w}, {&s->weighted, h * w}, {&s->residual, h * w}, {&s->padded, padded}, {&s->image, size}, {&s->template, size},
-                 {&s->err, size}, {&s->scratch, scratch}, {&s->scratch2, size > 2 * line ? size : 2 * line}};
+                 {&s->err, size}, {&s->scratch, size}, {&s->scratch2, size > 2 * line ? size : 2 * line}};
     const int count = sizeof parts / sizeof parts[0];
-    Index total = LANES;
+    Index total = LANES + boxes;
     for (int i = 0; i < count; i++)
         total += parts[i].size;
     char *block = malloc((size_t)total * sizeof(double) + 3 * (size_t)size);
@@ -821,6 +965,7 @@ static void *allocate(Work *s)
     double *next = (double *)(block + (64 - (uintptr_t)block % 64) % 64);
     for (int i = 0; i < count; i++)
         *parts[i].place = next, next += parts[i].size;
+    s->boxes = (Box *)next, next += boxes;
     s->bad_image = (unsigned char *)next, s->bad_template = s->bad_image + size, s->undefined = s->bad_template + size;
     memset(s->gram, 0, (size_t)(30 * squared) * sizeof(double)); /* with projection and sums */
     return block;
@@ -851,7 +996,7 @@ static void fit(Work *s, const unsigned char *mask, void *adjusted, Index item, 
     make_coefficients(s, result->tbg);
     prepare_sums(s, result->bg);
     make_form(s);
-    Value best = lowest(s, s->scratch);
+    Value best = lowest(s);
     double offset = 0;
     if (s->fit_bg)
         offset = s->image_mean - best.scale * s->template_mean + (s->image_sum - best.scale * best.sum) / s->weight_sum;

@@ -10,21 +10,21 @@ A cubic spline moved by a constant is a sum of its coefficients with weights tha
 moved template is a weighted sum of (2 ceil(max_shift) + 3)² planes, the coefficients moved by whole pixels, and chi2
 is a quadratic form in those weights: with the weighted Gram matrix of the planes and their projections on the image at
 hand, chi2 and its exact derivatives cost the same at every shift, whatever the size of the stamp. Scale and offset
-follow in closed form within their bounds. Every local minimum of a quarter-pixel grid that may hold the global one is
-then polished by Newton's method.
+follow in closed form within their bounds. How the lowest chi2 of all shifts is found from there, `search.py` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from math import ceil, floor, inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter, minimum_filter, spline_filter
+from scipy.ndimage import maximum_filter, spline_filter
 from scipy.special import chdtrc
+
+from stampworker.cutouts.search import Form, Value, lowest, reach_of, taps
 
 _compiled: Callable[..., tuple[Any, ...]] | None
 try:
@@ -39,13 +39,9 @@ NATIVE = (np.dtype(np.float32), np.dtype(np.float64))
 LARGEST_SHIFT = 16  # the Gram matrix grows with the fourth power: 1225² at 16 pixels
 HUGE = 1e50  # float64 values beyond it, and errors below its inverse, would overflow when squared; no float32 is
 FLAT = 1e-6  # a template that varies by less than this part of its values is constant: 16 times the rounding of float32
-STEP = 0.25  # of the grid: chi2 is made of cubic splines with knots a pixel apart, so it cannot wiggle faster
 FILL_LAYERS = (
     3  # rings of pixels around good ones that are filled; the spline forgets a factor 0.27 a pixel, 0.27³ = 2 %
 )
-CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short ends at 1e-10
-LONGEST_STEP = 0.5  # pixels, half of a cell
-MOST_STEPS = 50
 BLOCK = 1 << 19  # bytes of weighted planes at a time: half a second-level cache
 
 NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"
@@ -276,7 +272,7 @@ def fit_numpy(
     -------
     Fit
     """
-    reach = _reach(max_shift)
+    reach = reach_of(max_shift)
     image, template, err = (plane.astype(np.float64, copy=False) for plane in (image, template, err))
     good_image, good_template = _good(image, mask), _good(template, mask)
     box, weight = _weights(err, good_image, good_template, inner, reach)
@@ -294,7 +290,7 @@ def fit_numpy(
     coefficients = spline_filter(template, 3, np.float64, "reflect")
     padded = coefficients.take(_mirrored(image.shape[0], reach), 0).take(_mirrored(image.shape[1], reach), 1)
     form = _quadratic_form(padded, residual[box], weight, box, reach, fit_bg)
-    best = _lowest(form, max_shift, max_scale)
+    best = lowest(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
     after = residual - bg_offset - best.scale * _moved(padded, best.u, best.v, reach)
@@ -316,56 +312,7 @@ def fitted_pixels(
 ) -> tuple[tuple[slice, slice], Floats]:
     """Return the fitted box as slices (y, x), and 1 / err² in it, 0 for pixels that leave the fit."""
     image, template, err = (plane.astype(np.float64, copy=False) for plane in (image, template, err))
-    return _weights(err, _good(image, mask), _good(template, mask), inner, _reach(max_shift))
-
-
-class Form(NamedTuple):
-    """chi2 as a quadratic form in the weights of the L² moved coefficient planes, L = 2 reach + 1.
-
-    Where an offset is fitted, both sides are freed of their weighted means and the form is what remains after the
-    offset's best value: fitting the offset then costs nothing more.
-    """
-
-    gram: Floats  # (L, L, L, L): planes (j, k) and (j', k'), weighted by 1 / err²
-    projection: Floats  # (L, L): on the image less its background
-    sums: Floats  # (L, L): of the planes
-    image_square: float
-    image_sum: float
-    weight_sum: float
-    image_mean: float
-    template_mean: float
-    reach: int
-    cells: dict[tuple[int, int], Floats]  # what `_polynomials` made so far
-
-    def template_sums(self, u: float, v: float) -> tuple[float, float, float]:
-        """Weighted sum of the moved template, less its mean, and the sum's derivatives by u and v."""
-        row, along = _taps(v, self.reach)
-        column, across = _taps(u, self.reach)
-        total = along @ self.sums[row : row + 4, column : column + 4] @ across.T
-        return float(total[0, 0]), float(total[0, 1]), float(total[1, 0])
-
-    def offset(self, scale: float, template_sum: float) -> float:
-        """Best background offset at a scale and a shift."""
-        return self.image_mean - scale * self.template_mean + (self.image_sum - scale * template_sum) / self.weight_sum
-
-
-class Value(NamedTuple):
-    """chi2 at one shift with the best scale, and derivatives by u = -dx and v = -dy."""
-
-    u: float
-    v: float
-    chi2: float
-    scale: float
-    scale_at_bound: bool
-    gradient: tuple[float, float]
-    hessian: tuple[float, float, float]  # uu, uv, vv
-    square: float  # weighted sum of squares of the moved template
-    scale_slope: tuple[float, float]  # of the best scale by u and v, while it is free
-
-
-def _reach(max_shift: float) -> int:
-    """Pixels from a pixel to the outermost coefficient in its sum: a cubic B-spline is 0 from two pixels on."""
-    return max(ceil(max_shift), 1) + 1
+    return _weights(err, _good(image, mask), _good(template, mask), inner, reach_of(max_shift))
 
 
 def _good(plane: Floats, mask: NDArray[np.uint8] | None) -> NDArray[np.bool_] | None:
@@ -490,210 +437,6 @@ def _quadratic_form(
     )
 
 
-def _taps(at: float, reach: int) -> tuple[int, Floats]:
-    """First of the four planes that a move by ``at`` needs; their weights and two derivatives, shape (3, 4)."""
-    first, f = _cell(at, reach)
-    g = 1 - f
-    weights = (
-        (g * g * g / 6, (4 - 3 * f * f * (2 - f)) / 6, (4 - 3 * g * g * (2 - g)) / 6, f * f * f / 6),
-        (-g * g / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f * f / 2),
-        (g, 3 * f - 2, 3 * g - 2, f),
-    )
-    return first, np.array(weights)
-
-
-@lru_cache(maxsize=16)
-def _grid(max_shift: float) -> tuple[Floats, Floats, Floats]:
-    """Points of the grid on one axis, the weights of all planes there, (n, L), and products of these, (n, L²)."""
-    reach = _reach(max_shift)
-    points = np.linspace(-max_shift, max_shift, 2 * ceil(max_shift / STEP) + 1)
-    weights = np.zeros((points.size, 2 * reach + 1))
-    for row, at in zip(weights, points, strict=True):
-        first, taps = _taps(float(at), reach)
-        row[first : first + 4] = taps[0]
-    return points, weights, (weights[:, :, None] * weights[:, None, :]).reshape(points.size, -1)
-
-
-def _lowest(form: Form, max_shift: float, max_scale: float) -> Value:
-    """Find the global minimum: polish each local minimum of the grid that may get below the best point of the grid."""
-    points, weights, products = _grid(max_shift)
-    size = weights.shape[1]
-    square = products @ form.gram.transpose(0, 2, 1, 3).reshape(size * size, size * size) @ products.T
-    cross = weights @ form.projection @ weights.T
-    scale = np.clip(cross / np.maximum(square, np.finfo(float).tiny), 1 / max_scale, max_scale)
-    chi2 = form.image_square - scale * (2 * cross - scale * square)
-    lowest = chi2.min()
-    best: Value | None = None
-    for at in np.flatnonzero(chi2 <= minimum_filter(chi2, 3, mode="nearest")).tolist():
-        row, column = divmod(at, points.size)
-        if chi2[row, column] - _possible_drop(chi2, row, column) <= lowest:
-            found = _polish(form, _start(form, points, chi2, row, column, max_scale), max_shift, max_scale)
-            if best is None or found.chi2 < best.chi2:
-                best = found
-    if best is None:
-        raise AssertionError("the lowest point of the grid is one of its local minima")
-    return best
-
-
-def _start(form: Form, points: Floats, chi2: Floats, row: int, column: int, max_scale: float) -> Value:
-    """Evaluate where parabolas through a local minimum of the grid have theirs, or else at the point itself."""
-    u, v = (float(points[at]) + _vertex(points, line, at) for line, at in ((chi2[row], column), (chi2[:, column], row)))
-    start = _evaluate(form, u, v, max_scale)
-    if start.chi2 <= chi2[row, column]:
-        return start
-    return _evaluate(form, float(points[column]), float(points[row]), max_scale)
-
-
-def _vertex(points: Floats, line: Floats, at: int) -> float:
-    """Return how far from the point ``at`` the parabola through it and its neighbours is lowest."""
-    if not 0 < at < line.size - 1:
-        return 0.0
-    before, here, after = line[at - 1 : at + 2].tolist()
-    bend = before - 2 * here + after
-    return float(points[1] - points[0]) * (before - after) / (2 * bend) if bend > 0 else 0.0
-
-
-def _possible_drop(chi2: Floats, row: int, column: int) -> float:
-    """How far below a local minimum of the grid the minimum between its points may lie.
-
-    A parabola with its vertex within half a step drops by at most an eighth of the second difference on each axis.
-    Four times that allows for what a parabola leaves out.
-    """
-    drop = 0.0
-    for line, at in ((chi2[:, column], row), (chi2[row], column)):
-        rises = [float(line[i] - line[at]) for i in (at - 1, at + 1) if 0 <= i < line.size]
-        drop += sum(rises) / max(len(rises), 1)
-    return drop
-
-
-def _polynomials(form: Form, row: int, column: int) -> Floats:
-    """Square of the moved template and product with the image in one cell, shape (7, 14).
-
-    Both are polynomials in the move's fractions, of degree 6 and 3: rows are powers along y, columns powers along x of
-    the one and then of the other.
-    """
-    rows, columns = slice(row, row + 4), slice(column, column + 4)
-    made = np.empty((7, 2, 7))
-    made[:, 0] = (_SQUARES @ form.gram[rows, columns, rows, columns].ravel()).reshape(7, 7)
-    made[:, 1] = (_PRODUCTS @ form.projection[rows, columns].ravel()).reshape(7, 7)
-    return made.reshape(7, 14)
-
-
-def _powers_of_squares() -> tuple[Floats, Floats]:
-    """Return what turns the four by four planes of a cell, squared (256) and single (16), into coefficients (49)."""
-    spline = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))) / 6  # a tap's, by powers
-    both = np.einsum("ia,kc->ikac", spline, spline)
-    one_axis = np.zeros((7, 4, 4))
-    for i in range(4):
-        for k in range(4):
-            one_axis[i + k] += both[i, k]
-    squares = np.einsum("mac,nbd->mnabcd", one_axis, one_axis).reshape(49, 256)
-    products = np.zeros((7, 7, 4, 4))
-    products[:4, :4] = np.einsum("ia,jb->ijab", spline, spline)
-    return squares, products.reshape(49, 16)
-
-
-_SQUARES, _PRODUCTS = _powers_of_squares()
-
-
-def _powers(f: float) -> Floats:
-    """Powers 0 to 6 of a fraction, and two derivatives, shape (3, 7)."""
-    f2 = f * f
-    f3, f4 = f2 * f, f2 * f2
-    return np.array(
-        (
-            (1.0, f, f2, f3, f4, f4 * f, f3 * f3),
-            (0.0, 1.0, 2 * f, 3 * f2, 4 * f3, 5 * f4, 6 * f4 * f),
-            (0.0, 0.0, 2.0, 6 * f, 12 * f2, 20 * f3, 30 * f4),
-        )
-    )
-
-
-def _cell(at: float, reach: int) -> tuple[int, float]:
-    """First of the four planes that a move by ``at`` needs, and the move's fraction in their cell."""
-    cell = min(floor(at), reach - 2)  # the upper end belongs to the last cell
-    return cell - 1 + reach, at - cell
-
-
-def _evaluate(form: Form, u: float, v: float, max_scale: float) -> Value:
-    """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-    (column, f), (row, g) = _cell(u, form.reach), _cell(v, form.reach)
-    coefficients = form.cells.get((row, column))
-    if coefficients is None:
-        coefficients = form.cells[row, column] = _polynomials(form, row, column)
-    table = (_powers(g) @ coefficients).reshape(6, 7) @ _powers(f).T
-    values: list[list[float]] = table.tolist()  # by v, the square before the product with the image; by u
-    (square, square_u, square_uu), (cross, cross_u, cross_uu) = values[:2]
-    (square_v, square_uv, _), (cross_v, cross_uv, _) = values[2:4]
-    square_vv, cross_vv = values[4][0], values[5][0]
-    low, high = 1 / max_scale, max_scale
-    best = cross / square if square > 0 else high
-    scale = min(max(best, low), high)
-    huu = scale * (scale * square_uu - 2 * cross_uu)
-    huv = scale * (scale * square_uv - 2 * cross_uv)
-    hvv = scale * (scale * square_vv - 2 * cross_vv)
-    slope = (0.0, 0.0)
-    free = low < best < high
-    if free:
-        slope = ((cross_u - scale * square_u) / square, (cross_v - scale * square_v) / square)
-        huu -= 2 * square * slope[0] * slope[0]
-        huv -= 2 * square * slope[0] * slope[1]
-        hvv -= 2 * square * slope[1] * slope[1]
-    return Value(
-        u,
-        v,
-        form.image_square - scale * (2 * cross - scale * square),
-        scale,
-        not free,
-        (scale * (scale * square_u - 2 * cross_u), scale * (scale * square_v - 2 * cross_v)),
-        (huu, huv, hvv),
-        square,
-        slope,
-    )
-
-
-def _polish(form: Form, here: Value, max_shift: float, max_scale: float) -> Value:
-    """Newton's method inside the box."""
-    for _ in range(MOST_STEPS):
-        du, dv = _step(here, max_shift)
-        while True:
-            u = min(max(here.u + du, -max_shift), max_shift)
-            v = min(max(here.v + dv, -max_shift), max_shift)
-            is_last = max(abs(u - here.u), abs(v - here.v)) < CLOSE
-            there = _evaluate(form, u, v, max_scale)
-            if is_last or there.chi2 <= here.chi2:  # of a step so short only rounding says that it leads up
-                break
-            du, dv = du / 2, dv / 2
-        here = there
-        if is_last:
-            break
-    return here
-
-
-def _step(here: Value, max_shift: float) -> tuple[float, float]:
-    """Newton's step among the shifts that are not held by a bound, downhill also where the curvature is negative."""
-    size = max(map(abs, here.hessian))
-    if not 0 < size < inf:
-        return 0.0, 0.0
-    # Squares of the curvature may be beyond any float.
-    huu, huv, hvv = (curvature / size for curvature in here.hessian)
-    gu, gv = (slope / size for slope in here.gradient)
-    held_u = abs(here.u) >= max_shift and gu * here.u <= 0
-    held_v = abs(here.v) >= max_shift and gv * here.v <= 0
-    if held_u:
-        gu, huu, huv = 0.0, 1.0, 0.0
-    if held_v:
-        gv, hvv, huv = 0.0, 1.0, 0.0
-    smallest = (huu + hvv - sqrt((huu - hvv) * (huu - hvv) + 4 * huv * huv)) / 2
-    if smallest <= 1e-9:
-        raised = max(-2 * smallest, 1e-3)
-        huu, hvv = huu + raised, hvv + raised
-    determinant = huu * hvv - huv * huv
-    du, dv = (huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant
-    long = max(abs(du), abs(dv)) / LONGEST_STEP
-    return (du / long, dv / long) if long > 1 else (du, dv)
-
-
 def _errors(
     form: Form, best: Value, at_bound: int, template_sums: tuple[float, float, float] | None
 ) -> tuple[float, float, float, float]:
@@ -736,8 +479,8 @@ def _errors(
 
 def _moved(padded: Floats, u: float, v: float, reach: int) -> Floats:
     """Move the spline by -u in x and -v in y: four rows, then four columns; shape (ny, nx)."""
-    row, along = _taps(v, reach)
-    column, across = _taps(u, reach)
+    row, along = taps(v, reach)
+    column, across = taps(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
     rows = np.multiply(padded[row : row + ny], along[0, 0])
     for tap in range(1, 4):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import shift, spline_filter
 from scipy.optimize import minimize
@@ -46,6 +46,7 @@ def field(seed: int, shape: tuple[int, int], signal: float = 1.0) -> tuple[Any, 
 
 @needs_c
 @settings(max_examples=150)
+@example(23052, 9, 9, 0.0, 5.0, 1.3, True, False, 0.01, 1.0, False)  # minima on either side of the scale's bound
 @given(
     seed=st.integers(0, 10**9),
     ny=st.integers(
@@ -196,6 +197,39 @@ def test_nothing_lower_is_found_by_brute_force(core: Callable[..., adjust.Fit], 
         starts = sorted((chi2((x, y)), x, y) for x in points for y in points)[:4]
         found = min(minimize(chi2, s[1:], bounds=((-2, 2), (-2, 2)), method="L-BFGS-B").fun for s in starts)
         assert fit.chi2 <= found * (1 + 1e-6)
+
+
+HARD = [  # of many thousand random fits, those in which a search from a grid's minima goes astray
+    # seed, shape, inner, max_shift, max_scale, fit_bg, signal; dx, dy and scale of something lower than it finds
+    (111, (14, 24), 11.5, 2.5, 1.02, False, 0.1, -1.4, -1.16, 1 / 1.02),
+    (994, (17, 22), 7.0, 2.0, 1.1, True, 0.0, -1.74, -1.6, 1 / 1.1),
+    (100286, (16, 9), 8.0, 1.0, 1.3, True, 0.0, -0.32, 1.0, 1 / 1.3),
+    (100395, (27, 21), 11.5, 1.0, 1.3, True, 0.0, -0.34, 0.66, 1 / 1.3),
+    (100801, (28, 30), 7.0, 2.0, 1.3, False, 1.0, 1.86, -0.24, 0.952848),
+    (101075, (28, 10), 20.0, 2.5, 1.3, False, 0.0, 1.18, -1.62, 1 / 1.3),
+    (101408, (20, 15), 20.0, 2.0, 1.1, False, 0.0, -0.86, 1.86, 1 / 1.1),
+    (101561, (30, 22), 8.0, 2.5, 1.0, False, 0.0, -1.86, -2.42, 1.0),
+]
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("case", HARD, ids=lambda case: str(case[0]))
+def test_no_minimum_is_overlooked(core: Callable[..., adjust.Fit], case: Any) -> None:
+    """Of two minima a fraction of a pixel apart, at a bound of the scale or of the shift, the lower one is found."""
+    seed, shape, inner, max_shift, max_scale, fit_bg, signal, dx, dy, scale = case
+    image, template, err = field(seed, shape, signal)
+    fit = core(image, template, err, None, inner, max_shift, max_scale, fit_bg, False, np.empty(shape))
+    half = (inner or max(shape)) / 2
+    box = np.ix_(*(np.abs(np.arange(n) - n / 2 + 0.5) <= half for n in shape))
+
+    def chi2(dx: float, dy: float, scale: float) -> float:
+        moved = shift(template - fit.tbg, (dy, dx), order=3, mode="reflect")
+        residual, weight = (image - scale * moved)[box], err[box] ** -2
+        offset = np.average(residual, weights=weight) if fit_bg else fit.bg
+        return float((weight * (residual - offset) ** 2).sum())
+
+    assert fit.chi2 == pytest.approx(chi2(fit.dx, fit.dy, fit.scale), rel=1e-9)
+    assert fit.chi2 <= chi2(dx, dy, scale) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("core", CORES)
