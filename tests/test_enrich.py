@@ -779,3 +779,21 @@ def test_enrich_table_says_what_is_wrong_with_its_arguments():
         enrich_table("candidates.ecsv", {"science": "science.fits"})
     with pytest.raises(ValueError, match=r"radius: found -3; Input should be greater than 0"):
         enrich_table(Table({"x": [1.0], "y": [2.0]}), {"science": "science.fits"}, radius=-3)
+
+
+def test_a_real_transient_on_a_galaxy_is_no_artefact(shared_data):
+    """A shift and a scale of 1.18 would absorb it; in the box, and weighed against a point source, they do not."""
+    folder = shared_data / "decam_mini" / "stack"
+    table = Table.read(folder / "candidates.ecsv")
+    table["fwhm"] = 6.1
+    planes = ("science", "template", "difference", "convolved", "mask")
+    frames = {plane: str(folder / f"{plane}.fits") for plane in planes} | {"error": str(folder / "err.fits")}
+    chosen = table[table["id"] == "decs-p-0000"]
+    row = enrich_table(chosen, frames)[0][0]
+    assert row["adjust_status"] in ("ok", "at_bound")
+    assert not row["adjust_artefact"]
+    settings = Settings(fit=FitSettings(max_scale=1.3))
+    row = enrich_table(chosen, frames, settings=settings)[0][0]
+    assert row["adjust_scale"] > 1.1
+    assert row["adjust_chi2"] < row["adjust_chi2_0"] / 2
+    assert not row["adjust_artefact"]

@@ -35,7 +35,7 @@ typedef ptrdiff_t Index;
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
 /* The constants of adjust.py and search.py. */
-static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-4, LONGEST_STEP = 0.5;
+static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-4, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9;
 static const double TOLERANCE = 1e-7, ROUNDING = 1e-13, NEGLIGIBLE = 1e-20;
 enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, POINTS = 7 };
 enum { MOST_HALVINGS = 8, MOST_MINIMA = 32 };
@@ -560,46 +560,67 @@ static Value evaluate(const Work *s, double u, double v)
     return value;
 }
 
-/* Newton's step among the shifts that are not held by a bound, downhill also where the curvature is negative. */
-static void step(const Value *here, double max_shift, double *du, double *dv)
+static double clip(double at, double low, double high) { return smaller(larger(at, low), high); }
+
+/* A step within the bounds, and whether it is Newton's: where the curvature is negative it only descends. */
+static int step(const Value *here, double max_shift, double *du, double *dv)
 {
     double size = larger(larger(fabs(here->huu), fabs(here->huv)), fabs(here->hvv));
     *du = *dv = 0;
     if (!(size > 0 && size < INFINITY))
-        return;
+        return 1;
     /* Squares of the curvature may be beyond any double. */
     double gu = here->gu / size, gv = here->gv / size, huu = here->huu / size, huv = here->huv / size, hvv = here->hvv / size;
-    if (fabs(here->u) >= max_shift && gu * here->u <= 0)
+    if (fabs(here->u) >= max_shift && gu * here->u <= 0) /* held by its bound */
         gu = 0, huu = 1, huv = 0;
     if (fabs(here->v) >= max_shift && gv * here->v <= 0)
         gv = 0, hvv = 1, huv = 0;
     double spread = sqrt((huu - hvv) * (huu - hvv) + 4 * huv * huv), smallest = (huu + hvv - spread) / 2;
-    if (smallest <= 1e-9) {
+    const int is_newtons = smallest > 1e-9;
+    if (!is_newtons) {
         double raised = larger(-2 * smallest, 1e-3);
         huu += raised, hvv += raised;
     }
-    double determinant = huu * hvv - huv * huv;
-    *du = (huv * gv - hvv * gu) / determinant, *dv = (huv * gu - huu * gv) / determinant;
+    double determinant = huu * hvv - huv * huv, least = INFINITY;
+    double to_u = here->u + (huv * gv - hvv * gu) / determinant, to_v = here->v + (huv * gu - huu * gv) / determinant;
+    *du = to_u - here->u, *dv = to_v - here->v;
+    for (int axis = 0; axis < 2; axis++) { /* the lowest place of the parabola is then on a bound that is passed */
+        double to = axis ? to_v : to_u, u, v;
+        if (!(fabs(to) > max_shift))
+            continue;
+        double held = copysign(max_shift, to) - (axis ? here->v : here->u);
+        if (axis)
+            v = held, u = clip(-(gu + huv * held) / huu, -max_shift - here->u, max_shift - here->u);
+        else
+            u = held, v = clip(-(gv + huv * held) / hvv, -max_shift - here->v, max_shift - here->v);
+        double chi2 = u * (gu + huu * u / 2 + huv * v) + v * (gv + hvv * v / 2);
+        if (chi2 < least)
+            least = chi2, *du = u, *dv = v;
+    }
     double excess = larger(fabs(*du), fabs(*dv)) / LONGEST_STEP;
     if (excess > 1)
         *du /= excess, *dv /= excess;
+    return is_newtons;
 }
 
-/* Newton's method inside the box, from a point of the grid. */
+/* Keep a shift within its bound; one that misses it by rounding is at it. */
+static double within(double at, double bound) { return fabs(at) >= bound * (1 - 1e-12) ? copysign(bound, at) : at; }
+
+/* Newton's method within the bounds. */
 static Value polish(const Work *s, double u, double v)
 {
     Value here = evaluate(s, u, v), there;
     for (int n = 0; n < MOST_STEPS; n++) {
         double du, dv;
-        int is_last;
-        step(&here, s->max_shift, &du, &dv);
+        int is_last = step(&here, s->max_shift, &du, &dv) && larger(fabs(du), fabs(dv)) < CLOSE;
+        double limit = here.chi2 + (is_last ? ROUNDING * s->image_square : 0); /* rounding may say that it leads up */
         for (;; du /= 2, dv /= 2) {
-            u = smaller(larger(here.u + du, -s->max_shift), s->max_shift);
-            v = smaller(larger(here.v + dv, -s->max_shift), s->max_shift);
-            is_last = larger(fabs(u - here.u), fabs(v - here.v)) < CLOSE;
-            there = evaluate(s, u, v);
-            if (is_last || there.chi2 <= here.chi2) /* of a step so short only rounding says that it leads up */
+            if (!is_last && larger(fabs(du), fabs(dv)) < SHORTEST_STEP)
+                return here;
+            there = evaluate(s, within(here.u + du, s->max_shift), within(here.v + dv, s->max_shift));
+            if (there.chi2 <= limit)
                 break;
+            is_last = 0;
         }
         here = there;
         if (is_last)
@@ -978,7 +999,7 @@ static void fit(Work *s, const unsigned char *mask, void *adjusted, Index item, 
     int any_template = mark_bad(s->template, mask, size, s->bad_template), any = any_image | any_template;
     result->failure = TOO_FEW_PIXELS;
     result->npix = s->h > 0 && s->w > 0 ? weigh(s, any_template) : 0;
-    if (result->npix < (s->fit_bg ? 5 : 4))
+    if (result->npix <= 2 * (s->max_shift > 0) + (s->max_scale > 1) + s->fit_bg)
         return;
     result->failure = NO_SIGNAL;
     if (is_flat(s))

@@ -129,7 +129,8 @@ def adjust_cutout(
       ``adjust_scale``; ``adjust_bg``, ``adjust_tbg``: backgrounds of image and template, by default the estimates
       2.5 median - 1.5 mean of the unmasked finite pixels.
     - ``adjust_chi2`` at the minimum and ``adjust_chi2_0`` at no shift, scale 1 and the estimated backgrounds, over the
-      same pixels; ``adjust_df``: pixels less parameters (3, with ``fit_bg`` 4); ``adjust_pval``: the chance of a
+      same pixels; ``adjust_df``: pixels less parameters (dx, dy, scale, with ``fit_bg`` an
+      offset; none whose bounds leave it no room); ``adjust_pval``: the chance of a
       larger chi2.
     - ``adjust_dx_err``, ``adjust_dy_err``, ``adjust_scale_err``, ``adjust_bg_err``: one sigma, from the curvature of
       chi2 at the minimum, all free parameters together; None for a parameter at a bound, one not fitted, or where the
@@ -153,7 +154,7 @@ def adjust_cutout(
     Unser, Aldroubi & Eden 1993, IEEE Trans. Signal Process. 41, 821.
     """
     image, template, err, mask = planes_of(cutout)
-    _check(max_shift, max_scale, inner)
+    check_arguments(max_shift, max_scale, inner)
     meta = cutout.setdefault("meta", {})
     for key in [key for key in meta if isinstance(key, str) and key.startswith("adjust_")]:
         del meta[key]
@@ -164,7 +165,7 @@ def adjust_cutout(
         meta["adjust_status"] = fit.failure
         _say(verbose, f"no adjustment: {fit.failure}, {fit.npix} usable pixels")
         return False
-    _report(meta, fit, fit_bg)
+    _report(meta, fit, fit.npix - _parameters(max_shift, max_scale, fit_bg))
     cutout["adjusted"] = adjusted
     if verbose:
         _say(
@@ -182,15 +183,25 @@ def planes_of(cutout: Mapping[str, Any]) -> tuple[Plane, Plane, Plane, Plane | N
     for name in ("image", "convolved", "err"):
         if cutout.get(name) is None:
             raise KeyError(f"the cutout has no plane {name!r}")
-        plane = np.asarray(cutout[name])
+        plane = np.asarray(cutout[name]) if type(cutout[name]) is np.ndarray else _array(name, cutout[name])
         _check_shape(name, plane, planes[0].shape if planes else None)
         planes.append(plane if plane.dtype in NATIVE and plane.flags.c_contiguous else _converted(name, plane))
     mask = cutout.get("mask")
     if mask is not None:
-        mask = np.asarray(mask)
+        mask = np.ma.filled(mask, 1)
         _check_shape("mask", mask, planes[0].shape)
         mask = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0).view(np.uint8)
     return planes[0], planes[1], planes[2], mask
+
+
+def _array(name: str, plane: Any) -> Plane:
+    """Return an array; what a masked array has masked is no number."""
+    if isinstance(plane, np.ma.MaskedArray) and plane.dtype.kind in "fiub":
+        return np.ma.filled(plane.astype(np.result_type(plane.dtype, np.float32)), np.nan)
+    try:
+        return np.asarray(plane)
+    except ValueError as exc:  # rows of different lengths
+        raise ValueError(f"plane {name!r}: {exc}") from exc
 
 
 def _converted(name: str, plane: Plane) -> Plane:
@@ -206,17 +217,28 @@ def _check_shape(name: str, plane: Plane, wanted: tuple[int, ...] | None) -> Non
         raise ValueError(f"plane {name!r} has shape {plane.shape}, plane 'image' {wanted}")
 
 
-def _check(max_shift: float, max_scale: float, inner: float | None) -> None:
-    if not 0 <= max_shift <= LARGEST_SHIFT:
-        raise ValueError(f"max_shift is {max_shift!r}, wanted 0 to {LARGEST_SHIFT}")
-    if not 1 <= max_scale < HUGE:
-        raise ValueError(f"max_scale is {max_scale!r}, wanted at least 1")
-    if inner is not None and not inner >= 0:
-        raise ValueError(f"inner is {inner!r}, wanted None or at least 0")
+def check_arguments(max_shift: float, max_scale: float, inner: float | None) -> None:
+    """Raise the ValueError that names an argument out of its range."""
+    ranges = (
+        ("max_shift", max_shift, 0, LARGEST_SHIFT, f"0 to {LARGEST_SHIFT}"),
+        ("max_scale", max_scale, 1, HUGE, "at least 1"),
+        ("inner", 0 if inner is None else inner, 0, inf, "None or at least 0"),
+    )
+    for name, value, least, most, wanted in ranges:
+        try:
+            is_within = bool(least <= value <= most)
+        except (TypeError, ValueError):
+            is_within = False
+        if not is_within:
+            raise ValueError(f"{name} is {value!r}, wanted {wanted}")
 
 
-def _report(meta: dict[str, Any], fit: Fit, fit_bg: bool) -> None:
-    df = fit.npix - (4 if fit_bg else 3)
+def _parameters(max_shift: float, max_scale: float, fit_bg: bool) -> int:
+    """Count what is fitted: a bound that leaves no room leaves no parameter."""
+    return 2 * (max_shift > 0) + (max_scale > 1) + bool(fit_bg)
+
+
+def _report(meta: dict[str, Any], fit: Fit, df: int) -> None:
     meta["adjust_chi2_0"] = fit.chi2_0
     meta["adjust_chi2"] = fit.chi2
     meta["adjust_df"] = df
@@ -277,7 +299,7 @@ def fit_numpy(
     good_image, good_template = _good(image, mask), _good(template, mask)
     box, weight = _weights(err, good_image, good_template, inner, reach)
     npix = int(np.count_nonzero(weight))
-    if npix < (5 if fit_bg else 4):
+    if npix <= _parameters(max_shift, max_scale, fit_bg):
         return Fit(TOO_FEW_PIXELS, npix)
     if _flat(template, good_template, box, reach):
         return Fit(NO_SIGNAL, npix)

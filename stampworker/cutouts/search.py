@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 
 CLOSE = 1e-4  # pixels: Newton's method squares its error, so a step this short ends at 1e-8
 LONGEST_STEP = 0.5  # pixels, half of a cell
+SHORTEST_STEP = 1e-9  # pixels
 MOST_STEPS = 50
 PARTS = 4  # of a box's side: boxes are a pixel wide, then a quarter, then a sixteenth
 AT_ONCE = 64  # of the smallest boxes; memory for more is better saved
@@ -376,40 +377,58 @@ def _polish(form: Form, u: float, v: float, max_shift: float, max_scale: float) 
     """Newton's method within the bounds."""
     here = _evaluate(form, u, v, max_scale)
     for _ in range(MOST_STEPS):
-        du, dv = _step(here, max_shift)
+        du, dv, is_newtons = _step(here, max_shift)
+        is_last = is_newtons and max(abs(du), abs(dv)) < CLOSE
+        # Of a step so short, rounding may say that it leads up.
+        limit = here.chi2 + (ROUNDING * form.image_square if is_last else 0.0)
         while True:
-            u = min(max(here.u + du, -max_shift), max_shift)
-            v = min(max(here.v + dv, -max_shift), max_shift)
-            is_last = max(abs(u - here.u), abs(v - here.v)) < CLOSE
-            there = _evaluate(form, u, v, max_scale)
-            if is_last or there.chi2 <= here.chi2:  # of a step so short only rounding says that it leads up
+            there = _evaluate(form, _within(here.u + du, max_shift), _within(here.v + dv, max_shift), max_scale)
+            if there.chi2 <= limit:
                 break
-            du, dv = du / 2, dv / 2
+            du, dv, is_last = du / 2, dv / 2, False
+            if max(abs(du), abs(dv)) < SHORTEST_STEP:
+                return here
         here = there
         if is_last:
             break
     return here
 
 
-def _step(here: Value, max_shift: float) -> tuple[float, float]:
-    """Newton's step among the shifts that are not held by a bound, downhill also where the curvature is negative."""
+def _within(at: float, bound: float) -> float:
+    """Keep a shift within its bound; one that misses it by rounding is at it."""
+    if abs(at) >= bound * (1 - 1e-12):
+        return bound if at > 0 else -bound
+    return at
+
+
+def _step(here: Value, max_shift: float) -> tuple[float, float, bool]:
+    """Return a step within the bounds, and whether it is Newton's: where the curvature is negative it only descends."""
     size = max(map(abs, here.hessian))
     if not 0 < size < inf:
-        return 0.0, 0.0
+        return 0.0, 0.0, True
     # Squares of the curvature may be beyond any float.
     huu, huv, hvv = (curvature / size for curvature in here.hessian)
     gu, gv = (slope / size for slope in here.gradient)
-    held_u = abs(here.u) >= max_shift and gu * here.u <= 0
-    held_v = abs(here.v) >= max_shift and gv * here.v <= 0
-    if held_u:
+    if abs(here.u) >= max_shift and gu * here.u <= 0:  # held by its bound
         gu, huu, huv = 0.0, 1.0, 0.0
-    if held_v:
+    if abs(here.v) >= max_shift and gv * here.v <= 0:
         gv, hvv, huv = 0.0, 1.0, 0.0
     smallest = (huu + hvv - sqrt((huu - hvv) * (huu - hvv) + 4 * huv * huv)) / 2
-    if smallest <= 1e-9:
+    is_newtons = smallest > 1e-9
+    if not is_newtons:
         raised = max(-2 * smallest, 1e-3)
         huu, hvv = huu + raised, hvv + raised
     determinant = huu * hvv - huv * huv
     du, dv = (huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant
+    beyond_u, beyond_v = abs(here.u + du) > max_shift, abs(here.v + dv) > max_shift
+    if beyond_u or beyond_v:  # the lowest place of the parabola is then on a bound that is passed
+        steps = []
+        if beyond_u:
+            held = (max_shift if here.u + du > 0 else -max_shift) - here.u
+            steps.append((held, min(max(-(gv + huv * held) / hvv, -max_shift - here.v), max_shift - here.v)))
+        if beyond_v:
+            held = (max_shift if here.v + dv > 0 else -max_shift) - here.v
+            steps.append((min(max(-(gu + huv * held) / huu, -max_shift - here.u), max_shift - here.u), held))
+        du, dv = min(steps, key=lambda d: d[0] * (gu + huu * d[0] / 2 + huv * d[1]) + d[1] * (gv + hvv * d[1] / 2))
     long = max(abs(du), abs(dv)) / LONGEST_STEP
-    return (du / long, dv / long) if long > 1 else (du, dv)
+    return (du / long, dv / long, False) if long > 1 else (du, dv, is_newtons)

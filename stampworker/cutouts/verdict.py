@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import floor, isfinite
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from stampworker.cutouts.adjust import core, fitted_pixels, planes_of
+from stampworker.cutouts.adjust import check_arguments, core, fitted_pixels, planes_of
 
 SIGMA_PER_FWHM = 0.42466  # of a Gaussian: 1 / sqrt(8 ln 2)
 
@@ -108,10 +109,11 @@ def weigh_point_source(
     KeyError, ValueError
         As in ``adjust_cutout``; ``ValueError`` also where ``fwhm`` is not above 0.
     """
-    if not (isfinite(fwhm) and fwhm > 0):
+    if not (isinstance(fwhm, Real) and isfinite(fwhm) and fwhm > 0):
         raise ValueError(f"fwhm is {fwhm!r}, wanted more than 0 pixels")
+    check_arguments(max_shift, max_scale, inner)
     image, template, err, mask = planes_of(cutout)
-    meta = cutout["meta"]
+    meta = cutout.setdefault("meta", {})
     meta.pop("adjust_point_gain", None)
     fit = core(image, template, err, mask, inner or 0.0, max_shift, max_scale, True, False, np.empty(image.shape))
     if fit.failure:

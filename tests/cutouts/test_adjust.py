@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import shift
 from scipy.stats import chi2 as chi2_distribution
@@ -54,6 +56,20 @@ def holed(plane: NDArray[Any], value: float, seed: int = 2, n: int = 12) -> NDAr
     plane = plane.copy()
     plane.ravel()[np.random.default_rng(seed).choice(plane.size, n, replace=False)] = value
     return plane
+
+
+PROPERTY = settings(max_examples=40, deadline=None)
+SEEDS = st.integers(0, 10**6)
+HOW = st.fixed_dictionaries(
+    {"inner": st.sampled_from([None, 9, 14]), "fit_bg": st.booleans(), "max_shift": st.sampled_from([0.7, 1, 2])}
+)
+
+
+def random_cutout(seed: int, n: int = 0) -> dict[str, Any]:
+    """Return a cutout moved and scaled at random, with a mask that has ``n`` bad pixels where there are any."""
+    rng = np.random.default_rng(seed)
+    cutout = cutout_of(*rng.uniform(-1.5, 1.5, 2), scale=rng.uniform(0.95, 1.05), seed=seed)
+    return {**cutout, "mask": holed(np.zeros(SHAPE, "u1"), 1, seed, n)} if n else cutout
 
 
 def test_dx_is_along_columns_and_dy_along_rows() -> None:
@@ -158,15 +174,13 @@ def test_errors_are_honest(inner: int | None) -> None:
     np.testing.assert_allclose(np.mean(pulls, axis=0), 0, atol=0.15)
 
 
-def test_a_masked_pixel_never_matters() -> None:
+@PROPERTY
+@given(SEEDS, HOW, st.sampled_from([0.0, -1e9, 3e7, 1e-300, np.nan, np.inf, -np.inf]))
+def test_a_masked_pixel_never_matters(seed: int, how: dict[str, Any], value: float) -> None:
     """Whatever stands in a masked pixel of any plane, the metrics are the same to the last bit."""
-    mask = np.zeros(SHAPE, bool)
-    mask[12:14, 15:18] = mask[0, 0] = mask[-1, 7] = True
-    cutout = copied(cutout_of(), mask=mask)
-    want = metrics(cutout)
-    for value in (0.0, -1e9, 3e7, np.nan, np.inf):
-        planes = {name: np.where(mask, value, cutout[name]) for name in ("image", "convolved", "err")}
-        assert metrics(copied(cutout, **planes)) == want
+    cutout = random_cutout(seed, 8)
+    planes = {name: np.where(cutout["mask"], value, cutout[name]) for name in ("image", "convolved", "err")}
+    assert metrics(copied(cutout, **planes), **how) == metrics(cutout, **how)
 
 
 def test_a_bad_template_pixel_takes_out_what_it_could_reach() -> None:
@@ -219,40 +233,45 @@ def test_dtype_byte_order_and_layout_do_not_matter() -> None:
     assert metrics(counts) == metrics(copied(cutout, convolved=np.round(cutout["convolved"])))
 
 
-def test_moving_both_planes_changes_nothing() -> None:
+@PROPERTY
+@given(SEEDS, st.integers(0, 32), st.integers(0, 32))
+def test_moving_both_planes_changes_nothing(seed: int, y: int, x: int) -> None:
     """Image and template moved together, inside an empty border, give the same fit."""
-    planes = {name: np.full((61, 65), fill) for name, fill in (("image", 150.0), ("convolved", 120.0), ("err", 5.0))}
     found = []
-    for y, x in ((10, 14), (17, 9)):
-        cutout: dict[str, Any] = {name: plane.copy() for name, plane in planes.items()}
-        for name in planes:
-            cutout[name][y : y + SHAPE[0], x : x + SHAPE[1]] = cutout_of(seed=3)[name]
+    for bottom, left in ((16, 16), (y, x)):
+        cutout: dict[str, Any] = {
+            name: np.full((61, 65), fill) for name, fill in (("image", 150.0), ("convolved", 120.0), ("err", 5.0))
+        }
+        for name, plane in cutout.items():
+            plane[bottom : bottom + SHAPE[0], left : left + SHAPE[1]] = random_cutout(seed)[name]
         m = metrics({**cutout, "meta": {}})
         found.append([m[key] for key in METRICS])
-    np.testing.assert_allclose(*found, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(*found, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("fit_bg", [False, True])
-def test_flipping_x_negates_dx_only(fit_bg: bool) -> None:
+@PROPERTY
+@given(SEEDS, st.sampled_from([0, 5]), HOW)
+def test_flipping_x_negates_dx_only(seed: int, masked: int, how: dict[str, Any]) -> None:
     """Mirrored stamps give mirrored shifts; swapped axes swap them."""
-    cutout = cutout_of(seed=4)
-    m = metrics(cutout, fit_bg=fit_bg)
-    flipped = metrics({k: v[:, ::-1] if k != "meta" else v for k, v in cutout.items()}, fit_bg=fit_bg)
-    swapped = metrics({k: v.T if k != "meta" else v for k, v in cutout.items()}, fit_bg=fit_bg)
+    cutout = random_cutout(seed, masked)
+    m = metrics(cutout, **how)
+    flipped = metrics({k: v[:, ::-1] if k != "meta" else v for k, v in cutout.items()}, **how)
+    swapped = metrics({k: v.T if k != "meta" else v for k, v in cutout.items()}, **how)
     for key in METRICS:
-        assert flipped[key] == pytest.approx(-m[key] if key == "dx" else m[key], rel=1e-7, abs=1e-9), key
-        assert swapped[{"dx": "dy", "dy": "dx"}.get(key, key)] == pytest.approx(m[key], rel=1e-7, abs=1e-9), key
+        assert flipped[key] == pytest.approx(-m[key] if key == "dx" else m[key], rel=1e-7, abs=1e-7), key
+        assert swapped[{"dx": "dy", "dy": "dx"}.get(key, key)] == pytest.approx(m[key], rel=1e-7, abs=1e-7), key
 
 
-@pytest.mark.parametrize("factor", [1e-6, 7.0, 3e8])
-def test_units_do_not_matter(factor: float) -> None:
+@PROPERTY
+@given(SEEDS, st.sampled_from([0, 5]), HOW, st.floats(-9, 9).map(lambda power: 10.0**power))
+def test_units_do_not_matter(seed: int, masked: int, how: dict[str, Any], factor: float) -> None:
     """Image, template and err in other units leave chi2, shift and scale."""
-    cutout = cutout_of(seed=5)
-    m = metrics(cutout)
-    other = metrics({k: v * factor if k != "meta" else v for k, v in cutout.items()})
+    cutout = random_cutout(seed, masked)
+    m = metrics(cutout, **how)
+    other = metrics({k: v * factor if k not in ("meta", "mask") else v for k, v in cutout.items()}, **how)
     for key in METRICS:
         unit = factor if key in ("bg", "tbg") else 1
-        assert other[key] == pytest.approx(m[key] * unit, rel=1e-7, abs=1e-9), key
+        assert other[key] == pytest.approx(m[key] * unit, rel=1e-7, abs=1e-7 * unit), key
 
 
 def test_nothing_usable_is_said() -> None:
@@ -404,3 +423,100 @@ def test_an_argument_out_of_range_is_named(name: str, value: float) -> None:
     """ValueError names the argument and the value."""
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         adjust_cutout(cutout_of(), **{name: value})
+
+
+def test_masked_values_of_masked_arrays_are_bad() -> None:
+    """A masked array's masked pixels leave the fit, of whichever plane and dtype; those of a mask are bad."""
+    cutout = cutout_of()
+    holes = np.zeros(SHAPE, bool)
+    holes[13, 16] = holes[3, 4] = True
+    for name, dtype in (("image", "i4"), ("image", "f4"), ("err", "f8"), ("convolved", "f8")):
+        plane = cutout[name].astype(dtype)
+        want = metrics(copied(cutout, **{name: np.where(holes, np.nan, plane)}))
+        assert metrics(copied(cutout, **{name: np.ma.MaskedArray(plane, holes)})) == want
+    want = metrics(copied(cutout, mask=holes))
+    assert metrics(copied(cutout, mask=np.ma.MaskedArray(np.zeros(SHAPE, "i2"), holes))) == want
+
+
+def test_parameters_without_room_are_none() -> None:
+    """Where a bound leaves a parameter no room it is not fitted and does not count."""
+    pixels = SHAPE[0] * SHAPE[1]
+    for parameters, kwargs in (
+        (1, {"max_shift": 0}),
+        (2, {"max_scale": 1}),
+        (1, {"max_shift": 0, "max_scale": 1, "fit_bg": True}),
+        (0, {"max_shift": 0, "max_scale": 1}),
+    ):
+        assert metrics(cutout_of(), **kwargs)["df"] == pixels - parameters  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bound", "kwargs"), [("dx", {"max_shift": 0.6}), ("scale", {"max_scale": 1.01}), ("none", {"max_shift": 2})]
+)
+@pytest.mark.parametrize("fit_bg", [False, True])
+def test_errors_are_those_of_the_free_parameters(bound: str, kwargs: dict[str, Any], fit_bg: bool) -> None:
+    """Errors are the inverse of half the curvature of chi2, by scipy's shift, in the parameters that are free."""
+    cutout = cutout_of()
+    m = metrics(cutout, fit_bg=fit_bg, **kwargs)
+    assert bound == "none" or bound in m["bound"].split(",")
+
+    def chi2(dx: float, dy: float, scale: float, bg: float) -> float:
+        moved = scale * shift(cutout["convolved"] - m["tbg"], (dy, dx), order=3, mode="reflect")
+        return float((((cutout["image"] - bg - moved) / cutout["err"]) ** 2).sum())
+
+    at = np.array([m[name] for name in ("dx", "dy", "scale", "bg")])
+    free = [name for name in ("dx", "dy", "scale", "bg") if m[f"{name}_err"] is not None]
+    assert len(free) == 4 - (not fit_bg) - (bound != "none")
+    steps = np.diag([1e-3, 1e-3, 1e-4, 1e-2])[[("dx", "dy", "scale", "bg").index(name) for name in free]]
+    curvature = [
+        [(chi2(*(at + a + b)) - chi2(*(at + a - b)) - chi2(*(at - a + b)) + chi2(*(at - a - b))) / 4 for b in steps]
+        for a in steps
+    ]
+    size = steps.sum(axis=1)
+    covariance = np.linalg.inv(np.array(curvature) / 2) * np.outer(size, size)
+    np.testing.assert_allclose([m[f"{name}_err"] for name in free], np.sqrt(np.diag(covariance)), rtol=1e-3)
+
+
+def test_a_minimum_on_a_bound_is_one_along_the_bound() -> None:
+    """Where a tilted valley ends at a bound that no grid holds exactly, the other shift is at its best there."""
+    yy, xx = np.mgrid[:31, :31]
+    for seed in (3, 11, 37):
+        rng = np.random.default_rng(seed)
+        angle, (x, y) = rng.uniform(0, np.pi), rng.uniform(-1.4, 1.4, 2)
+        template, image = (
+            900
+            * np.exp(
+                -(((xx - 15 - u) * np.cos(angle) + (yy - 15 - v) * np.sin(angle)) ** 2) / 32
+                - ((yy - 15 - v) * np.cos(angle) - (xx - 15 - u) * np.sin(angle)) ** 2 / 3.6
+            )
+            + 120
+            for u, v in ((0.0, 0.0), (x, y))
+        )
+        image = image + rng.normal(0, 5, image.shape)
+        cutout = {"image": image, "convolved": template, "err": np.full(image.shape, 5.0)}
+        for max_shift in (0.7, 1.4, 2.8):
+            m = metrics(cutout, max_shift=max_shift)
+
+            def chi2(dx: float, dy: float, m: dict[str, Any] = m, cutout: dict[str, Any] = cutout) -> float:
+                moved = shift(cutout["convolved"] - m["tbg"], (dy, dx), order=3, mode="reflect")
+                scale = np.clip((moved * (cutout["image"] - m["bg"])).sum() / (moved**2).sum(), 1 / 1.1, 1.1)
+                return float((((cutout["image"] - m["bg"] - scale * moved) / 5) ** 2).sum())
+
+            for dx, dy in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3)):
+                there = np.clip((m["dx"] + dx, m["dy"] + dy), -max_shift, max_shift)
+                assert m["chi2"] <= chi2(*there) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("value", ["1", None, [1, 2], np.nan])
+def test_an_argument_of_another_kind_is_named(value: Any) -> None:
+    """ValueError names an argument that is no number; None is only for inner."""
+    for name in ("max_shift", "max_scale", "inner"):
+        if not (name == "inner" and value is None):
+            with pytest.raises(ValueError, match=rf"{name} is .*, wanted"):
+                adjust_cutout(cutout_of(), **{name: value})
+
+
+def test_rows_of_different_lengths_are_no_plane() -> None:
+    """ValueError names the plane."""
+    with pytest.raises(ValueError, match="plane 'image'"):
+        adjust_cutout(copied(cutout_of(), image=[[1.0], [1.0, 2.0]]))

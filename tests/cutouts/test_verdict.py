@@ -99,7 +99,7 @@ def test_no_comparison_without_a_fit() -> None:
     cutout = cutout_of(300 * disc(16.0, 15.0, 1.5), np.zeros((31, 33)), adjust_point_gain=3.0)
     assert weigh_point_source(cutout, 3.5) is None
     assert "adjust_point_gain" not in cutout["meta"]
-    with pytest.raises(ValueError, match="fwhm is nan"):
+    with pytest.raises(ValueError, match=r"fwhm is nan"):
         weigh_point_source(cutout, float("nan"))
 
 
@@ -107,3 +107,16 @@ def test_no_fit_is_said() -> None:
     """Without a fit there is no verdict."""
     with pytest.raises(KeyError, match="adjust_chi2"):
         is_artefact({"adjust_status": "no_signal"})
+
+
+def test_weighing_wants_what_the_fit_wants() -> None:
+    """Arguments out of range are named as by adjust_cutout; a cutout needs no meta."""
+    cutout = cutout_of(300 * disc(16.3, 15.2, 1.5), 300 * disc(16.0, 15.0, 1.5))
+    for name, value in (("max_shift", 99), ("max_shift", -1), ("max_scale", 0.5), ("inner", -3), ("max_scale", np.nan)):
+        with pytest.raises(ValueError, match=rf"{name} is {value}, wanted"):
+            weigh_point_source(cutout, 3.0, **{name: value})  # type: ignore[arg-type]
+    for fwhm in ("3", 0, np.inf, None):
+        with pytest.raises(ValueError, match=r"fwhm is .*, wanted more than 0 pixels"):
+            weigh_point_source(cutout, fwhm)  # type: ignore[arg-type]
+    del cutout["meta"]
+    assert weigh_point_source(cutout, 3.0) == cutout["meta"]["adjust_point_gain"]
