@@ -50,6 +50,7 @@ def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], 
     Notes
     -----
     Scaling is done in the plane's dtype, multiplication first, as astropy does it: the values are the same bits.
+    Unsigned 64-bit integers are rounded once, from the integer.
     """
     scale, zero = cards.real("BSCALE", 1.0), cards.real("BZERO", 0.0)
     blank = cards.integer("BLANK", low=None) if bitpix > 0 and "BLANK" in cards.values else None
@@ -58,13 +59,15 @@ def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], 
     dtype = np.dtype("f4" if bitpix in (8, 16, -32) else "f8")
     if blank is None and scale == 1 and zero == 0:
         return dtype, lambda stored: stored.astype(dtype)
+    # Rounded before the offset of 2^63 is added, all small numbers would be the same one.
+    integers = _unsigned(bitpix, scale, zero) if bitpix == 64 else None
 
     def convert(stored: NDArray[Any]) -> NDArray[Any]:
-        values = stored.astype(dtype)
+        values = (stored if integers is None else integers(stored)).astype(dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # a hostile BSCALE gives infinities, not warnings
             if scale != 1:
                 values *= dtype.type(scale)
-            if zero != 0:
+            if zero != 0 and integers is None:
                 values += dtype.type(zero)
         if blank is not None:
             values[stored == blank] = np.nan
@@ -73,8 +76,19 @@ def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], 
     return dtype, convert
 
 
+def _unsigned(bitpix: int, scale: float, zero: float) -> Convert | None:
+    """Return what makes integers of stored ones where BZERO is that of the unsigned convention (of bytes: signed)."""
+    name = _UNSIGNED.get((bitpix, zero)) if scale == 1 else None
+    if name is None:
+        return None
+    native = STORED[bitpix].newbyteorder("=")
+    # The convention's offset is the sign bit: adding it is flipping it.
+    sign = np.array(1 << (bitpix - 1), f"u{bitpix // 8}").view(native)[()]
+    return lambda stored: (stored.astype(native) ^ sign).view(name)
+
+
 def _mask_converter(bitpix: int, scale: float, zero: float, blank: int | None) -> tuple[np.dtype[Any], Convert]:
-    unsigned = _UNSIGNED.get((bitpix, zero)) if scale == 1 else None
+    unsigned = _unsigned(bitpix, scale, zero)
     if bitpix < 0 or not (unsigned or (scale == 1 and zero == 0)):
 
         def flag(stored: NDArray[Any]) -> NDArray[Any]:
@@ -87,16 +101,11 @@ def _mask_converter(bitpix: int, scale: float, zero: float, blank: int | None) -
         return np.dtype("u1"), flag
 
     native = STORED[bitpix].newbyteorder("=")
-    dtype = np.dtype(unsigned) if unsigned else native
-    # The offset of the unsigned convention is the sign bit: adding it is flipping it.
-    sign = np.array(1 << (bitpix - 1), f"u{bitpix // 8}").view(native)[()] if unsigned else None
 
     def keep(stored: NDArray[Any]) -> NDArray[Any]:
-        values = stored.astype(native)
-        if sign is not None:
-            values = (values ^ sign).view(dtype)
+        values = stored.astype(native) if unsigned is None else unsigned(stored)
         if blank is not None:
             values[stored == blank] = 1
         return values
 
-    return dtype, keep
+    return np.dtype(_UNSIGNED[bitpix, zero]) if unsigned else native, keep

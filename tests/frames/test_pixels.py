@@ -41,6 +41,32 @@ def test_unsigned_with_blank(write: Write, store: FrameStore, dtype: str, bzero:
     np.testing.assert_array_equal(store.open(str(path))[0:61, 0:83], want)
 
 
+@pytest.mark.parametrize("dtype", ["u2", "u4", "u8", "i8"])
+@pytest.mark.parametrize("codec", ["", "GZIP_1", "GZIP_2", "NOCOMPRESS"])
+def test_wide_integers_as_astropy(tmp_path: Path, store: FrameStore, dtype: str, codec: str) -> None:
+    """Unsigned and 64-bit integers, small and large, are the float next to astropy's integer."""
+    info = np.iinfo(dtype)
+    rng = np.random.default_rng(64)
+    data = rng.integers(info.min, info.max, (61, 83), dtype=dtype, endpoint=True)
+    data[:30] = rng.integers(1, 2000, (30, 83))
+    path = tmp_path / "a.fits"
+    image = fits.CompImageHDU(data, compression_type=codec) if codec else fits.ImageHDU(data)
+    fits.HDUList([fits.PrimaryHDU(), image]).writeto(path)
+    frame = store.open(str(path))
+    want = fits.getdata(path, 1)[ANY]
+    assert np.unique(want).size > 500
+    np.testing.assert_array_equal(frame[ANY], want.astype(frame.dtype))
+
+
+def test_undefined_unsigned_integers(write: Write, store: FrameStore) -> None:
+    """BLANK, a stored number, is NaN among unsigned integers of 64 bits, too, and only it."""
+    data = np.random.default_rng(64).integers(1, 2000, (61, 83)).astype("u8")
+    path = write("a.fits", data, BLANK=7 - 2**63)
+    got = store.open(str(path))[0:61, 0:83]
+    assert (data == 7).any()
+    np.testing.assert_array_equal(got, np.where(data == 7, np.nan, data))
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale", "zero"), [("i2", 0.1, -31.7), ("i4", 3e-5, 1e3), ("u1", 2.5, 0), ("f4", 2, 1)]
 )
