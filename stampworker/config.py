@@ -134,11 +134,12 @@ class FrameSettings(_Section):
     cache_bytes: int = Field(2 << 30, ge=0)
     """Decompressed data kept in memory, bytes."""
     max_header_bytes: int = Field(1 << 20, ge=2880)
-    """Longest header of one HDU, bytes."""
+    """Longest header of one HDU, bytes; all headers of a file together may have 32 times as many."""
     max_axis: int = Field(100_000, ge=1)
     """Longest axis of a frame, pixels."""
-    max_decompressed_bytes: int = Field(4 << 30, ge=1)
-    """Largest decompressed frame, bytes."""
+    max_decompressed_bytes: int = Field(1 << 30, ge=1)
+    """Largest gzip file, decompressed as far as its HDUs go, and largest tile, bytes. One frame may take so much memory
+    (a tile half as much again) and is then kept within cache_bytes: a file of a few megabytes is enough."""
     max_download_bytes: int = Field(1 << 30, ge=1 << 16)
     """Most that is taken from a server in one answer, bytes: a stamp's rows; a whole file where it is gzip or the
     server serves no ranges."""
@@ -150,7 +151,8 @@ class FrameSettings(_Section):
     read_s: float = Field(10.0, gt=0, le=300)
     """Longest silence of such a server, seconds."""
     total_s: float = Field(30.0, gt=0, le=3600)
-    """Longest time that opening a remote frame, or reading one section of it, may take, seconds."""
+    """Longest time that opening a frame, decompressing it included, or reading one section of a remote one may take,
+    and all frames of one alert together, seconds."""
     failure_age_s: float = Field(5.0, ge=0, le=3600)
     """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other on a
     server that did not answer in time. A server's own Retry-After may make it longer."""

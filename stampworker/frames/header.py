@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from stampworker.errors import FrameCorrupt, FrameRefused
+from stampworker.errors import FrameCorrupt, FrameRefused, FrameUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from stampworker.frames.sources import Source
 
@@ -24,6 +24,8 @@ BLOCK = 2880
 CARD = 80
 MAX_HDUS = 10_000
 """An HDU takes at least 2880 bytes, so a hostile file could hold millions."""
+MAX_HEADERS = 32
+"""All headers of a file together may be so many times as long as one: gzip makes 300 MB of them out of 20."""
 
 _FIRST_READ = 8 * BLOCK
 _INTEGER = re.compile(rb"\s*([+-]?\d{1,19})\s*(?:/|$)")
@@ -56,9 +58,11 @@ class Hdu:
     axes : tuple of int
         Of the image, as an array has them (slowest first); of the table otherwise.
     cards : bytes
-        The header's cards, END not included.
+        The header's cards, END not included; none of one that is `bare`.
     values : dict of str to bytes
         Keyword to the rest of its card after ``=``; the first of equals.
+    start : int
+        Where the header begins.
     offset, size : int
         Where the data begin and how many bytes they are, padding not included.
     """
@@ -70,6 +74,7 @@ class Hdu:
     axes: tuple[int, ...]
     cards: bytes
     values: dict[str, bytes]
+    start: int
     offset: int
     size: int
 
@@ -80,6 +85,11 @@ class Hdu:
     def end(self) -> int:
         """Where the next HDU begins."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
+
+    @property
+    def bare(self) -> Hdu:
+        """The same without its cards, of which a file may have many megabytes; `reread` has them again."""
+        return replace(self, cards=b"", values={})
 
     @property
     def plane(self) -> tuple[int, int] | None:
@@ -188,7 +198,7 @@ def values_of(cards: bytes) -> dict[str, bytes]:
     return values
 
 
-def walk(source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
+def walk(source: Source, url: str, max_header_bytes: int, passed: Sequence[Hdu] = ()) -> Iterator[Hdu]:
     """Yield the HDUs of a FITS file, reading headers only.
 
     Parameters
@@ -198,29 +208,90 @@ def walk(source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
     url : str
         Name for messages.
     max_header_bytes : int
-        Longest header of one HDU.
+        Longest header of one HDU; all together may have `MAX_HEADERS` times as many.
+    passed : sequence of Hdu, optional
+        The first HDUs, which are known already.
 
     Yields
     ------
     hdu : Hdu
+        Of those that follow.
 
     Raises
     ------
     FrameCorrupt
         Not FITS, or a header is damaged or cut off.
     FrameRefused
-        A header is longer than ``max_header_bytes``, or there are more than `MAX_HDUS`.
+        A header, or all together, are longer than they may be, or there are more than `MAX_HDUS`.
     """
-    offset = index = 0
-    while offset < source.size or index == 0:
+    last = passed[-1] if passed else None
+    headers = sum(hdu.offset - hdu.start for hdu in passed)
+    while last is None or last.end < source.size:
+        start, index = (0, 0) if last is None else (last.end, last.index + 1)
         if index >= MAX_HDUS:
             raise FrameRefused(url, f"more than {MAX_HDUS} HDUs")
-        cards, start = _read_cards(source, url, index, offset, max_header_bytes)
-        hdu = _parse(cards, url, index, start)
-        yield hdu
-        if hdu.offset + hdu.size > source.size:
-            return
-        offset, index = hdu.end, index + 1
+        cards, offset = _read_cards(source, url, index, start, max_header_bytes)
+        headers += offset - start
+        if headers > MAX_HEADERS * max_header_bytes:
+            raise FrameRefused(
+                url, f"{headers} bytes of headers up to HDU {index}, above {MAX_HEADERS} times max_header_bytes"
+            )
+        last = _parse(cards, url, index, start, offset)
+        yield last
+
+
+def reread(source: Source, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
+    """Return a bare HDU with its cards; `FrameUnavailable` where the file has another one there now."""
+    cards, offset = _read_cards(source, url, hdu.index, hdu.start, max_header_bytes)
+    again = _parse(cards, url, hdu.index, hdu.start, offset)
+    if (again.kind, again.axes, again.offset, again.size) != (hdu.kind, hdu.axes, hdu.offset, hdu.size):
+        raise FrameUnavailable(url, f"{hdu} has another header than when the file was opened")
+    return again
+
+
+class Extent:
+    """How far the HDUs go of a file whose bytes come one after another.
+
+    Parameters
+    ----------
+    max_header_bytes : int
+        See `walk`.
+    """
+
+    def __init__(self, max_header_bytes: int) -> None:
+        self._limit = max_header_bytes
+        self._next = self._index = self._headers = 0
+
+    def end(self, data: bytearray) -> int:
+        """Return where the HDUs that begin within ``data``, the file's first bytes, end: what follows is not needed.
+
+        Where a header is not there as a whole, that is where ``data`` ends. Where one is damaged or above a limit it is
+        where that begins: `walk` gets no further either, and says why.
+        """
+        while self._next + CARD <= len(data) and self._index < MAX_HDUS:
+            if not data.startswith(b"XTENSION=" if self._index else b"SIMPLE  =", self._next):
+                break
+            at = _end_card(data, self._next, self._next)
+            if at < 0:
+                return len(data) if len(data) - self._next < 2 * self._limit else self._next
+            offset = self._next + -(-(at + CARD - self._next) // BLOCK) * BLOCK
+            self._headers += offset - self._next
+            if self._headers > MAX_HEADERS * self._limit:
+                break
+            try:
+                hdu = _parse(bytes(data[self._next : at]), "", self._index, self._next, offset)
+            except FrameCorrupt:
+                break
+            self._next, self._index = hdu.end, self._index + 1
+        return self._next
+
+
+def _end_card(raw: bytes | bytearray, start: int, searched: int) -> int:
+    """Return where the END card is of a header that begins at ``start``; -1 where it is not there."""
+    at = raw.find(b"END     ", searched)
+    while at >= 0 and (at - start) % CARD:
+        at = raw.find(b"END     ", at + 1)
+    return at
 
 
 def _read_cards(source: Source, url: str, index: int, offset: int, limit: int) -> tuple[bytes, int]:
@@ -229,9 +300,7 @@ def _read_cards(source: Source, url: str, index: int, offset: int, limit: int) -
     _check_magic(raw, url, index)
     searched = 0
     while True:
-        at = raw.find(b"END     ", searched)
-        while at >= 0 and at % CARD:
-            at = raw.find(b"END     ", at + 1)
+        at = _end_card(raw, 0, searched)
         if at >= 0:
             return raw[:at], offset + -(-(at + CARD) // BLOCK) * BLOCK
         searched = len(raw) - len(raw) % CARD
@@ -257,7 +326,7 @@ def _check_magic(raw: bytes, url: str, index: int) -> None:
     raise FrameCorrupt(url, f"HDU {index} begins with {raw[:20].decode('latin-1')!a}, wanted {wanted.decode()!r}")
 
 
-def _parse(raw: bytes, url: str, index: int, start: int) -> Hdu:
+def _parse(raw: bytes, url: str, index: int, start: int, offset: int) -> Hdu:
     values = values_of(raw)
     cards = Cards(values, url, f"HDU {index}")
     bitpix = bitpix_of(cards, "BITPIX")
@@ -278,7 +347,7 @@ def _parse(raw: bytes, url: str, index: int, start: int) -> Hdu:
         axes = axes_of(cards, "ZNAXIS")
     name = cards.text("EXTNAME").strip().upper() or ("" if index else "PRIMARY")
     version = cards.integer("EXTVER", 1, low=None)
-    return Hdu(index, name, version, kind, axes, raw, values, start, size)
+    return Hdu(index, name, version, kind, axes, raw, values, start, offset, size)
 
 
 def bitpix_of(cards: Cards, keyword: str) -> int:

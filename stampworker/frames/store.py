@@ -26,14 +26,14 @@ from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUn
 from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, parse, parse_root, scheme_of, without_credentials
 from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
-from stampworker.frames.header import CARD, Hdu, find, parse_text, split_cards, walk
+from stampworker.frames.header import CARD, Hdu, find, parse_text, reread, split_cards, walk
 from stampworker.frames.inherit import with_inherited
 from stampworker.frames.memory import MemoryFile, open_memory
 from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
 from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote
 from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
-from stampworker.frames.sources import GZIP_MAGIC, Kept, Source, inflate, open_file
+from stampworker.frames.sources import GZIP_MAGIC, InflateLimits, Kept, Source, inflate, open_file
 from stampworker.frames.tiles import TiledImage
 from stampworker.frames.web import WebClient, WebFile
 
@@ -221,7 +221,7 @@ def _of_table(keyword: str) -> bool:
 
 
 class _File:
-    """An open file: its bytes, its HDUs as far as they were asked for, and its frames.
+    """An open file: its bytes, its HDUs as far as they were asked for (the cards of the first alone), and its frames.
 
     ``key`` is its resolved path or its URL; ``signature`` tells it from another file there; ``is_stale`` says that it
     must be opened again.
@@ -242,20 +242,19 @@ class _File:
         self.frames: dict[tuple[str, bool], Frame] = {}
         self.source: Source | None = None
         self._walked: list[Hdu] = []
-        self._rest: Iterator[Hdu] | None = None
 
     def load(self, url: str, settings: FrameSettings, budget: Budget) -> Source:
         """Open the file, once."""
         if self.source is None:
             source = self._opener(url)
             if source.read(0, min(2, source.size)) == GZIP_MAGIC:
-                limits = (
+                size, setting = min(
                     (settings.max_decompressed_bytes, "max_decompressed_bytes"),
                     (settings.max_alert_bytes, "max_alert_bytes"),
                 )
-                source = Kept(partial(inflate, source, url, *min(limits)), url, budget, packed=source.whole)
+                limits = InflateLimits(size, setting, settings.max_header_bytes, settings.total_s)
+                source = Kept(partial(inflate, source, url, limits), url, budget, packed=source.whole)
             self.source = source
-            self._rest = walk(source, url, settings.max_header_bytes)
         return self.source
 
     @property
@@ -263,11 +262,11 @@ class _File:
         """The first HDU, when one has been asked for."""
         return self._walked[0]
 
-    def hdus(self) -> Iterator[Hdu]:
-        """Yield the HDUs, reading headers only as far as needed."""
+    def hdus(self, source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
+        """Yield the HDUs, those that were passed before bare, reading headers only as far as needed."""
         yield from self._walked
-        for hdu in self._rest or ():
-            self._walked.append(hdu)
+        for hdu in walk(source, url, max_header_bytes, self._walked.copy()):
+            self._walked.append(hdu.bare if hdu.index else hdu)
             yield hdu
 
 
@@ -537,8 +536,10 @@ class FrameStore:
 
     def _load(self, file: _File, url: str, fragment: str, mask: bool) -> Frame:
         source = file.load(url.partition("#")[0], self._settings, self._budget)
-        hdu = find(file.hdus(), fragment, url)
         settings = self._settings
+        hdu = find(file.hdus(source, url, settings.max_header_bytes), fragment, url)
+        if not hdu.cards:
+            hdu = reread(source, url, hdu, settings.max_header_bytes)
         if max(hdu.axes) > settings.max_axis:
             raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({settings.max_axis})")
         if hdu.offset + hdu.size > source.size:

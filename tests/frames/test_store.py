@@ -4,6 +4,8 @@ import gc
 import gzip
 import os
 import threading
+import time
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -222,6 +224,55 @@ def test_gzip_is_bounded(tmp_path: Path, write: Write, pixels: np.ndarray) -> No
         np.testing.assert_array_equal(store.open("1.gz")[ALL], pixels + 1)
 
 
+def test_no_more_is_decompressed_than_there_are_hdus(
+    tmp_path: Path, write: Write, store: FrameStore, pixels: np.ndarray
+) -> None:
+    """Zeros without end after the last HDU are not decompressed; HDUs above the limit are refused by their header."""
+    raw = write("a.fits", pixels).read_bytes()
+    (tmp_path / "zeros.gz").write_bytes(gzip.compress(raw + bytes(50_000_000)))
+    np.testing.assert_array_equal(store.open("zeros.gz")[ALL], pixels)
+    assert store.cached_bytes < 4_000_000
+    (tmp_path / "large.gz").write_bytes(
+        gzip.compress(raw.replace(b"NAXIS2  =                   61", b"NAXIS2  =             90000000"))
+    )
+    with pytest.raises(
+        FrameRefused, match=r"large\.gz: decompresses to more than .*\(frames\.max_decompressed_bytes\)"
+    ):
+        store.open("large.gz")
+    fits.HDUList([fits.PrimaryHDU(), *(fits.ImageHDU(pixels + i) for i in range(300))]).writeto(tmp_path / "m.fits")
+    (tmp_path / "many.gz").write_bytes(gzip.compress((tmp_path / "m.fits").read_bytes(), 1))
+    for i in (1, 300):
+        np.testing.assert_array_equal(store.open(f"many.gz#{i}")[ALL], pixels + (i - 1))
+
+
+def test_a_gzip_file_of_many_members(tmp_path: Path, write: Write, store: FrameStore, pixels: np.ndarray) -> None:
+    """A file of members without content, large ones among them, costs time in proportion to its size."""
+    raw, empty = write("a.fits", pixels).read_bytes(), gzip.compress(b"") * 25_000
+    noise = np.random.default_rng(5).bytes(3_000_000)
+    path = tmp_path / "a.gz"
+    path.write_bytes(
+        empty + gzip.compress(raw[:9000]) + empty + gzip.compress(raw[9000:]) + gzip.compress(noise) + empty
+    )
+    began = time.process_time()
+    np.testing.assert_array_equal(store.open("a.gz")[ALL], pixels)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(("elsewhere", "error"), [(0.0, FrameRefused), (0.15, FrameUnavailable)])
+def test_decompression_ends(
+    tmp_path: Path, write: Write, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, elsewhere: float, error: type
+) -> None:
+    """What is not decompressed in total_s costs the alert; where the time went elsewhere, it is tried again."""
+    (tmp_path / "a.gz").write_bytes(gzip.compress(write("a.fits", pixels).read_bytes()))
+    settings = FrameSettings(frame_roots=(str(tmp_path),), total_s=0.2)
+    inflated = sources.Extent.end
+    monkeypatch.setattr(sources.Extent, "end", lambda *given: (time.sleep(0.21 - elsewhere), inflated(*given))[1])
+    with FrameStore(settings) as store, store.allowance():
+        time.sleep(elsewhere)
+        with pytest.raises(error, match=r"a\.gz: not decompressed after .* with 0\.2 s for all \(frames\.total_s\)"):
+            store.open("a.gz")
+
+
 def test_limits(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
     """A header or an axis above its limit is refused, and the message names the setting."""
     path = write("a.fits", pixels, **{f"KEY{i}": "x" * 60 for i in range(400)})
@@ -231,6 +282,42 @@ def test_limits(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
     store = FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_axis=80))
     with pytest.raises(FrameRefused, match=r"shape \(61, 83\), above max_axis \(80\)"):
         store.open(str(path))
+
+
+def many_headers(path: Path, headers: int, cards: int) -> None:
+    """Write empty HDUs of long headers, an image after the first half of them, and one after all."""
+    empty = fits.ImageHDU()
+    empty.header.extend([(f"K{i}", i) for i in range(cards)])
+    filler = [empty] * (headers // 2)
+    fits.HDUList([fits.PrimaryHDU(), *filler, fits.ImageHDU(np.eye(3)), *filler, fits.ImageHDU(np.eye(4))]).writeto(
+        path
+    )
+
+
+def test_headers_of_a_file_are_bounded(tmp_path: Path) -> None:
+    """Headers that are above the limit together, not one of them alone, cost no image that comes before them."""
+    many_headers(tmp_path / "a.fits", 40, 300)
+    with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_header_bytes=28_800)) as store:
+        assert store.open("a.fits").shape == (3, 3)
+        for _ in range(2):
+            with pytest.raises(
+                FrameRefused, match=r"a\.fits.*\d bytes of headers up to HDU 3\d, above 32 times max_he"
+            ):
+                store.open("a.fits#42")
+
+
+def test_headers_that_were_passed_are_let_go_of(tmp_path: Path, store: FrameStore) -> None:
+    """What is kept of the HDUs before an image is little; asked for later, they are read again."""
+    many_headers(tmp_path / "a.fits", 24, 1000)
+    tracemalloc.start()
+    try:
+        kept = store.open("a.fits#26")
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000 < (tmp_path / "a.fits").stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert kept.shape == (4, 4)
+    np.testing.assert_array_equal(store.open("a.fits#13")[0:3, 0:3], np.eye(3))
+    assert store.open("a.fits#13").header["NAXIS1"] == 3
 
 
 def test_replaced_file_is_read_again(write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
