@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ _NUMBER = {"B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8"
 _HEAPS = ("COMPRESSED_DATA", "GZIP_COMPRESSED_DATA", "UNCOMPRESSED_DATA")
 _DITHERS = {"": 0, "NONE": 0, "NO_DITHER": 0, "SUBTRACTIVE_DITHER_1": 1, "SUBTRACTIVE_DITHER_2": 2}
 _MAX_TILE_BYTES = 1 << 30  # the codecs count in C ints
+_LARGE = 32 << 20  # bytes; such are no part of malloc's heap, and a second copy of one costs what it saves
 # The RICE decoder reads on to the next byte that is not 0, and a block further than the stream goes.
 _PAD = b"\xff" * 4096
 
@@ -105,13 +107,15 @@ class TiledImage:
         self._codec = _codec(cards, self._bitpix, lossless=not self._quantised)
         self._gunzip = _gunzip(self._bitpix, shuffled=False, lossless=True)
         self.dtype, self._convert = converter(cards, self._bitpix, mask=mask)
+        self._lock = threading.Lock()
         self._decoded: dict[int, NDArray[Any]] = {}
         self.held = 0
         self.used = 0
 
     def release(self) -> None:
         """Forget the decoded tiles."""
-        self._decoded, self.held = {}, 0
+        with self._lock:
+            self._decoded, self.held = {}, 0
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image.
@@ -178,10 +182,15 @@ class TiledImage:
         size = sum(tile.nbytes for tile in fresh.values())
         if not self._budget.room(self, size):
             self.release()
-        if self._budget.room(self, size):
-            self._decoded.update(zip(fresh, _in_one_piece(list(fresh.values())), strict=True))
+        with self._lock:
+            # Another thread may have decoded the same ones.
+            new = {index: tile for index, tile in fresh.items() if index not in self._decoded}
+            size = sum(tile.nbytes for tile in new.values())
+            if not self._budget.room(self, size):
+                return
+            self._decoded.update(_in_one_piece(new))
             self.held += size
-            self._budget.settle(self)
+        self._budget.settle(self)
 
     def _decode(self, indices: list[int]) -> list[NDArray[Any]]:
         """Decode tiles, with one read for those that lie together in the file."""
@@ -222,7 +231,8 @@ class TiledImage:
         scale, zero = float(self._scale[index]), float(self._zero[index])
         if self._dither:
             return self._undither(index, stored, scale, zero, blank)
-        values = stored * scale + zero
+        values = stored * scale
+        values += zero
         if blank is not None:
             values[stored == blank] = np.nan
         return values.astype("f4" if self._bitpix == -32 else "f8", copy=False)
@@ -269,12 +279,15 @@ class TiledImage:
         return f"tile {index} (rows {y}:{y + h}, columns {x}:{x + w})"
 
 
-def _in_one_piece(tiles: list[NDArray[Any]]) -> list[NDArray[Any]]:
+def _in_one_piece(tiles: dict[int, NDArray[Any]]) -> dict[int, NDArray[Any]]:
     """Copy tiles into one allocation: thousands of small ones, when they are freed, would leave the heap in holes."""
-    pixels = np.concatenate([tile.ravel() for tile in tiles])
-    copies, start = [], 0
-    for tile in tiles:
-        copies.append(pixels[start : start + tile.size].reshape(tile.shape))
+    small = {index: tile for index, tile in tiles.items() if tile.nbytes < _LARGE}
+    if not small:
+        return tiles
+    pixels = np.concatenate([tile.ravel() for tile in small.values()])
+    copies, start = dict(tiles), 0
+    for index, tile in small.items():
+        copies[index] = pixels[start : start + tile.size].reshape(tile.shape)
         start += tile.size
     return copies
 

@@ -1,6 +1,9 @@
 """Tile-compressed frames: the same pixels as astropy's, every codec; damage is an error, never a crash."""
 
 import contextlib
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from astropy.io import fits
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameCorrupt, FrameError, FrameRefused
-from stampworker.frames import FrameStore
+from stampworker.frames import FrameStore, tiles
 
 SECTIONS = [(slice(0, 61), slice(0, 83)), (slice(5, 36), slice(20, 51)), (slice(58, 61), slice(79, 83))]
 FLOATS = [
@@ -145,6 +148,35 @@ def test_decoded_tiles_are_kept_within_bounds(tmp_path: Path, pixels: np.ndarray
         store.trim()
         assert store.cached_bytes == 0
         np.testing.assert_array_equal(frames[0][0:61, 0:83], first)
+
+
+def test_tiles_that_threads_decode_at_once(tmp_path: Path, store: FrameStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that several threads decode at the same time are kept, and counted, once."""
+    data = np.random.default_rng(4).integers(0, 99, (200, 300)).astype("i4")
+    frame = store.open(str(pack(tmp_path / "a.fits.fz", data, tile_shape=(1, 300))))
+    meet = threading.Barrier(4, timeout=30)
+    decode = tiles.TiledImage._decode
+    monkeypatch.setattr(tiles.TiledImage, "_decode", lambda *given: (decode(*given), meet.wait())[0])
+    with ThreadPoolExecutor(4) as threads:
+        for part in threads.map(lambda i: frame[10 * i : 100 + 10 * i, :], range(4)):
+            assert part.shape == (100, 300)
+    assert store.cached_bytes == 130 * 300 * 8
+    assert sum(tile.nbytes for tile in frame._pixels._decoded.values()) == 130 * 300 * 8
+    np.testing.assert_array_equal(frame[0:130, :], data[:130])
+
+
+def test_a_large_tile_is_not_copied_to_be_kept(tmp_path: Path, store: FrameStore) -> None:
+    """Decoding and keeping a large tile takes its stored and its final numbers, no third copy."""
+    path = pack(tmp_path / "a.fits.fz", np.zeros((2200, 2200), "i4"), tile_shape=(2200, 2200))
+    frame = store.open(str(path))
+    tracemalloc.start()
+    try:
+        assert frame[5:9, 5:9].shape == (4, 4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert store.cached_bytes == 2200 * 2200 * 8
+    assert peak < 1.6 * store.cached_bytes
 
 
 def test_no_cache_at_all(tmp_path: Path, pixels: np.ndarray) -> None:
