@@ -126,9 +126,9 @@ class FrameSettings(_Section):
     """Which frames may be read, and how much of them is kept."""
 
     frame_roots: Names = ()
-    """Folders and URL prefixes (``https://host/path/``, ``s3://bucket/prefix/``, ``gs:``, ``abfs://container/prefix/``,
-    ``memory:``) beneath which frames may be read; relative paths start at the first. Loopback and
-    link-local addresses must be named themselves."""
+    """Folders, which must be there at the start, and URL prefixes (``https://host/path/``, ``s3://bucket/prefix/``,
+    ``gs:``, ``abfs://container/prefix/``, ``memory:``) beneath which frames may be read; relative paths start at the
+    first. Loopback and link-local addresses must be named themselves."""
     max_open_frames: int = Field(64, ge=1)
     """Frames kept open."""
     cache_bytes: int = Field(2 << 30, ge=0)

@@ -475,8 +475,8 @@ def test_twenty_alerts_open_each_frame_once(tmp_path, monkeypatch, packed):
         for path in frames.values():
             Path(path).write_bytes(gzip.compress(Path(path).read_bytes()))
     opened, inflated = [], []
-    opener, inflater = frame_store._open_local, frame_store.inflate
-    monkeypatch.setattr(frame_store, "_open_local", lambda *a: (opened.append(a[0]), opener(*a))[1])
+    opener, inflater = frame_store.open_local, frame_store.inflate
+    monkeypatch.setattr(frame_store, "open_local", lambda *a: (opened.append(a[0]), opener(*a))[1])
     monkeypatch.setattr(frame_store, "inflate", lambda *a: (inflated.append(a[1]), inflater(*a))[1])
     alerts = [from_record(alert_record(frames, alertId=f"a-{i}", x=20.0 + i, y=30.0)) for i in range(20)]
     with FrameStore(FrameSettings(frame_roots=("/",))) as store:

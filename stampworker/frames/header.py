@@ -404,7 +404,7 @@ def _named(hdu: Hdu, fragment: str) -> bool:
     if not fragment:
         return True
     if fragment.isascii() and fragment.isdigit():
-        return hdu.index == int(fragment)
+        return str(hdu.index) == (fragment.lstrip("0") or "0")
     name, comma, version = fragment.rpartition(",")
     if comma and re.fullmatch(r"\s*-?\d{1,9}\s*", version):
         return hdu.name == name.strip().upper() and hdu.version == int(version)

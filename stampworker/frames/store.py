@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import re
-import stat
 import threading
 import time
 from collections import OrderedDict
@@ -17,15 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import numpy as np
 from astropy.io import fits
 
-from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.errors import FrameCorrupt, FrameRefused
 from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, parse, parse_root, scheme_of, without_credentials
 from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
+from stampworker.frames.folders import Folders, open_local, sort_error
 from stampworker.frames.header import CARD, Hdu, find, parse_text, reread, split_cards, walk
 from stampworker.frames.inherit import with_inherited
 from stampworker.frames.memory import MemoryFile, open_memory
@@ -33,7 +32,7 @@ from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
 from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote
 from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
-from stampworker.frames.sources import GZIP_MAGIC, InflateLimits, Kept, Source, inflate, open_file
+from stampworker.frames.sources import GZIP_MAGIC, InflateLimits, Kept, Source, inflate
 from stampworker.frames.tiles import TiledImage
 from stampworker.frames.web import WebClient, WebFile
 
@@ -47,7 +46,9 @@ log = logging.getLogger(__name__)
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _MUCH = 4 << 20  # freed bytes that are worth a millisecond
-_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_LONGEST = 8192  # characters of a URL; Linux has 4096 for a path, most servers 8192
+_LONGEST_FRAGMENT = 100  # a card has room for 68 characters of EXTNAME
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _ASCII = bytes(c if 32 <= c < 127 else ord("?") for c in range(256))
 _CARD = re.compile(rb"(?=[A-Z0-9_-]* *= ).{8}= |(COMMENT|HISTORY|CONTINUE|HIERARCH) |        ")
 _TABLE_CARDS = ("TFIELDS", "THEAP", "PCOUNT", "GCOUNT", "BITPIX", "NAXIS", "CHECKSUM", "DATASUM", "SIMPLE", "XTENSION")
@@ -270,31 +271,6 @@ class _File:
             yield hdu
 
 
-def _open_local(path: str, url: str) -> Source:
-    try:
-        # A pipe would block open for ever; regular files do not know O_NONBLOCK.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as exc:
-        raise _sorted(exc, url) from exc
-    try:
-        found = os.fstat(fd)
-        if stat.S_ISDIR(found.st_mode):
-            raise FrameCorrupt(url, "a directory, wanted a FITS file")
-        if not stat.S_ISREG(found.st_mode):
-            raise FrameRefused(url, "neither file nor directory, wanted a FITS file")
-        if found.st_size == 0:
-            raise FrameCorrupt(url, "the file is empty, wanted FITS")
-        return open_file(fd, url)
-    finally:
-        os.close(fd)
-
-
-def _sorted(exc: OSError, url: str) -> FrameMissing | FrameUnavailable:
-    if exc.errno in _GONE:
-        return FrameMissing(url, f"no such file ({exc.strerror})")
-    return FrameUnavailable(url, f"cannot be opened: {exc.strerror}")
-
-
 class FrameStore:
     """Opens frames and keeps a bounded number of them open.
 
@@ -323,13 +299,10 @@ class FrameStore:
     def __init__(self, settings: FrameSettings, *, allowed: Iterable[str] = (), base: Path | None = None) -> None:
         self._settings = settings
         local = [root for root in settings.frame_roots if scheme_of(root) in (None, "file")]
-        self._roots = [os.path.realpath(_local_root(root)) for root in local]
         named = [split_fragment(url)[0] for url in allowed]
+        self._folders = Folders(local, [url for url in named if scheme_of(url) not in REMOTE], base)
         self._urls = [parse_root(root) for root in settings.frame_roots if root not in local]
         self._urls += [parse(url) for url in named if scheme_of(url) in REMOTE]
-        self._allowed = {os.path.realpath(_local_root(url)) for url in named if scheme_of(url) not in REMOTE}
-        start = base if base is not None else (self._roots[0] if self._roots else None)
-        self._base = None if start is None else Path(start).absolute()
         first = settings.frame_roots[0] if settings.frame_roots else ""
         self._base_url = first if base is None and scheme_of(first) in REMOTE else None
         memory = Memory(settings.failure_age_s)
@@ -438,7 +411,7 @@ class FrameStore:
         FrameMissing
             There is no such file.
         FrameRefused
-            It lies outside the roots, redirects out of them, or is above a limit.
+            It is no path or URL, lies outside the roots, redirects out of them, or is above a limit.
         FrameUnavailable
             It cannot be read now: permission, input/output error, a server that is down, busy or slow.
         FrameCorrupt
@@ -447,7 +420,7 @@ class FrameStore:
         known = self._recall(url, mask)
         if known is not None:
             return known
-        given, fragment = split_fragment(url)
+        given, fragment = _checked(url)
         file, shown, is_fresh = self._remote(given) if self._is_remote(given) else self._local(given, url, fragment)
         shown += f"#{quote(fragment, safe=',')}" if fragment else ""
         try:
@@ -474,15 +447,15 @@ class FrameStore:
 
     def _local(self, given: str, url: str, fragment: str) -> tuple[_File, str, Callable[[], bool]]:
         """Return the file of a path or ``file:`` URL, how it is shown, and what says whether it is still that file."""
-        path = self._path(given, url)
+        path = self._folders.path(given, url)
         shown = "file://" + quote(str(path))
         named = shown + (f"#{quote(fragment, safe=',')}" if fragment else "")
-        resolved = self._contained(path, named)
+        resolved = self._folders.resolve(path, named)
         try:
             signature = _signature(Path(resolved).stat())
         except OSError as exc:
-            raise _sorted(exc, named) from exc
-        file = self._file(_File(resolved, partial(_open_local, resolved), signature))
+            raise sort_error(exc, named) from exc
+        file = self._file(_File(resolved, partial(open_local, resolved, self._folders), signature))
 
         def is_fresh() -> bool:
             try:
@@ -555,32 +528,6 @@ class FrameStore:
         tiled = TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit)
         return Frame(url, described, tiled, source)
 
-    def _path(self, given: str, url: str) -> Path:
-        """Return the absolute path, as named, of a URL or path without fragment."""
-        parts = urlsplit(given)
-        if (parts.scheme and "://" in given) or parts.scheme == "file":
-            if parts.scheme != "file":
-                problem = f"scheme {parts.scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
-                raise FrameRefused(without_credentials(url), problem)
-            if parts.netloc not in ("", "localhost"):
-                raise FrameRefused(without_credentials(url), f"file on host {parts.hostname!r}, wanted a local one")
-            given = unquote(parts.path)
-        if "\0" in given or not given:
-            raise FrameRefused(ascii(url), "not a path")
-        if self._base is None and not Path(given).is_absolute():
-            raise FrameRefused(url, "a relative path, and no frame root is configured (frame_roots)")
-        # Not normpath: "link/.." is the parent of what the link points to.
-        return Path(self._base or "/", given)
-
-    def _contained(self, path: Path, url: str) -> str:
-        """Return the path with symlinks resolved; refuse it outside the roots."""
-        resolved = os.path.realpath(path)
-        if resolved in self._allowed or any(_beneath(resolved, root) for root in self._roots):
-            return resolved
-        roots = ", ".join(self._roots) or "none configured"
-        where = "" if resolved == str(path) else f" (it resolves to {resolved})"
-        raise FrameRefused(url, f"outside the frame roots{where}; frame_roots: {roots}")
-
     def _file(self, new: _File) -> _File:
         """Return the open file of the same key, or the new one, which is still to be loaded."""
         with self._lock:
@@ -612,13 +559,20 @@ def split_fragment(url: str) -> tuple[str, str]:
     return given, unquote(fragment)
 
 
+def _checked(url: str) -> tuple[str, str]:
+    """Return what `split_fragment` does, of what can be a URL or path."""
+    shown = without_credentials(url)
+    if len(url) > _LONGEST:
+        raise FrameRefused(ascii(shown[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}")
+    if _SURROGATE.search(url):
+        raise FrameRefused(ascii(shown), "half of a character (a surrogate), wanted text")
+    given, fragment = split_fragment(url)
+    if len(fragment) > _LONGEST_FRAGMENT:
+        raise FrameRefused(
+            without_credentials(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number"
+        )
+    return given, fragment
+
+
 def _signature(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _local_root(root: str) -> str:
-    return unquote(urlsplit(root).path) if scheme_of(root) else root
-
-
-def _beneath(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)

@@ -100,4 +100,4 @@ def test_proxies_that_cannot_be(url: str, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError, match=r"HTTPS?_PROXY: ") as caught:
         FrameStore(FrameSettings(frame_roots=("http://frames.invalid/",)))
     assert "hunter2" not in str(caught.value)
-    FrameStore(FrameSettings(frame_roots=("/data",))).close()
+    FrameStore(FrameSettings(frame_roots=("/tmp",))).close()

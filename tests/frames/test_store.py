@@ -8,6 +8,7 @@ import time
 import tracemalloc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from astropy.io import fits
 from conftest import Write
 
 from stampworker.config import FrameSettings
-from stampworker.errors import FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames import FrameStore, sources
+from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames import FrameStore, folders, sources
 
 ALL = (slice(0, 61), slice(0, 83))
 
@@ -56,7 +57,7 @@ def test_outside_the_roots(tree: Path, url: str) -> None:
 )
 def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
     """What lies beneath a root after links are resolved is read."""
-    with FrameStore(FrameSettings(frame_roots=("/nowhere", str(tree))), base=tree) as store:
+    with FrameStore(FrameSettings(frame_roots=(str(tree / "night"), str(tree))), base=tree) as store:
         np.testing.assert_array_equal(store.open(url.replace("ROOT", str(tree)))[ALL], pixels)
 
 
@@ -75,14 +76,74 @@ def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
         ("a\0.fits", "not a path"),
         ("", "not a path"),
         ("file://", "not a path"),
+        ("ftp://user:pass@ho\u2100st/x", "<unreadable URL>: scheme 'ftp'"),
+        ("ftp://[x/y", "scheme 'ftp'"),
+        ("file://[/a", "<unreadable URL>: not a URL"),
+        ("//[", "a host without a scheme"),
+        ("//user:pass@host/a", "//host/a: a host without a scheme"),
+        ("a\ud800.fits", r"'a\\ud800.fits': half of a character \(a surrogate\)"),
+        ("ftp://user:pass@host/\udcff", "'ftp://host/.*half of a character"),
+        ("a.fits#\ud800", r"'a.fits#\\ud800': half of a character"),
+        ("a.fits#" + "9" * 5000, "a.fits: a fragment of 5000 characters, wanted an HDU's name or number"),
+        ("./" * 5000 + "a.fits", "10006 characters, wanted a URL or path of at most 8192"),
     ],
 )
 def test_other_schemes(tree: Path, url: str, problem: str) -> None:
-    """Other schemes and hosts are refused, without credentials in the message."""
+    """Other schemes and hosts, and what is neither path nor URL, are refused, without credentials in the message."""
     with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
         with pytest.raises(FrameRefused, match=problem) as caught:
             store.open(url)
         assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proc", [True, False])
+def test_a_folder_swapped_for_a_link(
+    tree: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, proc: bool
+) -> None:
+    """A folder that becomes a link out of the root while its file is opened leads nowhere."""
+    (tree / "night" / "secret.fits").write_bytes((tree / "a.fits").read_bytes())
+    opener = os.open
+
+    def swap(*given: Any) -> int:
+        (tree / "night").rename(tree / "before")
+        (tree / "night").symlink_to(tree.parent)
+        return opener(*given)
+
+    monkeypatch.setattr(folders.os, "open", swap)
+    if not proc:
+        monkeypatch.setattr(Path, "readlink", lambda self: (_ for _ in ()).throw(FileNotFoundError(2, "no /proc")))
+    with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
+        with pytest.raises(
+            FrameRefused, match=f"outside the frame roots .what was opened lies at {tree.parent}/secret"
+        ):
+            store.open("night/secret.fits")
+        monkeypatch.undo()
+        np.testing.assert_array_equal(store.open("before/secret.fits")[ALL], pixels)
+
+
+@pytest.mark.parametrize(
+    ("root", "problem"),
+    [
+        ("TMP/none", "TMP/none', which is no folder, wanted a folder that is there, or a URL prefix"),
+        ("TMP/secret.fits", "TMP/secret.fits', which is no folder"),
+        ("~/frames", "'~/frames', which is no folder"),
+        ("http//host/", "'http//host/', which is no folder"),
+        ("file://user:pass@other/TMP", "'file://other/TMP': file on host 'other', wanted a local one"),
+        ("file://[/", "<unreadable URL>': not a URL"),
+    ],
+)
+def test_roots_that_are_no_folders(tree: Path, root: str, problem: str) -> None:
+    """A root that is neither a folder that is there nor a URL is an error of the settings, which names it."""
+    root, problem = (text.replace("TMP", str(tree.parent)) for text in (root, problem))
+    with pytest.raises(ConfigError, match=f"frames.frame_roots: found .*{problem}"):
+        FrameStore(FrameSettings(frame_roots=(str(tree), root)))
+
+
+def test_roots_as_urls(tree: Path) -> None:
+    """A root may be a file: URL, and the local host may be named, in any case."""
+    for host in ("", "localhost", "LOCALHOST"):
+        with FrameStore(FrameSettings(frame_roots=(f"file://{host}{tree}",))) as store:
+            assert store.open(f"file://{host}{tree}/a.fits").shape == (61, 83)
 
 
 def test_without_roots(tree: Path, pixels: np.ndarray) -> None:
@@ -93,7 +154,7 @@ def test_without_roots(tree: Path, pixels: np.ndarray) -> None:
             store.open(str(tree.parent / "secret.fits"))
         with pytest.raises(FrameRefused, match="a relative path, and no frame root is configured"):
             store.open("a.fits")
-    with FrameStore(FrameSettings(frame_roots=("/nowhere", str(tree.parent))), base=tree) as store:
+    with FrameStore(FrameSettings(frame_roots=(str(tree / "night"), str(tree.parent))), base=tree) as store:
         assert store.open("a.fits").url == (tree / "a.fits").as_uri()
         assert store.open("../secret.fits").shape == (61, 83)
     with FrameStore(FrameSettings(frame_roots=(str(tree.parent), str(tree)))) as store:
