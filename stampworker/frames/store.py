@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _MUCH = 4 << 20  # freed bytes that are worth a millisecond
+_MOST_KNOWN = 4096  # URLs, of which a file may have any number
 _LONGEST = 8192  # characters of a URL; Linux has 4096 for a path, most servers 8192
 _LONGEST_FRAGMENT = 100  # a card has room for 68 characters of EXTNAME
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -74,6 +75,49 @@ class Pixels(Protocol):
         ...
 
 
+class Image:
+    """One HDU, of which the frames that name it, in whatever way, share the pixels, the header and the WCS.
+
+    Parameters
+    ----------
+    hdu : Hdu
+        With what it inherits.
+    pixels : Pixels
+        Of the HDU.
+    source : Source
+        The file.
+    url : str
+        The file's, for messages.
+    """
+
+    def __init__(self, hdu: Hdu, pixels: Pixels, source: Source, url: str) -> None:
+        self.hdu, self.pixels, self.source = hdu, pixels, source
+        self._url = url
+        self._lock = threading.Lock()
+        self._header: fits.Header | None = None
+        self._sky: tuple[WCS | None, list[str], str | None] | None = None
+
+    def header(self) -> fits.Header:
+        """Return the header, made once."""
+        with self._lock:
+            if self._header is None:
+                self._header = _header(self.hdu)
+            return self._header
+
+    def sky(self) -> tuple[WCS | None, list[str], str | None]:
+        """Return the celestial WCS, its cards, and why there is none, found once."""
+        with self._lock:
+            if self._sky is None:
+                cards, problem = wcs_cards(self.hdu)
+                wcs = None
+                if problem is None:
+                    wcs, problem = make_wcs(cards, self.pixels.shape)
+                if problem is not None:
+                    log.info("%s: %s: no usable WCS: %s", self._url, self.hdu, problem)
+                self._sky = wcs, cards if wcs is not None else [], problem
+            return self._sky
+
+
 class Frame:
     """One plane of pixels with its header; slicing reads only what is sliced.
 
@@ -95,7 +139,8 @@ class Frame:
     resampled = False
     _ranged: RangedFile | None = None
 
-    def __init__(self, url: str, hdu: Hdu, pixels: Pixels, source: Source) -> None:
+    def __init__(self, url: str, image: Image) -> None:
+        pixels, source = image.pixels, image.source
         self.url = url
         self.shape = pixels.shape
         self.dtype = pixels.dtype
@@ -103,11 +148,8 @@ class Frame:
         self._pixels, self._source = pixels, source
         self._ranged = source if isinstance(source, RangedFile) else None
         # Rows of plain local files are free, and cost no time to count.
-        self._is_free = hdu.kind == "image" and self._ranged is None and not source.whole
-        self._hdu = hdu
-        self._lock = threading.Lock()
-        self._header: fits.Header | None = None
-        self._sky: tuple[WCS | None, list[str], str | None] | None = None
+        self._is_free = image.hdu.kind == "image" and self._ranged is None and not source.whole
+        self._image = image
 
     def __repr__(self) -> str:
         return f"<Frame {self.url} {self.shape} {self.dtype}>"
@@ -155,7 +197,7 @@ class Frame:
     @property
     def bunit(self) -> str | None:
         """BUNIT of the header, or inherited."""
-        return parse_text(self._hdu.values.get("BUNIT", b"")) or None
+        return parse_text(self._image.hdu.values.get("BUNIT", b"")) or None
 
     @property
     def header(self) -> fits.Header:
@@ -163,40 +205,25 @@ class Frame:
 
         Last in it stands what an extension inherits, see `stampworker.frames.inherit`. Shared: copy before a change.
         """
-        with self._lock:
-            if self._header is None:
-                self._header = _header(self._hdu)
-            return self._header
+        return self._image.header()
 
     @property
     def wcs(self) -> WCS | None:
         """Celestial WCS, None where there is no usable one (`wcs_problem` says why). Shared: copy before a change."""
-        return self._celestial()[0]
+        return self._image.sky()[0]
 
     @property
     def wcs_problem(self) -> str | None:
         """Why there is no usable WCS; None where there is one."""
-        return self._celestial()[2]
+        return self._image.sky()[2]
 
     def wcs_cards(self) -> list[str]:
         """Return the celestial WCS's cards as in the header, 80 characters each; none without a usable WCS."""
-        return list(self._celestial()[1])
+        return list(self._image.sky()[1])
 
     def lookup_cards(self) -> list[bytes]:
         """Return the WCS's cards where lookup-table distortions are among them, else nothing."""
-        return lookup_cards(self._hdu)
-
-    def _celestial(self) -> tuple[WCS | None, list[str], str | None]:
-        with self._lock:
-            if self._sky is None:
-                cards, problem = wcs_cards(self._hdu)
-                wcs = None
-                if problem is None:
-                    wcs, problem = make_wcs(cards, self.shape)
-                if problem is not None:
-                    log.info("%s: no usable WCS: %s", self.url, problem)
-                self._sky = wcs, cards if wcs is not None else [], problem
-            return self._sky
+        return lookup_cards(self._image.hdu)
 
 
 def _header(hdu: Hdu) -> fits.Header:
@@ -222,7 +249,7 @@ def _of_table(keyword: str) -> bool:
 
 
 class _File:
-    """An open file: its bytes, its HDUs as far as they were asked for (the cards of the first alone), and its frames.
+    """An open file: its bytes, its HDUs as far as they were asked for (the cards of the first alone), and its images.
 
     ``key`` is its resolved path or its URL; ``signature`` tells it from another file there; ``is_stale`` says that it
     must be opened again.
@@ -240,7 +267,7 @@ class _File:
         self.is_stale = is_stale
         self._opener = opener
         self.lock = threading.Lock()
-        self.frames: dict[tuple[str, bool], Frame] = {}
+        self.images: dict[tuple[int, bool], Image] = {}
         self.source: Source | None = None
         self._walked: list[Hdu] = []
 
@@ -311,7 +338,7 @@ class FrameStore:
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
         self._budget = Budget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._known: dict[tuple[str, bool], tuple[_File, Callable[[], bool], Frame]] = {}
+        self._known: OrderedDict[tuple[str, bool], tuple[_File, Callable[[], bool], Frame]] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -417,26 +444,28 @@ class FrameStore:
         FrameCorrupt
             It is not FITS, is cut off, or has no such 2-D image.
         """
-        known = self._recall(url, mask)
-        if known is not None:
-            return known
+        recalled = self._recall(url, mask)
+        if recalled is not None:
+            return recalled
         given, fragment = _checked(url)
         file, shown, is_fresh = self._remote(given) if self._is_remote(given) else self._local(given, url, fragment)
         shown += f"#{quote(fragment, safe=',')}" if fragment else ""
         try:
             # Two threads that want the same file wait here, and for no other.
             with file.lock, time_limit(self._settings.total_s):
-                frame = file.frames.get((fragment, mask))
-                if frame is None:
-                    frame = self._load(file, shown, fragment, mask)
-                    file.frames[fragment, mask] = frame
+                frame = Frame(shown, self._load(file, shown, fragment, mask))
         except BaseException:
-            if not file.frames:
+            if not file.images:
                 self._forget(file)
             raise
         with self._lock:
             if self._files.get(file.key) is file:
+                known = self._known.get((url, mask))
+                if known is not None and known[0] is file:  # another thread was first
+                    return known[2]
                 self._known[url, mask] = file, is_fresh, frame
+                if len(self._known) > _MOST_KNOWN:
+                    self._known.popitem(last=False)
         return frame
 
     def _is_remote(self, given: str) -> bool:
@@ -502,15 +531,19 @@ class FrameStore:
                 return None
             file, is_fresh, frame = known
             self._files.move_to_end(file.key)
+            self._known.move_to_end((url, mask))
         if is_fresh():
             return frame
         self._forget(file)
         return None
 
-    def _load(self, file: _File, url: str, fragment: str, mask: bool) -> Frame:
-        source = file.load(url.partition("#")[0], self._settings, self._budget)
-        settings = self._settings
+    def _load(self, file: _File, url: str, fragment: str, mask: bool) -> Image:
+        settings, whole = self._settings, url.partition("#")[0]
+        source = file.load(whole, settings, self._budget)
         hdu = find(file.hdus(source, url, settings.max_header_bytes), fragment, url)
+        known = file.images.get((hdu.index, mask))
+        if known is not None:
+            return known
         if not hdu.cards:
             hdu = reread(source, url, hdu, settings.max_header_bytes)
         if max(hdu.axes) > settings.max_axis:
@@ -521,12 +554,15 @@ class FrameStore:
                 f"truncated: the data of {hdu}, shape {hdu.axes}, end at byte {hdu.offset + hdu.size}, "
                 f"the file at {source.size}",
             )
-        described = with_inherited(hdu, file.primary)
+        image = Image(with_inherited(hdu, file.primary), self._pixels(source, hdu, whole, mask), source, whole)
+        file.images[hdu.index, mask] = image
+        return image
+
+    def _pixels(self, source: Source, hdu: Hdu, url: str, mask: bool) -> Pixels:
         if hdu.kind == "image":
-            return Frame(url, described, PlainImage(source, hdu, url, mask=mask), source)
-        limit = settings.max_decompressed_bytes
-        tiled = TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit)
-        return Frame(url, described, tiled, source)
+            return PlainImage(source, hdu, url, mask=mask)
+        limit = self._settings.max_decompressed_bytes
+        return TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit)
 
     def _file(self, new: _File) -> _File:
         """Return the open file of the same key, or the new one, which is still to be loaded."""

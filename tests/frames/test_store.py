@@ -2,6 +2,7 @@
 
 import gc
 import gzip
+import itertools
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from conftest import Write
 from stampworker.config import FrameSettings
 from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames import FrameStore, folders, sources
+from stampworker.frames import store as frame_store
 
 ALL = (slice(0, 61), slice(0, 83))
 
@@ -221,8 +223,8 @@ def test_open_files_are_bounded(tmp_path: Path, write: Write, pixels: np.ndarray
                 assert descriptors(tmp_path) <= 5
         kept = store.open(str(paths[-1]))
         assert store.open(str(paths[-1])) is kept
-        assert store.open(paths[-1].as_uri()) is kept
-        assert store.open(str(paths[-1]) + "#0") is not kept
+        for other in (paths[-1].as_uri(), str(paths[-1]) + "#0"):
+            assert store.open(other)._pixels is kept._pixels
         assert descriptors(tmp_path) == 4
     del kept
     assert descriptors(tmp_path) == 0
@@ -247,6 +249,26 @@ def test_files_are_let_go_of_without_the_collector(tmp_path: Path, write: Write,
             assert [frame() is None for frame in opened] == [True] * 4 + [False] * 2
     finally:
         gc.enable()
+
+
+def test_names_of_one_frame_are_not_many_frames(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However an HDU is called, its table of tiles, its tiles and its WCS are held once; frames keep their URL."""
+    monkeypatch.setattr(frame_store, "_MOST_KNOWN", 20)
+    hdus = [fits.PrimaryHDU(), fits.CompImageHDU(pixels, name="sciences", tile_shape=(8, 8))]
+    fits.HDUList(hdus).writeto(tmp_path / "a.fits")
+    cases = [f"a.fits#{''.join(letters)}" for letters in itertools.product(*zip("scienc", "SCIENC", strict=True))]
+    with FrameStore(FrameSettings(frame_roots=(str(tmp_path),))) as store:
+        frames = [store.open(f"{'./' * i}{name}es") for i, name in enumerate(cases)]
+        frames += [store.open(name) for name in ("a.fits", "a.fits#1", "a.fits#001", "a.fits#sciences,1")]
+        assert len({frame.url for frame in frames}) == len(frames) == 68
+        assert len({id(frame._pixels) for frame in frames}) == 1
+        assert len({id(frame.header) for frame in frames}) == 1
+        assert len(store._known) == 20
+        assert store.open("a.fits#1", mask=True).dtype.kind == "u"
+        assert store.open("a.fits#1").dtype.kind == "f"
+        assert store.open("a.fits#001") is store.open("a.fits#001")
 
 
 def test_evicted_frames_stay_readable(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
