@@ -155,6 +155,38 @@ def test_lookup_tables_are_not_compared(write: Write, store: FrameStore, sky: di
             on_grid(frame, science)
 
 
+def all_sky(projection: str, centre: float) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the cards of an all-sky map of degrees, and a pattern on the sky, flux per pixel."""
+    cards = {"CTYPE1": f"RA---{projection}", "CTYPE2": f"DEC--{projection}", "CRVAL1": centre, "CRVAL2": 0.0}
+    cards |= {"CRPIX1": 180.5, "CRPIX2": 90.5, "CDELT1": -1.0, "CDELT2": 1.0, "RADESYS": "ICRS"}
+    y, x = np.mgrid[:180, :360]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ra, dec = WCS(fits.Header(cards)).all_pix2world(x, y, 0)
+    return cards, 100 + 20 * np.cos(np.radians(3 * ra)) + np.nan_to_num(dec)
+
+
+@pytest.mark.parametrize(("projection", "side", "share"), [("CAR", 61, 0.9), ("CAR", 15, 0.6), ("AIT", 61, 0.6)])
+def test_across_the_edge_of_a_map(
+    write: Write, store: FrameStore, sky: dict[str, Any], projection: str, side: int, share: float
+) -> None:
+    """Where an all-sky map begins and ends within a stamp, both sides are right, and only what has no data is none."""
+    about = turned(sky, 20, 900.0, 41, 31) | {"CRVAL1": 180.0, "CRVAL2": 5.0}
+    science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **about)))
+    got, want = (
+        on_grid(store.open(str(write(f"{centre}.fits", data, **cards))), science)
+        for centre, (cards, data) in ((i, all_sky(projection, i)) for i in (0, 180))
+    )
+    part = (slice(30 - side // 2, 31 + side // 2), slice(40 - side // 2, 41 + side // 2))
+    values, truth = got[part], want[part]
+    there = np.isfinite(values)
+    assert there.mean() > share
+    assert np.isfinite(truth).all()
+    columns = np.nonzero(there)[1]
+    assert columns.min() < side // 3 < 2 * side // 3 <= columns.max()
+    np.testing.assert_allclose(values[there], truth[there], rtol=1e-3)
+
+
 def test_window_over_the_edge(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
     """A window over the science frame's edge has data where the other frame has some."""
     science = store.open(str(write("s.fits", scene(sky, (61, 83)), **sky)))
