@@ -26,6 +26,8 @@ _REAL = re.compile(
     r"(CRVAL|CRPIX|CDELT|CROTA)[12]|(CD|PC)[12]_[12]|PC00[12]00[12]|PV[12]_\d{1,2}|LONPOLE|LATPOLE|EQUINOX|EPOCH"
     r"|[AB]P?_(ORDER|DMAX)|[AB]P?_\d_\d"
 )
+# As text it is no number to astropy, which takes ICRS instead: the same sky, so long as J2000 is meant.
+_J2000 = re.compile(r"\s*J?2000(\.0*)?", re.IGNORECASE)
 _LOOKUP = re.compile(r"(CPDIS|CQDIS|DP|DQ|CPERR|CQERR|DVERR|D2IMDIS|D2IMARR|AXISCORR)\d?")
 # Whatever the header claims, astropy makes a table of a SIP's order², WCSLIB of a TNX's, and go through it.
 _MAX_ORDER = 9
@@ -82,7 +84,8 @@ def _problem(keyword: str, value: bytes, wanted: str) -> str | None:
         return None if parse_text(value) is not None else f"{keyword} is {describe(value)}, wanted a string"
     number = parse_real(value)
     if number is None:
-        return None if _empty(value) else f"{keyword} is {describe(value)}, wanted a number"
+        harmless = _empty(value) or (keyword in ("EQUINOX", "EPOCH") and _J2000.fullmatch(parse_text(value) or ""))
+        return None if harmless else f"{keyword} is {describe(value)}, wanted a number"
     if keyword.endswith("_ORDER") and number > _MAX_ORDER:
         return f"{keyword} is {describe(value)}, wanted at most {_MAX_ORDER}"
     return None

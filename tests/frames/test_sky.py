@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
+from astropy.wcs.utils import wcs_to_celestial_frame
 from conftest import Write
 
-from stampworker.frames import FrameStore
+from stampworker.frames import FrameStore, on_grid
 
 SIP = {"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP", "A_ORDER": 2, "B_ORDER": 2, "A_2_0": 1e-5, "A_1_1": -2e-6}
 SIP |= {"B_0_2": 3e-6, "B_2_0": 1e-6, "AP_ORDER": 1, "BP_ORDER": 1, "AP_1_0": 1e-7, "BP_0_1": 1e-7}
@@ -87,6 +88,28 @@ def test_no_usable_wcs(
     with pytest.raises(ValueError, match=problem):
         raise ValueError(frame.wcs_problem)
     np.testing.assert_array_equal(frame[0:61, 0:83], pixels)
+
+
+@pytest.mark.parametrize("keyword", ["EQUINOX", "EPOCH"])
+@pytest.mark.parametrize("radesys", [{}, {"RADESYS": "FK5"}, {"RADESYS": "ICRS"}])
+def test_equinox_as_text(
+    write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any], keyword: str, radesys: dict[str, Any]
+) -> None:
+    """J2000 written as text costs no WCS: it is the one that astropy reads. Another equinox is not passed over."""
+    del sky["RADESYS"]
+    for i, text in enumerate(["2000.0", "J2000", " j2000.000", "2000"]):
+        path = write(f"{i}.fits", pixels, **(sky | radesys | {keyword: text}))
+        frame = store.open(str(path))
+        assert frame.wcs is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            truth = WCS(fits.getheader(path))
+            assert frame.wcs.wcs.compare(truth.wcs)
+            assert wcs_to_celestial_frame(frame.wcs).is_equivalent_frame(wcs_to_celestial_frame(truth))
+        moved = store.open(str(write(f"moved{i}.fits", pixels, **(sky | {"CRPIX1": 47.3, keyword: 2000.0}))))
+        assert on_grid(moved, frame).resampled
+    frame = store.open(str(write("b.fits", pixels, **(sky | radesys | {keyword: "B1950"}))))
+    assert (frame.wcs, frame.wcs_problem) == (None, f"{keyword} is \"'B1950   '\", wanted a number")
 
 
 def test_plane_across_the_sky_axes(write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any]) -> None:
