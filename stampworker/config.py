@@ -139,7 +139,8 @@ class FrameSettings(_Section):
     """Longest axis of a frame, pixels."""
     max_decompressed_bytes: int = Field(1 << 30, ge=1)
     """Largest gzip file, decompressed as far as its HDUs go, and largest tile, bytes. One frame may take so much memory
-    (a tile half as much again) and is then kept within cache_bytes: a file of a few megabytes is enough."""
+    (a tile half as much again), prefetch_threads of them at a time, and is then kept within cache_bytes: a file of a
+    few megabytes is enough."""
     max_download_bytes: int = Field(1 << 30, ge=1 << 16)
     """Most that is taken from a server in one answer, bytes: a stamp's rows; a whole file where it is gzip or the
     server serves no ranges."""
