@@ -673,8 +673,11 @@ static void make_axis(const Work *s, int cell, Axis *axis)
 /* The cells of one column: the form is contracted in x for each row of planes, then in y for each cell. */
 HOT static void fill_column(const Work *s, const Axis *axes, int cells, const Axis *across, Box *boxes)
 {
-    double lags[4][MOST_PLANES][LANES] = {{{0}}}, cross[MOST_PLANES][LANES] = {{0}};
-    for (int j = 0; j < s->count; j++)
+    double lags[4][MOST_PLANES][LANES], cross[MOST_PLANES][LANES];
+    for (int j = 0; j < s->count; j++) {
+        memset(cross[j], 0, sizeof *cross);
+        for (int a = 0; a < 4; a++)
+            memset(lags[a][j], 0, sizeof **lags);
         for (int k = 0; k < 4; k++) {
             double projection = s->projection[j * s->count + across->first + k];
             for (int lane = 0; lane < LANES; lane++)
@@ -686,6 +689,7 @@ HOT static void fill_column(const Work *s, const Axis *axes, int cells, const Ax
                         lags[a][j][lane] += across->pairs[k][l][lane] * gram;
                 }
         }
+    }
     for (int i = 0; i < cells; i++) {
         const Axis *along = &axes[i];
         Box *box = &boxes[i * cells];

@@ -188,7 +188,7 @@ def planes_of(cutout: Mapping[str, Any]) -> tuple[Plane, Plane, Plane, Plane | N
         planes.append(plane if plane.dtype in NATIVE and plane.flags.c_contiguous else _converted(name, plane))
     mask = cutout.get("mask")
     if mask is not None:
-        mask = np.ma.filled(mask, 1)
+        mask = mask if type(mask) is np.ndarray else np.ma.filled(mask, 1)
         _check_shape("mask", mask, planes[0].shape)
         mask = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0).view(np.uint8)
     return planes[0], planes[1], planes[2], mask
@@ -219,18 +219,17 @@ def _check_shape(name: str, plane: Plane, wanted: tuple[int, ...] | None) -> Non
 
 def check_arguments(max_shift: float, max_scale: float, inner: float | None) -> None:
     """Raise the ValueError that names an argument out of its range."""
-    ranges = (
+    for name, value, least, most, wanted in (
         ("max_shift", max_shift, 0, LARGEST_SHIFT, f"0 to {LARGEST_SHIFT}"),
         ("max_scale", max_scale, 1, HUGE, "at least 1"),
-        ("inner", 0 if inner is None else inner, 0, inf, "None or at least 0"),
-    )
-    for name, value, least, most, wanted in ranges:
+        ("inner", inner or 0, 0, inf, "None or at least 0"),
+    ):
         try:
-            is_within = bool(least <= value <= most)
+            if least <= value <= most:
+                continue
         except (TypeError, ValueError):
-            is_within = False
-        if not is_within:
-            raise ValueError(f"{name} is {value!r}, wanted {wanted}")
+            pass
+        raise ValueError(f"{name} is {value!r}, wanted {wanted}")
 
 
 def _parameters(max_shift: float, max_scale: float, fit_bg: bool) -> int:
