@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -219,7 +220,7 @@ def _open_group(group: _Group, prepared: Prepared, store: FrameStore, settings: 
     except Exception as exc:
         if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
             log.exception("frames %s: unexpected error", ", ".join(group.urls))
-        group.opened = exc
+        group.opened = _without_locals(exc)
     else:
         store.fetch(frames.planes.values(), _boxes(alerts, frames, math.ceil(settings.enrich.radius)))
 
@@ -239,13 +240,22 @@ def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Pa
     try:
         return _make_packet(alert, frames, settings)
     except FrameError as exc:
-        return Reject(alert.alert_id, "frames", exc)
+        return Reject(alert.alert_id, "frames", _without_locals(exc))
     except AlertError as exc:
         return Reject(alert.alert_id, "enrich", exc)
     except Exception as exc:
         # A fault of ours must cost one alert, which is kept with its traceback, not stop the stream again and again.
         log.exception("alert %s: unexpected error", alert.alert_id)
         return Reject(alert.alert_id, "enrich", exc)
+
+
+def _without_locals(exc: Exception) -> Exception:
+    """Return an error that is kept: its traceback refers to no body, or decompressed frame, that came in part."""
+    chained: BaseException | None = exc
+    while chained is not None:
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__ or chained.__context__
+    return exc
 
 
 def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings, by_sky: bool) -> _FrameSet:

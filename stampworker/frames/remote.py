@@ -218,16 +218,26 @@ class Memory:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._known: dict[Hashable, tuple[float, float, FrameError]] = {}
+        # Not the errors themselves: their tracebacks hold the bodies that were being read.
+        self._known: dict[Hashable, tuple[float, float, type[FrameError], str]] = {}
 
-    def note(self, key: Hashable, error: FrameMissing | FrameUnavailable, seconds: float | None = None) -> None:
+    def note(
+        self, key: Hashable, error: FrameMissing | FrameUnavailable | FrameRefused, seconds: float | None = None
+    ) -> None:
         """Remember a failure of a URL or of a whole server, for ``seconds`` at least."""
         now = time.monotonic()
         until = now + max(seconds or 0.0, self._seconds)
         with self._lock:
+            self._known.pop(key, None)
             if len(self._known) >= _MOST_REMEMBERED:
-                self._known.clear()
-            self._known[key] = now, until, error
+                del self._known[next(iter(self._known))]
+            self._known[key] = now, until, type(error), error.problem
+
+    def sweep(self) -> None:
+        """Forget what is not remembered any longer; call it now and then."""
+        now = time.monotonic()
+        with self._lock:
+            self._known = {key: known for key, known in self._known.items() if known[1] > now}
 
     def check(self, shown: str, *keys: Hashable) -> None:
         """Raise the failure that is remembered under one of the keys, in the name of the URL ``shown``."""
@@ -239,10 +249,8 @@ class Memory:
                     del self._known[key]
                     known = None
             if known is not None:
-                noted, until, error = known
-                raise type(error)(
-                    shown, f"{error.problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)"
-                )
+                noted, until, kind, problem = known
+                raise kind(shown, f"{problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)")
 
 
 def collect(

@@ -332,9 +332,9 @@ class FrameStore:
         self._urls += [parse(url) for url in named if scheme_of(url) in REMOTE]
         first = settings.frame_roots[0] if settings.frame_roots else ""
         self._base_url = first if base is None and scheme_of(first) in REMOTE else None
-        memory = Memory(settings.failure_age_s)
-        self._web = WebClient(settings, self._urls, memory)
-        self._buckets = BucketClient(settings, self._urls, memory)
+        self._failures = Memory(settings.failure_age_s)
+        self._web = WebClient(settings, self._urls, self._failures)
+        self._buckets = BucketClient(settings, self._urls, self._failures)
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
         self._budget = Budget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
@@ -358,6 +358,7 @@ class FrameStore:
 
     def trim(self) -> None:
         """Forget data (decompressed, or from a server) that was not used since the last call; call it once a batch."""
+        self._failures.sweep()
         before = self._budget.held
         self._budget.trim()
         if _malloc_trim is not None and before - self._budget.held > _MUCH:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import logging
 import posixpath
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from hypothesis import strategies as st
 from web_server import WebServer
 
 from stampworker import enrich_table
-from stampworker.config import FrameSettings
+from stampworker.alerts import Alert
+from stampworker.config import FrameSettings, Settings
+from stampworker.enrich import Reject, make_packets
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames import FrameStore
 from stampworker.frames.address import parse, parse_root
+from stampworker.frames.remote import Memory
 from stampworker.frames.web import forbidden
 from stampworker.packets import Packet
 
@@ -810,3 +815,47 @@ def test_table_with_frames_of_a_server(server: WebServer, pixels: np.ndarray) ->
     assert packets[0].frames == {"science": url_of(server) + "#0"}
     with FrameStore(FrameSettings(), allowed=[science]) as store, pytest.raises(FrameRefused, match="outside"):
         store.open(url_of(server, "secret.fits"))
+
+
+@pytest.mark.parametrize("age", [0.0, 60.0])
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_failures_do_not_hold_bodies(server: WebServer, scheme: str, age: float) -> None:
+    """What is remembered of a failure, and the rejects of a batch, do not hold the part of the body that had come."""
+
+    def break_off(handler: web.Handler) -> None:
+        handler.answer(200, bytes(2 << 20), length=4 << 20, ETag='"1"', Last_Modified="Tue, 24 Nov 2026 01:00:00 GMT")
+        handler.close_connection = True
+
+    root = f"{server.url}data/" if scheme == "http" else "s3://bucket/data/"
+    endpoint = server.url.rstrip("/")
+    frames = FrameSettings(frame_roots=(root,), s3_endpoint=endpoint, s3_anonymous=True, failure_age_s=age)
+    for i in range(3):
+        server.behaviours[f"/{'bucket/' if scheme == 's3' else ''}data/{i}.fits"] = break_off
+    alerts = [Alert(str(i), x=5.0, y=5.0, frames={"science": f"{i}.fits"}) for i in range(3)]
+    tracemalloc.start()
+    try:
+        with FrameStore(frames) as store:
+            results = make_packets(alerts, store, Settings(frames=frames))
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 2 << 20
+            assert all(isinstance(result, Reject) for result in results)
+            assert {type(result.error) for result in results if isinstance(result, Reject)} == {FrameUnavailable}
+    finally:
+        tracemalloc.stop()
+
+
+def test_failures_are_forgotten() -> None:
+    """What is over leaves at the end of a batch, not only when it is asked for; the oldest gives way to the newest."""
+    memory = Memory(0.0)
+    for i in range(5):
+        memory.note(i, FrameMissing("http://h/a", "404"))
+    memory.note("busy", FrameUnavailable("http://h/a", "429"), 60.0)
+    memory.sweep()
+    assert list(memory._known) == ["busy"]
+    memory = Memory(60.0)
+    for i in range(10_050):
+        memory.note(i, FrameMissing("http://h/a", "404"))
+    assert len(memory._known) == 10_000
+    memory.check("http://h/a", 49)
+    with pytest.raises(FrameMissing, match=r"http://h/b: 404 \(0.0 s ago; asked again in 60.0 s\)"):
+        memory.check("http://h/b", 10_049)
