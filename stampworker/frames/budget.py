@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Holder(Protocol):
-    """Something that keeps decompressed data: ``held`` bytes, last used at tick ``used``."""
+    """Something that keeps decompressed data: ``held`` bytes, last used, or fetched to be used, at tick ``used``."""
 
     held: int
     used: int
@@ -61,7 +61,11 @@ class Budget:
         return user.held + size <= self._limit
 
     def trim(self) -> None:
-        """Release what was not used since the last call."""
+        """Release what was not used, or made ready for use, since the last call.
+
+        What is prepared for the batch that follows while one is computed outlasts the call that ends this one, and goes
+        with the next unless it was used meanwhile.
+        """
         with self._lock:
             for holder in self._holders:
                 if holder.used <= self._mark:

@@ -24,8 +24,13 @@ from stampworker.frames.sky import celestial_frame, is_celestial_card
 from stampworker.frames.store import Frame
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from astropy.wcs import WCS
     from numpy.typing import NDArray
+
+    from stampworker.frames.remote import Box
+    from stampworker.frames.sources import Fetch
 
 Kind = Literal["image", "mask", "error", "variance"]
 
@@ -127,6 +132,14 @@ class Regridded(Frame):
     def wcs_cards(self) -> list[str]:
         """Return the science frame's."""
         return self._science.wcs_cards()
+
+    def fetches(self, boxes: Iterable[Box]) -> list[Fetch]:
+        """Return nothing: what is mapped is read when it is sliced."""
+        return []
+
+    def cost(self, box: Box) -> int:
+        """Return 0, likewise."""
+        return 0
 
     def _read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         return self.window(y0, y1, x0, x1)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stampworker.errors import FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.sources import GZIP_MAGIC, Kept, Source
+from stampworker.frames.sources import GZIP_MAGIC, Fetch, Kept, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,8 +110,8 @@ class RangedFile:
         start = offset - wanted.start * _BLOCK
         return joined[start : start + length]
 
-    def fetches(self, spans: Iterable[tuple[int, int]]) -> list[Callable[[], object]]:
-        """Return what to call, in any order or at the same time, to have spans of bytes here before they are read.
+    def fetches(self, spans: Iterable[tuple[int, int]]) -> list[Fetch]:
+        """Return what is to be done to have spans of bytes here before they are read.
 
         Parameters
         ----------
@@ -120,9 +120,10 @@ class RangedFile:
 
         Returns
         -------
-        fetches : list of callable
+        fetches : list of Fetch
             One a request; none where there is no room to keep the bytes.
         """
+        self.used = self._budget.tick()  # what is here already is to stay, too
         kept = self._blocks
         spans = [span for span in spans if span[1]]
         blocks = {i for start, length in spans for i in range(start // _BLOCK, -(-(start + length) // _BLOCK))}
@@ -132,9 +133,10 @@ class RangedFile:
                 runs[-1][1] = index
             else:
                 runs.append([index, index])
-        if not self._budget.room(self, sum(last + 1 - first for first, last in runs) * _BLOCK):
+        sizes = [(last + 1 - first) * _BLOCK for first, last in runs]
+        if not self._budget.room(self, sum(sizes)):
             return []
-        return [partial(self._fetch, first, last) for first, last in runs]
+        return [Fetch(size, partial(self._fetch, *run)) for size, run in zip(sizes, runs, strict=True)]
 
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
@@ -150,6 +152,7 @@ class RangedFile:
     def _fetch(self, first: int, last: int) -> dict[int, bytes]:
         start = first * _BLOCK
         data = self._remote.range(start, min((last + 1) * _BLOCK, self.size) - start)
+        self.used = self._budget.tick()
         self._keep(first, data)
         return dict(enumerate(_split(data), first))
 

@@ -45,6 +45,22 @@ _MEMBER_STEP = 1 << 12
 _MADV_POPULATE_READ = 22  # absent from the mmap module
 
 
+@dataclass(frozen=True)
+class Fetch:
+    """Something to be done ahead of reading.
+
+    Attributes
+    ----------
+    size : int
+        Bytes that it brings into memory.
+    run : callable
+        Does it; what it returns is of no use. Several may run at the same time.
+    """
+
+    size: int
+    run: Callable[[], object]
+
+
 class Source(Protocol):
     """Bytes that can be read anywhere.
 
@@ -233,6 +249,11 @@ class Kept:
     ) -> NDArray[Any] | None:
         """Return the image at ``offset`` as an array over the bytes; the caller does not keep it."""
         return np.frombuffer(self._content(), dtype, shape[0] * shape[1], offset).reshape(shape)
+
+    def fetches(self) -> list[Fetch]:
+        """Return what makes the bytes again where they were dropped; those that are here are to stay for a batch."""
+        self.used = self._budget.tick()
+        return [] if self._data is not None else [Fetch(self.size, self._content)]
 
     def release(self) -> None:
         """Forget the bytes."""

@@ -32,7 +32,7 @@ from stampworker.frames.objects import BucketClient, BucketFile
 from stampworker.frames.plain import PlainImage
 from stampworker.frames.remote import Box, Memory, RangedFile, Remote, open_remote
 from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
-from stampworker.frames.sources import GZIP_MAGIC, InflateLimits, Kept, Source, inflate
+from stampworker.frames.sources import GZIP_MAGIC, Fetch, InflateLimits, Kept, Source, inflate
 from stampworker.frames.tiles import TiledImage
 from stampworker.frames.web import WebClient, WebFile
 
@@ -137,7 +137,6 @@ class Frame:
 
     ndim = 2
     resampled = False
-    _ranged: RangedFile | None = None
 
     def __init__(self, url: str, image: Image) -> None:
         pixels, source = image.pixels, image.source
@@ -146,9 +145,8 @@ class Frame:
         self.dtype = pixels.dtype
         self._ny, self._nx = pixels.shape
         self._pixels, self._source = pixels, source
-        self._ranged = source if isinstance(source, RangedFile) else None
         # Rows of plain local files are free, and cost no time to count.
-        self._is_free = image.hdu.kind == "image" and self._ranged is None and not source.whole
+        self._is_free = image.hdu.kind == "image" and not isinstance(source, RangedFile) and not source.whole
         self._image = image
 
     def __repr__(self) -> str:
@@ -182,13 +180,18 @@ class Frame:
             charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
         return self._pixels.read(y0, y1, x0, x1)
 
-    def fetches(self, boxes: Iterable[Box]) -> list[Callable[[], object]]:
-        """Return what `FrameStore.fetch` calls so that boxes, which may hang over the edge, are here when sliced."""
-        return [] if self._ranged is None else self._ranged.fetches(self._pixels.spans(self._inside(boxes)))
+    def fetches(self, boxes: Iterable[Box]) -> list[Fetch]:
+        """Return what `FrameStore.fetch` does so that boxes, which may hang over the edge, are here when sliced."""
+        inside = self._inside(boxes)
+        if inside and isinstance(self._source, RangedFile):
+            return self._source.fetches(self._pixels.spans(inside))
+        return self._source.fetches() if inside and isinstance(self._source, Kept) else []
 
     def cost(self, box: Box) -> int:
-        """Return how many bytes `fetches` is about for a box; 0 where there is nothing to fetch."""
-        return 0 if self._ranged is None else sum(map(self._pixels.cost, self._inside([box])))
+        """Return how many bytes a box, which may hang over the edge, needs; 0 for rows of a plain local file."""
+        if self._is_free:
+            return 0
+        return sum(self._source.whole + self._pixels.cost(inside) for inside in self._inside([box]))
 
     def _inside(self, boxes: Iterable[Box]) -> list[Box]:
         cut = [(max(y0, 0), min(y1, self._ny), max(x0, 0), min(x1, self._nx)) for y0, y1, x0, x1 in boxes]
@@ -405,7 +408,7 @@ class FrameStore:
         """
         listed, limit = list(frames), self._settings.max_alert_bytes
         wanted = [box for box in boxes if sum(frame.cost(box) for frame in listed) <= limit]
-        self._together([fetch for frame in listed for fetch in frame.fetches(wanted)])
+        self._together([fetch.run for frame in listed for fetch in frame.fetches(wanted)])
 
     def _together(self, tasks: list[Callable[[], object]]) -> None:
         def attempt(task: Callable[[], object]) -> None:

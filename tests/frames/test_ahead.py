@@ -58,6 +58,28 @@ def test_what_was_prepared_is_computed_without_another_request(server: WebServer
     assert len(made) == len(at_once) == 6
 
 
+@pytest.mark.parametrize("how", [web.serve, web.without_ranges])
+def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServer, how: web.Behaviour) -> None:
+    """Also where the frame is from an earlier batch: it is not asked for again; when it is not used it is let go."""
+    server.behaviours |= dict.fromkeys(server.files, how)
+    settings = settings_of(server)
+    with FrameStore(settings.frames) as store:
+        for number in (0, 1):
+            make_packets(batch(number), store, settings)
+        before = prepare(batch(2), store, settings)
+        server.requests.clear()
+        again = prepare(batch(0)[1:], store, settings)
+        asked = len(server.requests)
+        complete(before, store, settings)
+        complete(again, store, settings)
+        assert len(server.requests) == asked
+        prepare(batch(3), store, settings)
+        store.trim()
+        assert store.cached_bytes > 0
+        store.trim()
+        assert store.cached_bytes == 0
+
+
 def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> None:
     """The rest is opened when its turn comes, and what was computed is let go of."""
     settings = settings_of(server, max_open_frames=4)
