@@ -222,7 +222,7 @@ def _open_group(group: _Group, prepared: Prepared, store: FrameStore, settings: 
             log.exception("frames %s: unexpected error", ", ".join(group.urls))
         group.opened = _without_locals(exc)
     else:
-        store.fetch(frames.planes.values(), _boxes(alerts, frames, math.ceil(settings.enrich.radius)))
+        store.fetch([(frames.planes.values(), _boxes(alerts, frames, math.ceil(settings.enrich.radius)))])
 
 
 def _frames_or_reject(alert: Alert | AlertError, resolver: Resolver) -> Mapping[str, str] | Reject:

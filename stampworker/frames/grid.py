@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,13 +25,10 @@ from stampworker.frames.sky import celestial_frame, is_celestial_card
 from stampworker.frames.store import Frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from astropy.wcs import WCS
     from numpy.typing import NDArray
 
     from stampworker.frames.remote import Box
-    from stampworker.frames.sources import Fetch
 
 Kind = Literal["image", "mask", "error", "variance"]
 
@@ -133,13 +131,18 @@ class Regridded(Frame):
         """Return the science frame's."""
         return self._science.wcs_cards()
 
-    def fetches(self, boxes: Iterable[Box]) -> list[Fetch]:
-        """Return nothing: what is mapped is read when it is sliced."""
-        return []
+    def needs(self, box: Box) -> tuple[Frame, Box] | None:
+        """Return the frame itself and the section of it that a box of the science grid is made of; see `Frame.needs`.
 
-    def cost(self, box: Box) -> int:
-        """Return 0, likewise."""
-        return 0
+        Raises
+        ------
+        FrameMismatch
+            As `window`.
+        """
+        if not self._frame.is_fetched:
+            return None
+        mapped = self._map(*box)
+        return None if mapped is None else self._frame.needs(mapped.section)
 
     def _read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         return self.window(y0, y1, x0, x1)
@@ -163,32 +166,57 @@ class Regridded(Frame):
         FrameMismatch
             The section needs too many of the frame's pixels.
         """
+        values = np.full((y1 - y0, x1 - x0), 1 if self._kind == "mask" else np.nan, self.dtype)
+        mapped = self._map(y0, y1, x0, x1)
+        if mapped is None:
+            return values
+        inside, (bottom, top, left, right) = mapped.inside, mapped.section
+        section = self._frame[bottom:top, left:right]
+        y = np.where(inside, mapped.y - bottom, 0)
+        x = np.where(inside, mapped.x - left, 0)
+        if self._kind == "mask":
+            found = _touched(section, y, x, reach=2)
+        else:
+            found = _interpolate(section, y, x, cubic=self._kind == "image") * mapped.area**self._power
+        values[inside] = found[inside]
+        return values
+
+    @np.errstate(over="ignore", invalid="ignore")  # a hostile WCS gives infinities, not warnings
+    def _map(self, y0: int, y1: int, x0: int, x1: int) -> _Mapped | None:
+        """Return where pixels of the science grid lie on the frame; None where all lie beyond it."""
         py, px, area = _positions(self._here, self._there, (y0, y1, x0, x1))
         ny, nx = self._frame.shape
         inside = (py >= -_ALIGNED) & (py <= ny - 1 + _ALIGNED) & (px >= -_ALIGNED) & (px <= nx - 1 + _ALIGNED)
-        values = np.full(py.shape, 1 if self._kind == "mask" else np.nan, self.dtype)
         if not inside.any():
-            return values
+            return None
         # What is outside takes part at the frame's edge and is not used.
         py = np.where(inside, py, 0).clip(0, ny - 1)
         px = np.where(inside, px, 0).clip(0, nx - 1)
         bottom, left = (max(int(p[inside].min()) - _MARGIN, 0) for p in (py, px))
-        top, right = int(py[inside].max()) + _MARGIN + 2, int(px[inside].max()) + _MARGIN + 2
-        if (min(top, ny) - bottom) * (min(right, nx) - left) > _MAX_PIXELS:
+        top = min(int(py[inside].max()) + _MARGIN + 2, ny)
+        right = min(int(px[inside].max()) + _MARGIN + 2, nx)
+        if (top - bottom) * (right - left) > _MAX_PIXELS:
             raise FrameMismatch(
                 self.url,
                 f"rows {y0}:{y1}, columns {x0}:{x1} of {self._science.url} need rows {bottom}:{top}, "
                 f"columns {left}:{right}, wanted at most {_MAX_PIXELS} pixels",
             )
-        section = self._frame[bottom:top, left:right]
-        y = np.where(inside, py - bottom, 0)
-        x = np.where(inside, px - left, 0)
-        if self._kind == "mask":
-            mapped = _touched(section, y, x, reach=2)
-        else:
-            mapped = _interpolate(section, y, x, cubic=self._kind == "image") * area**self._power
-        values[inside] = mapped[inside]
-        return values
+        return _Mapped(py, px, area, inside, (bottom, top, left, right))
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Pixels of the science grid as seen from the frame.
+
+    Position and area are in the frame's pixels; those that are not ``inside`` it mean nothing. ``section`` is what is
+    read of the frame, y0, y1, x0, x1.
+    """
+
+    y: NDArray[Any]
+    x: NDArray[Any]
+    area: NDArray[Any]
+    inside: NDArray[np.bool_]
+    section: Box
 
 
 def _same(frame: Frame, science: Frame) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import re
@@ -133,6 +134,8 @@ class Frame:
         float32 or float64; an integer for a mask. Native byte order.
     resampled : bool
         False: the pixels are the file's.
+    is_fetched : bool
+        The file's bytes come from a server, or are decompressed as a whole.
     """
 
     ndim = 2
@@ -145,8 +148,9 @@ class Frame:
         self.dtype = pixels.dtype
         self._ny, self._nx = pixels.shape
         self._pixels, self._source = pixels, source
+        self.is_fetched = isinstance(source, RangedFile | Kept)
         # Rows of plain local files are free, and cost no time to count.
-        self._is_free = image.hdu.kind == "image" and not isinstance(source, RangedFile) and not source.whole
+        self._is_free = image.hdu.kind == "image" and not self.is_fetched
         self._image = image
 
     def __repr__(self) -> str:
@@ -180,22 +184,25 @@ class Frame:
             charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
         return self._pixels.read(y0, y1, x0, x1)
 
+    def needs(self, box: Box) -> tuple[Frame, Box] | None:
+        """Return the frame that is read for a box, which may hang over the edge, and what is read of it.
+
+        None where there is nothing to fetch beforehand.
+        """
+        y0, y1, x0, x1 = box
+        inside = max(y0, 0), min(y1, self._ny), max(x0, 0), min(x1, self._nx)
+        is_empty = inside[0] >= inside[1] or inside[2] >= inside[3]
+        return None if is_empty or not self.is_fetched else (self, inside)
+
     def fetches(self, boxes: Iterable[Box]) -> list[Fetch]:
-        """Return what `FrameStore.fetch` does so that boxes, which may hang over the edge, are here when sliced."""
-        inside = self._inside(boxes)
-        if inside and isinstance(self._source, RangedFile):
-            return self._source.fetches(self._pixels.spans(inside))
-        return self._source.fetches() if inside and isinstance(self._source, Kept) else []
+        """Return what `FrameStore.fetch` does so that boxes, all inside the image, are here when sliced."""
+        if isinstance(self._source, RangedFile):
+            return self._source.fetches(self._pixels.spans(boxes))
+        return self._source.fetches() if isinstance(self._source, Kept) else []
 
     def cost(self, box: Box) -> int:
-        """Return how many bytes a box, which may hang over the edge, needs; 0 for rows of a plain local file."""
-        if self._is_free:
-            return 0
-        return sum(self._source.whole + self._pixels.cost(inside) for inside in self._inside([box]))
-
-    def _inside(self, boxes: Iterable[Box]) -> list[Box]:
-        cut = [(max(y0, 0), min(y1, self._ny), max(x0, 0), min(x1, self._nx)) for y0, y1, x0, x1 in boxes]
-        return [box for box in cut if box[0] < box[1] and box[2] < box[3]]
+        """Return how many bytes a box inside the image needs to be read and decompressed."""
+        return self._source.whole + self._pixels.cost(box)
 
     @property
     def bunit(self) -> str | None:
@@ -392,23 +399,38 @@ class FrameStore:
         del wanted[self._settings.max_open_frames :]  # more would push each other out
         self._together([partial(self.open, url) for url in wanted])
 
-    def fetch(self, frames: Iterable[Frame], boxes: Iterable[Box]) -> None:
-        """Fetch what the same sections of several remote frames need, with few requests, several at a time.
+    def fetch(self, wanted: Iterable[tuple[Iterable[Frame], Iterable[Box]]]) -> None:
+        """Fetch what sections of remote frames need, with few requests, several at a time.
 
         Rows or tiles that sections share, or that lie close together, are asked for once. What fails, fails again when
         the section is read.
 
         Parameters
         ----------
-        frames : iterable of Frame
-            Local and regridded ones are passed over.
-        boxes : iterable of (int, int, int, int)
-            ``y0, y1, x0, x1`` that will be sliced of each frame, one box an alert; they may hang over the edge. One
-            that costs more than ``max_alert_bytes`` is left to be refused.
+        wanted : iterable of (frames, boxes)
+            Sets of frames, in the order of their use, and ``y0, y1, x0, x1`` that will be sliced of each frame of the
+            set, one box an alert; they may hang over the edge. A box that costs more than ``max_alert_bytes`` is left
+            to be refused, and so is what half of ``cache_bytes`` does not hold to be read when it is sliced: the other
+            half is for what is worked on meanwhile.
         """
-        listed, limit = list(frames), self._settings.max_alert_bytes
-        wanted = [box for box in boxes if sum(frame.cost(box) for frame in listed) <= limit]
-        self._together([fetch.run for frame in listed for fetch in frame.fetches(wanted)])
+        sections: dict[Frame, list[Box]] = {}
+        for frames, boxes in wanted:
+            listed = list(frames)
+            for box in boxes:
+                for frame, section in self._affordable(listed, box):
+                    sections.setdefault(frame, []).append(section)
+        fetches = [fetch for frame, needed in sections.items() for fetch in frame.fetches(needed)]
+        total = itertools.accumulate(fetch.size for fetch in fetches)
+        fitting = sum(size <= self._settings.cache_bytes // 2 for size in total)
+        self._together([fetch.run for fetch in fetches[:fitting]])
+
+    def _affordable(self, frames: list[Frame], box: Box) -> list[tuple[Frame, Box]]:
+        """Return what a box needs of frames; nothing where one alert may not have it."""
+        with contextlib.suppress(Exception):  # told when the section is read: a fault of ours, too, is one alert's
+            needs = [need for frame in frames if (need := frame.needs(box)) is not None]
+            if sum(frame.cost(section) for frame, section in needs) <= self._settings.max_alert_bytes:
+                return needs
+        return []
 
     def _together(self, tasks: list[Callable[[], object]]) -> None:
         def attempt(task: Callable[[], object]) -> None:

@@ -14,7 +14,7 @@ from web_server import WebServer
 from stampworker.alerts import Alert
 from stampworker.config import EnrichSettings, FrameSettings, Settings
 from stampworker.enrich import Reject, complete, make_packets, prepare
-from stampworker.frames import FrameStore
+from stampworker.frames import FrameStore, grid
 from stampworker.packets import Packet, encode
 
 NIGHT = 4  # sets of frames
@@ -78,6 +78,41 @@ def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServe
         assert store.cached_bytes > 0
         store.trim()
         assert store.cached_bytes == 0
+
+
+@pytest.mark.parametrize("plane", ["template", "mask"])
+def test_planes_on_another_grid_are_fetched_ahead(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plane: str
+) -> None:
+    """What the stamps need of them comes in few requests before packets are made; what cannot be mapped costs nothing.
+
+    Stamps of which the other frame shows nothing, and those that need too many of its pixels, are not fetched.
+    """
+    monkeypatch.setattr(grid, "_MAX_PIXELS", 2000)
+    sky = {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": 10.0, "CRVAL2": 5.0, "CRPIX1": 150.0}
+    grids = {"science": (1e-4, (500, 300)), plane: (1.1e-4, (400, 300)), "fine": (5e-5, (500, 300))}
+    for name, (scale, shape) in grids.items():
+        data = np.random.default_rng(7).normal(0, 3, shape).astype("i2" if name == "mask" else "f4")
+        header = fits.Header(sky | {"CD1_1": -scale, "CD2_2": scale, "CRPIX2": shape[0] / 2})
+        fits.PrimaryHDU(data, header).writeto(tmp_path / name)
+        server.files[f"/{name}.fits"] = (tmp_path / name).read_bytes()
+    settings = settings_of(server)
+    frames = {"science": "science.fits", plane: f"{plane}.fits"}
+    alerts = [Alert(str(y), x=150.0, y=float(y), fwhm=3.0, frames=frames) for y in (9, 100, 240, 380, 490)]
+    alerts.append(
+        Alert("fine", x=150.0, y=240.0, fwhm=3.0, frames={"science": "science.fits", "template": "fine.fits"})
+    )
+    with FrameStore(settings.frames) as store:
+        prepared = prepare(alerts, store, settings)
+        asked = [path for path, _ in server.requests]
+        assert asked.count(f"/{plane}.fits") <= 4
+        assert asked.count("/fine.fits") == 1
+        made = complete(prepared, store, settings)
+        assert len(server.requests) == len(asked)
+    *packets, refused = made
+    assert [packet.resampled_planes for packet in packets if isinstance(packet, Packet)] == [(plane,)] * 5
+    assert isinstance(refused, Reject)
+    assert "wanted at most" in str(refused.error)
 
 
 def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> None:

@@ -184,11 +184,11 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_
 
     server.behaviours["/data/b.fits"] = meet
     boxes = [(500, 531, 5, 36), (510, 541, 90, 121), (560, 591, 0, 31), (2000, 2031, 5, 36), (2990, 3021, -5, 26)]
-    store.fetch([frame], boxes[:4])
+    store.fetch([([frame], boxes[:4])])
     assert len(server.requests) == opened + 2
     server.behaviours.clear()
-    store.fetch([frame], [*boxes, (-40, -9, 0, 31)])
-    store.fetch([tiles], [(100, 131, 300, 331), (90, 121, 310, 341)])
+    store.fetch([([frame], [*boxes, (-40, -9, 0, 31)])])
+    store.fetch([([tiles], [(100, 131, 300, 331), (90, 121, 310, 341)])])
     asked = len(server.requests)
     assert asked <= opened + 6
     for y0, y1, x0, x1 in boxes:
@@ -198,7 +198,7 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_
     np.testing.assert_array_equal(tiles[90:121, 310:341], tiled[90:121, 310:341])
     assert len(server.requests) == asked
     server.behaviours["/data/b.fits"] = web.status(500)
-    store.fetch([frame], [(1000, 1031, 0, 31)])
+    store.fetch([([frame], [(1000, 1031, 0, 31)])])
     with pytest.raises(FrameUnavailable, match="the server says 500"):
         frame[1000:1031, 0:31]
 
@@ -209,7 +209,7 @@ def test_no_more_is_fetched_than_can_be_kept(server: WebServer, open_store: Open
     server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
     store = open_store(cache_bytes=300_000, total_s=10.0)
     frame = store.open("b.fits")
-    store.fetch([frame], [(0, 1000, 0, 400)])
+    store.fetch([([frame], [(0, 1000, 0, 400)])])
     assert len(server.requests) == 1
     np.testing.assert_array_equal(frame[ALL], data)
 
@@ -821,9 +821,10 @@ def test_table_with_frames_of_a_server(server: WebServer, pixels: np.ndarray) ->
 @pytest.mark.parametrize("scheme", ["http", "s3"])
 def test_failures_do_not_hold_bodies(server: WebServer, scheme: str, age: float) -> None:
     """What is remembered of a failure, and the rejects of a batch, do not hold the part of the body that had come."""
+    half = bytes(2 << 20)
 
     def break_off(handler: web.Handler) -> None:
-        handler.answer(200, bytes(2 << 20), length=4 << 20, ETag='"1"', Last_Modified="Tue, 24 Nov 2026 01:00:00 GMT")
+        handler.answer(200, half, length=4 << 20, ETag='"1"', Last_Modified="Tue, 24 Nov 2026 01:00:00 GMT")
         handler.close_connection = True
 
     root = f"{server.url}data/" if scheme == "http" else "s3://bucket/data/"
