@@ -132,7 +132,7 @@ class FrameSettings(_Section):
     max_open_frames: int = Field(64, ge=1)
     """Frames kept open."""
     cache_bytes: int = Field(2 << 30, ge=0)
-    """Decompressed data kept in memory, bytes."""
+    """Data kept in memory, decompressed or from servers, bytes; for a batch at most half of it is fetched ahead."""
     max_header_bytes: int = Field(1 << 20, ge=2880)
     """Longest header of one HDU, bytes; all headers of a file together may have 32 times as many."""
     max_axis: int = Field(100_000, ge=1)
@@ -160,7 +160,7 @@ class FrameSettings(_Section):
     remote_age_s: float = Field(300.0, ge=0)
     """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
     prefetch_threads: int = Field(8, ge=1, le=64)
-    """Remote frames that are opened at a time."""
+    """Remote frames of a batch that are opened, then sections of them that are fetched, at a time."""
     s3_endpoint: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+/?$")
     """Where ``s3:`` frames are, ``https://host:port``; by default the environment's AWS_ENDPOINT_URL, else Amazon.
     Credentials are always the environment's (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role)."""

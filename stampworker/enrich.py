@@ -17,6 +17,7 @@ import logging
 import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,8 @@ from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 
 log = logging.getLogger(__name__)
 
+_Ready = Mapping[tuple[str, bool], Future[Frame]]
+_NONE_READY: _Ready = {}
 _KINDS: dict[str, Kind] = {"mask": "mask", "error": "error", "variance": "variance"}
 _VERSION = version("stampworker")
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
@@ -159,12 +162,7 @@ def prepare(
     """
     resolver = resolver or load_resolver(settings.resolve)
     prepared = _grouped(alerts, resolver)
-    store.prefetch(url for group in prepared.groups for url in group.urls.values())
-    room = settings.frames.max_open_frames
-    for group in prepared.groups:
-        room -= len(group.urls)
-        if room >= 0:  # the others are opened when their turn comes
-            _open_group(group, prepared, store, settings)
+    _open_groups(prepared.groups, prepared, store, settings)  # the others when their turn comes
     return prepared
 
 
@@ -184,9 +182,9 @@ def complete(prepared: Prepared, store: FrameStore, settings: Settings) -> list[
         In the order of the alerts.
     """
     results, alerts = prepared.results, prepared.alerts
-    for group in prepared.groups:
+    for place, group in enumerate(prepared.groups):
         if group.opened is None:
-            _open_group(group, prepared, store, settings)
+            _open_groups(prepared.groups[place:], prepared, store, settings)
         opened, group.opened = group.opened, None
         for i in group.members:
             alert = alerts[i]
@@ -212,17 +210,40 @@ def _grouped(alerts: Sequence[Alert | AlertError], resolver: Resolver) -> Prepar
     return Prepared(alerts, list(groups.values()), results, resolver.by_sky)
 
 
-def _open_group(group: _Group, prepared: Prepared, store: FrameStore, settings: Settings) -> None:
-    """Open the frames of a group, and fetch what its stamps need of them."""
-    alerts = [alert for i in group.members if isinstance(alert := prepared.alerts[i], Alert)]
+def _open_groups(groups: list[_Group], prepared: Prepared, store: FrameStore, settings: Settings) -> None:
+    """Open the frames of the first groups, as many as may be open but one group at least, and fetch what stamps need.
+
+    What waits for servers is done for all of them together.
+    """
+    chosen: list[_Group] = []
+    wanted: dict[tuple[str, bool], None] = {}
+    for group in groups:
+        wanted |= dict.fromkeys((url, plane == "mask") for plane, url in group.urls.items())
+        if chosen and len(wanted) > settings.frames.max_open_frames:
+            break
+        chosen.append(group)
+    ready = store.prefetch(wanted)
+    for group in chosen:
+        _open_group(group, ready, store, settings.enrich, prepared.by_sky)
+    radius = math.ceil(settings.enrich.radius)
+    store.fetch(
+        (group.opened.planes.values(), _boxes(_alerts_of(group, prepared), group.opened, radius))
+        for group in chosen
+        if isinstance(group.opened, _FrameSet)
+    )
+
+
+def _open_group(group: _Group, ready: _Ready, store: FrameStore, settings: EnrichSettings, by_sky: bool) -> None:
     try:
-        group.opened = frames = _open(group.urls, store, settings.enrich, prepared.by_sky)
+        group.opened = _open(group.urls, store, settings, by_sky, ready)
     except Exception as exc:
         if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
             log.exception("frames %s: unexpected error", ", ".join(group.urls))
         group.opened = _without_locals(exc)
-    else:
-        store.fetch([(frames.planes.values(), _boxes(alerts, frames, math.ceil(settings.enrich.radius)))])
+
+
+def _alerts_of(group: _Group, prepared: Prepared) -> list[Alert]:
+    return [alert for i in group.members if isinstance(alert := prepared.alerts[i], Alert)]
 
 
 def _frames_or_reject(alert: Alert | AlertError, resolver: Resolver) -> Mapping[str, str] | Reject:
@@ -258,18 +279,26 @@ def _without_locals(exc: Exception) -> Exception:
     return exc
 
 
-def _open(urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings, by_sky: bool) -> _FrameSet:
-    planes = _open_planes(urls, store)
+def _open(
+    urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings, by_sky: bool, ready: _Ready
+) -> _FrameSet:
+    planes = _open_planes(urls, store, ready)
     return _FrameSet(planes, _writers(planes, settings.gzip), _gain(planes["science"]), by_sky)
 
 
-def _open_planes(urls: Mapping[str, str], store: FrameStore) -> dict[str, Frame]:
+def _open_planes(urls: Mapping[str, str], store: FrameStore, ready: _Ready = _NONE_READY) -> dict[str, Frame]:
     """Open frames and bring them onto the science frame's grid."""
-    science = store.open(urls["science"])
+
+    def opened(plane: str) -> Frame:
+        url, is_mask = urls[plane], plane == "mask"
+        # What failed a moment ago is not asked for once more.
+        return ready[url, is_mask].result() if (url, is_mask) in ready else store.open(url, mask=is_mask)
+
+    science = opened("science")
     planes = {"science": science}
-    for plane, url in urls.items():
+    for plane in urls:
         if plane != "science":
-            planes[plane] = on_grid(store.open(url, mask=plane == "mask"), science, kind=_KINDS.get(plane, "image"))
+            planes[plane] = on_grid(opened(plane), science, kind=_KINDS.get(plane, "image"))
     return planes
 
 

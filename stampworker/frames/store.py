@@ -12,10 +12,10 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from stampworker.config import FrameSettings
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _MUCH = 4 << 20  # freed bytes that are worth a millisecond
@@ -386,18 +388,24 @@ class FrameStore:
         with time_limit(self._settings.total_s), byte_limit(self._settings.max_alert_bytes):
             yield
 
-    def prefetch(self, urls: Iterable[str]) -> None:
-        """Open remote frames, several at a time; what fails, fails again when it is opened by `open`.
+    def prefetch(self, wanted: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], Future[Frame]]:
+        """Open remote frames, several at a time.
 
         Parameters
         ----------
-        urls : iterable of str
-            As for `open`, in the order of their use: the first ``max_open_frames`` count. Local ones, which open at
-            once, are passed over.
+        wanted : iterable of (str, bool)
+            URL and ``mask`` as for `open`, in the order of their use: the first ``max_open_frames`` count. Local ones,
+            which open at once, are passed over.
+
+        Returns
+        -------
+        opened : dict of Future
+            What `open` returned or raised for each that was not passed over. All are done.
         """
-        wanted = list(dict.fromkeys(url for url in urls if self._is_remote(split_fragment(url)[0])))
-        del wanted[self._settings.max_open_frames :]  # more would push each other out
-        self._together([partial(self.open, url) for url in wanted])
+        listed = [pair for pair in dict.fromkeys(wanted) if self._is_remote(split_fragment(pair[0])[0])]
+        del listed[self._settings.max_open_frames :]  # more would push each other out
+        done = self._together([partial(self.open, url, mask=mask) for url, mask in listed])
+        return dict(zip(listed, done, strict=True))
 
     def fetch(self, wanted: Iterable[tuple[Iterable[Frame], Iterable[Box]]]) -> None:
         """Fetch what sections of remote frames need, with few requests, several at a time.
@@ -432,17 +440,12 @@ class FrameStore:
                 return needs
         return []
 
-    def _together(self, tasks: list[Callable[[], object]]) -> None:
-        def attempt(task: Callable[[], object]) -> None:
-            # It fails again, and is told, when the frame itself is asked for: a fault of ours, too, is one alert's.
-            with contextlib.suppress(Exception):
-                task()
-
-        if len(tasks) == 1:
-            attempt(tasks[0])
-        elif tasks:
-            with ThreadPoolExecutor(min(len(tasks), self._settings.prefetch_threads), "frames") as threads:
-                list(threads.map(attempt, tasks))
+    def _together(self, tasks: list[Callable[[], T]]) -> list[Future[T]]:
+        """Return what came of tasks that were done several at a time."""
+        if not tasks:
+            return []
+        with ThreadPoolExecutor(min(len(tasks), self._settings.prefetch_threads), "frames") as threads:
+            return [threads.submit(task) for task in tasks]
 
     def open(self, url: str, *, mask: bool = False) -> Frame:
         """Return the frame at a URL or path.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from stampworker.alerts import Alert
 from stampworker.config import EnrichSettings, FrameSettings, Settings
 from stampworker.enrich import Reject, complete, make_packets, prepare
 from stampworker.frames import FrameStore, grid
+from stampworker.frames.tiles import TiledImage
 from stampworker.packets import Packet, encode
 
 NIGHT = 4  # sets of frames
@@ -56,6 +59,69 @@ def test_what_was_prepared_is_computed_without_another_request(server: WebServer
         at_once = make_packets(batch(0) + batch(1), store, settings)
     assert [encode(p) for p in made if isinstance(p, Packet)] == [encode(p) for p in at_once if isinstance(p, Packet)]
     assert len(made) == len(at_once) == 6
+
+
+def meet(paths: Iterable[str], number: int) -> dict[str, web.Behaviour]:
+    """Let requests wait until there are so many at the same time."""
+    barrier = threading.Barrier(number)
+
+    def wait(handler: web.Handler) -> None:
+        barrier.wait(2)
+        web.serve(handler)
+
+    return dict.fromkeys(paths, wait)
+
+
+def test_sets_of_frames_are_opened_and_fetched_together(server: WebServer) -> None:
+    """Not one set after another: servers are waited for once for the opening, and once for what the stamps need."""
+    settings = settings_of(server)
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)[:1]]
+    server.behaviours |= meet(server.files, 2 * NIGHT)
+    with FrameStore(settings.frames) as store:
+        made = make_packets(alerts, store, settings)
+    assert len(server.requests) == 4 * NIGHT
+    assert all(isinstance(result, Packet) for result in made)
+
+
+def test_a_compressed_mask_is_set_up_once(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened ahead as the mask that it is, not as an image first."""
+    tiles = fits.CompImageHDU(np.zeros((500, 300), "i2"), compression_type="RICE_1")
+    fits.HDUList([fits.PrimaryHDU(), tiles]).writeto(tmp_path / "mask")
+    server.files["/mask.fits"] = (tmp_path / "mask").read_bytes()
+    settings = settings_of(server)
+    opened: list[bool] = []
+
+    def tiled(*args: Any, mask: bool, **kwargs: Any) -> TiledImage:
+        opened.append(mask)
+        return TiledImage(*args, mask=mask, **kwargs)
+
+    monkeypatch.setattr("stampworker.frames.store.TiledImage", tiled)
+    alert = Alert("1", x=150.0, y=60.0, fwhm=3.0, frames={"science": "0-science.fits", "mask": "mask.fits"})
+    with FrameStore(settings.frames) as store:
+        assert isinstance(make_packets([alert], store, settings)[0], Packet)
+    assert opened == [True]
+
+
+def test_what_fails_while_the_others_open_is_not_asked_again(server: WebServer) -> None:
+    """Also where failures are not remembered for so long."""
+    server.behaviours["/1-difference.fits"] = web.status(503)
+    settings = settings_of(server, failure_age_s=0.0)
+    with FrameStore(settings.frames) as store:
+        make_packets(batch(0) + batch(1), store, settings)
+    assert [path for path, _ in server.requests].count("/1-difference.fits") == 1
+
+
+def test_what_is_fetched_ahead_is_bounded_in_sum(server: WebServer) -> None:
+    """Half of the cache, for all frames together; the rest is read when it is sliced, and the packets are the same."""
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)]
+    settings = settings_of(server, cache_bytes=1_000_000)
+    with FrameStore(settings.frames) as store:
+        sent = len(server.files) * 65536
+        prepared = prepare(alerts, store, settings)
+        assert sent + 300_000 < server.sent < sent + 500_000
+        made = complete(prepared, store, settings)
+        assert store.cached_bytes <= 1_000_000
+    assert all(isinstance(result, Packet) for result in made)
 
 
 @pytest.mark.parametrize("how", [web.serve, web.without_ranges])
@@ -122,6 +188,7 @@ def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> 
     with FrameStore(settings.frames) as store:
         prepared = prepare(alerts, store, settings)
         assert {path[1] for path, _ in server.requests} == {"0", "1"}
+        server.behaviours |= meet(server.files, 4)
         made = complete(prepared, store, settings)
         assert [group.opened for group in prepared.groups] == [None] * NIGHT
     assert [result.alert_id for result in made] == [alert.alert_id for alert in alerts]

@@ -158,10 +158,13 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
         server.files[f"/data/{name}"] = server.files["/data/a.fits"]
         server.behaviours[f"/data/{name}"] = meet
     store = open_store(failure_age_s=5.0, prefetch_threads=8, total_s=10.0, read_s=10.0)
-    store.prefetch([*names, *names, "none.fits", "../secret.fits", "/etc/hostname"])
+    bad = ["none.fits", "../secret.fits"]
+    ready = store.prefetch((name, False) for name in [*names, *names, *bad, "/etc/hostname"])
+    assert list(ready) == [(name, False) for name in names + bad]
+    assert [type(future.exception()) for future in ready.values()] == [type(None)] * 6 + [FrameMissing, FrameRefused]
     assert len(server.requests) == 7
     for name in names:
-        assert store.open(name).shape == (61, 83)
+        assert store.open(name) is ready[name, False].result()
     with pytest.raises(FrameMissing, match=r"the server says 404 Not Found \(.* s ago; asked again in"):
         store.open("none.fits")
     assert len(server.requests) == 7
@@ -219,7 +222,7 @@ def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
     for i in range(6):
         server.files[f"/data/{i}.fits"] = server.files["/data/a.fits"]
     store = open_store(max_open_frames=3)
-    store.prefetch(f"{i}.fits" for i in range(6))
+    store.prefetch((f"{i}.fits", False) for i in range(6))
     assert {path for path, _ in server.requests} == {"/data/0.fits", "/data/1.fits", "/data/2.fits"}
 
 
@@ -227,7 +230,7 @@ def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
 def test_prefetch_never_fails(open_store: Open, names: list[str]) -> None:
     """Not even by what no frame should be called: it is one alert's to fail, when the frame is opened."""
     store = open_store()
-    store.prefetch(names)
+    store.prefetch((name, False) for name in names)
     with pytest.raises(FrameRefused, match=r"'\\udce9\.fits': half of a character"):
         store.open(names[0])
 
