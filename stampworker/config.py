@@ -155,8 +155,9 @@ class FrameSettings(_Section):
     """Longest time that opening a frame, decompressing it included, or reading one section of a remote one may take,
     and all frames of one alert together, seconds."""
     failure_age_s: float = Field(5.0, ge=0, le=3600)
-    """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other on a
-    server that did not answer in time. A server's own Retry-After may make it longer."""
+    """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other of a
+    server that cannot be connected to, or left three frames in succession unanswered. A server's own Retry-After may
+    make it longer."""
     remote_age_s: float = Field(300.0, ge=0)
     """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
     prefetch_threads: int = Field(8, ge=1, le=64)

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _NOBODY = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing token request")
+# In what obstore appends for debugging, which is not shown: it says more than the message.
+_LATE = re.compile(r"timed out|TimedOut|kind: Timeout")
+_DOWN = re.compile(r"ConnectError\(|kind: Connect\b")
 _ENDPOINT = re.compile(r"https?://[^?#@\s]+")
 
 
@@ -117,6 +120,7 @@ class BucketClient:
             if stop - start > limit:
                 raise self._too_long(address, f"{stop - start} bytes, above the {limit} allowed")
             data = collect(_chunks(found), limit, lambda problem: self._too_long(address, problem), end)
+            self.memory.note_answer(address.origin)
             return data, found.meta["size"], found.meta["e_tag"]
         except FrameError:
             raise
@@ -189,9 +193,12 @@ class BucketClient:
             return error
         if "status code: 416" in said:
             return FrameCorrupt(address.shown, "the file is empty, wanted FITS")
-        late = isinstance(exc, TimeoutError) or time.monotonic() >= end or "timed out" in said or "TimedOut" in said
+        late = isinstance(exc, TimeoutError) or time.monotonic() >= end or _LATE.search(str(exc)) is not None
         error = FrameUnavailable(address.shown, f"not answered in time: {said}" if late else said)
-        self.memory.note(address.origin if late or "error sending request" in said else key, error)
+        if late:
+            self.memory.note_late(address.origin, key, error)
+        else:
+            self.memory.note(address.origin if _DOWN.search(str(exc)) else key, error)
         return error
 
 

@@ -35,6 +35,8 @@ _BLOCK = 1 << 14
 _GAP = 4
 _RUN = 256  # blocks, 4 MiB: longer runs are fetched in pieces, at the same time
 _MOST_REMEMBERED = 10_000
+# A server is slow, not only a file of it, when so many in succession were not answered in time.
+_SLOW_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class Memory:
         self._lock = threading.Lock()
         # Not the errors themselves: their tracebacks hold the bodies that were being read.
         self._known: dict[Hashable, tuple[float, float, type[FrameError], str]] = {}
+        self._late: dict[Hashable, set[Hashable]] = {}
 
     def note(
         self, key: Hashable, error: FrameMissing | FrameUnavailable | FrameRefused, seconds: float | None = None
@@ -235,6 +238,21 @@ class Memory:
             if len(self._known) >= _MOST_REMEMBERED:
                 del self._known[next(iter(self._known))]
             self._known[key] = now, until, type(error), error.problem
+
+    def note_late(self, server: Hashable, key: Hashable, error: FrameUnavailable) -> None:
+        """Remember that an answer did not come in time: of the URL, and of the server when it is not the only one."""
+        self.note(key, error)
+        with self._lock:
+            late = self._late.setdefault(server, set())
+            if len(late) < _SLOW_FILES:
+                late.add(key)
+            is_slow = len(late) >= _SLOW_FILES
+        if is_slow:
+            self.note(server, error)
+
+    def note_answer(self, server: Hashable) -> None:
+        """Take note that a server gave an answer in time."""
+        self._late.pop(server, None)
 
     def sweep(self) -> None:
         """Forget what is not remembered any longer; call it now and then."""

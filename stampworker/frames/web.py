@@ -137,10 +137,18 @@ class WebClient:
             address = self._redirect(address, answer.header("Location"), first)
         raise self.failed(first, f"more than {_MOST_REDIRECTS} redirects")
 
-    def failed(self, address: Address, problem: str, *, server: bool = False, wait: float | None = None) -> FrameError:
-        """Return the error for a failure that may pass, and remember it: of the URL, or of its server."""
+    def failed(
+        self, address: Address, problem: str, *, server: Origin | None = None, wait: float | None = None
+    ) -> FrameError:
+        """Return the error for a failure that may pass, and remember it: of the URL, or of a whole server."""
         error = FrameUnavailable(address.shown, problem)
-        self.memory.note(address.origin if server else (*address.origin, address.target), error, wait)
+        self.memory.note(server or (*address.origin, address.target), error, wait)
+        return error
+
+    def late(self, address: Address, problem: str, server: Origin) -> FrameError:
+        """Return the error for an answer that did not come in time, and remember it."""
+        error = FrameUnavailable(address.shown, problem)
+        self.memory.note_late(server, (*address.origin, address.target), error)
         return error
 
     def give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
@@ -180,7 +188,7 @@ class WebClient:
                 continue
             except TimeoutError:
                 connection.close()
-                raise self.failed(first, f"no answer {self.patience(end)}", server=True) from None
+                raise self.late(first, f"no answer {self.patience(end)}", address.origin) from None
             except (OSError, http.client.HTTPException) as exc:
                 connection.close()
                 raise self.failed(first, f"the connection failed: {_said(exc)}") from exc
@@ -255,7 +263,9 @@ class WebClient:
         if not isinstance(problem, TimeoutError):
             said = _said(problem) if problem else "no address"
         via = f" through the proxy {_netloc(proxy)}" if proxy is not None else ""
-        raise self.failed(first, f"no connection to {_netloc(address)}{via}: {said}", server=True) from problem
+        raise self.failed(
+            first, f"no connection to {_netloc(address)}{via}: {said}", server=address.origin
+        ) from problem
 
     def _tunnel(self, sock: _PlainSocket, address: Address, proxy: Address, end: float) -> None:
         """Ask a proxy for a connection to the server itself."""
@@ -273,7 +283,9 @@ class WebClient:
         try:
             found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as exc:
-            raise self.failed(first, f"host {address.host!r} is not found: {_said(exc)}", server=True) from exc
+            raise self.failed(
+                first, f"host {address.host!r} is not found: {_said(exc)}", server=address.origin
+            ) from exc
         named = {root.host for root in self.roots}
         allowed, refused = [], "no"
         for family, _, _, _, sockaddr in found:
@@ -307,7 +319,8 @@ class WebClient:
             raise self.failed(first, problem)
         if wait is not None:
             said += f", to try again after {wait:g} s"
-        raise self.failed(first, said, server=status == 429 or wait is not None, wait=wait)
+        is_busy = status == 429 or wait is not None
+        raise self.failed(first, said, server=answer.origin if is_busy else None, wait=wait)
 
     def patience(self, end: float) -> str:
         """Return for how long was waited in vain."""
@@ -329,7 +342,8 @@ class Answer:
         first: Address,
     ) -> None:
         self.status, self.reason = response.status, ascii(response.reason)[1:-1][:80]
-        self._client, self._address, self._first, self._end = client, address, first, end
+        self.origin = address.origin
+        self._client, self._first, self._end = client, first, end
         self._connection, self._response = connection, response
         self._kept = False
 
@@ -372,16 +386,18 @@ class Answer:
         try:
             data = collect(self._chunks(), limit, self._too_long)
         except TimeoutError:
-            raise client.failed(first, f"no end of the answer {client.patience(self._end)}", server=True) from None
+            problem = f"no end of the answer {client.patience(self._end)}"
+            raise client.late(first, problem, self.origin) from None
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise client.failed(first, f"the connection failed: {_said(exc)}") from exc
         expected = length if wanted is None else wanted
         if expected is not None and len(data) < expected:
             raise client.failed(first, f"the answer ends after {len(data)} of {expected} bytes")
+        client.memory.note_answer(self.origin)
         if not self._response.will_close:
             self._response.close()
             self._kept = True
-            client.give_back(self._address.origin, self._connection)
+            client.give_back(self.origin, self._connection)
         return data
 
     def _too_long(self, problem: str) -> FrameRefused:

@@ -488,6 +488,31 @@ def test_slow_server_costs_the_alert(
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_slow_frame_is_not_a_slow_server(server: WebServer, open_store: Open, scheme: str) -> None:
+    """One that is not answered in time is left alone, the others are read; after three in succession all are left."""
+    folder, root = ("/data", f"{server.url}data/") if scheme == "http" else ("/b/data", "s3://b/data/")
+    given = {"s3_endpoint": server.url.rstrip("/"), "s3_anonymous": True}
+    names = [f"{i}.fits" for i in range(6)]
+    for name in (*names, "ok.fits", "ok2.fits", "other.fits"):
+        server.files[f"{folder}/{name}"] = server.files["/data/a.fits"]
+    server.behaviours |= {f"{folder}/{name}": web.silence for name in names}
+    store = open_store(root, failure_age_s=0.6, read_s=0.1, **given)
+    for name in (names[0], names[0], names[1]):
+        with pytest.raises(FrameUnavailable, match=f"{name}: no"):
+            store.open(name)
+    assert store.open("ok.fits").shape == (61, 83)
+    for name in (*names[2:], "ok2.fits"):
+        with pytest.raises(FrameUnavailable, match=f"{name}: no"):
+            store.open(name)
+    silent = [f"{folder}/{name}" for name in names]
+    assert [path for path, _ in server.requests] == [*silent[:2], f"{folder}/ok.fits", *silent[2:5]]
+    server.behaviours.clear()
+    time.sleep(0.6)
+    for name in ("other.fits", *names):
+        assert store.open(name).shape == (61, 83)
+
+
 def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, tmp_path: Path) -> None:
     """A server that becomes slow after the frame was opened is unavailable in time, too; then the pixels come."""
     data = wide(tmp_path / "b.fits", (300, 200))

@@ -220,7 +220,7 @@ def test_server_that_goes_away(tree: Path, tmp_path: Path, fault: str) -> None:
             with pytest.raises(FrameUnavailable, match=problem):
                 frame[500 : 510 + i, 5:9]
             with pytest.raises(FrameUnavailable, match=problem):
-                store.open("plain.fits")
+                store.open(("plain.fits", "plain.fits.gz")[i % 2])
         assert time.monotonic() - start < 6
         np.testing.assert_array_equal(frame[100:163, 5:68], wanted)  # is here already
         back()
