@@ -96,8 +96,8 @@ def parse(url: str) -> Address:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:  # whose text might show a piece of a password
-        raise FrameRefused("<unreadable URL>", "not a URL") from None
+    except ValueError:
+        raise _unreadable() from None
     shown = without_credentials(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if _HIDDEN.search(url if scheme in WEB else url.replace(" ", "")) or "\\" in url:
@@ -117,6 +117,10 @@ def parse(url: str) -> Address:
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
     return Address(scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), shown)
+
+
+def _unreadable() -> FrameRefused:
+    return FrameRefused("<unreadable URL>", "not a URL")  # which might show a piece of a password
 
 
 def _keyed(url: str, scheme: str, host: str, port: int | None, shown: str) -> Address:
@@ -173,8 +177,11 @@ def parse_root(root: str) -> Address:
 
 
 def join(base: str, reference: str) -> str:
-    """Return a URL that stands in a ``Location`` header, seen from the URL that gave it."""
-    return urljoin(base, reference)
+    """Return the URL of a ``Location`` header, seen from the URL that gave it; `FrameRefused` where it is none."""
+    try:
+        return urljoin(base, reference)
+    except ValueError:
+        raise _unreadable() from None
 
 
 def without_credentials(url: str) -> str:

@@ -160,14 +160,22 @@ class WebClient:
             spare.close()
 
     def _redirect(self, address: Address, location: str | None, first: Address) -> Address:
-        base = f"{address.scheme}://{_netloc(address)}{address.target}"
-        target = join(base, (location or "").partition("#")[0])
+        try:
+            return self._target(address, location)
+        except FrameRefused as exc:
+            error = FrameRefused(first.shown, f"redirects to {exc}")
+            self.memory.note((*first.origin, first.target), error)
+            raise error from exc
+
+    def _target(self, address: Address, location: str | None) -> Address:
+        """Return where a redirect leads, if frames may come from there."""
+        target = join(f"{address.scheme}://{_netloc(address)}{address.target}", (location or "").partition("#")[0])
         shown = without_credentials(target)
         if not location or scheme_of(target) not in WEB:
-            raise FrameRefused(first.shown, f"redirects to {shown!r}, wanted http: or https:")
+            raise FrameRefused(shown if location else "nowhere", "wanted http: or https:")
         found = parse(target)
         if not any(found.beneath(root) for root in self.roots):
-            raise FrameRefused(first.shown, f"redirects to {shown}, outside the frame roots (frames.frame_roots)")
+            raise FrameRefused(shown, "outside the frame roots (frames.frame_roots)")
         return found
 
     def _ask(self, address: Address, headers: dict[str, str], end: float, first: Address) -> Answer:

@@ -347,6 +347,19 @@ def test_redirects(server: WebServer, open_store: Open, pixels: np.ndarray) -> N
         assert "/secret.fits" not in {path for path, _ in server.requests}
 
 
+@pytest.mark.parametrize("to", ["http://[", "//[", "http://[::1", "//127.0.0.1:99999/", "/secret.fits", "ftp://h/x"])
+def test_redirects_to_nonsense(server: WebServer, open_store: Open, to: str) -> None:
+    """What is no URL is refused like what lies elsewhere, and a burst asks once."""
+    server.behaviours["/data/1.fits"] = web.redirect(to)
+    store = open_store(failure_age_s=5.0)
+    for _ in range(3):
+        with pytest.raises(
+            FrameRefused, match=r"/data/1\.fits: redirects to .*(not a URL|outside the frame|wanted http:)"
+        ):
+            store.open("1.fits")
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     "ip",
     [
