@@ -21,13 +21,16 @@ BUCKETS = ("s3", "gs", "abfs")
 REMOTE = (*WEB, *BUCKETS, "memory")
 """Schemes of frames that are not files."""
 
-_SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.-]*(?=://)", re.IGNORECASE)
+_SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.:-]*(?=://)", re.IGNORECASE)
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
 # Names of parameters that carry, or accompany, a signature or a key: S3, GCS, CloudFront, Azure's SAS, and the like.
 _SIGNED = re.compile(
-    r"(?:^|[&;])(?:x-(?:amz|goog|ms)-|[^=&;]*(?:sig|token|key|secret|pass|auth|cred|policy|session|hmac)|s[a-z]=|code=)",
+    r"(?:^|[&;])(?:x-(?:amz|goog|ms)-|s[a-z]=|code=|pw=|"
+    r"[^=&;]*(?:sig|token|key|secret|pass|pwd|auth|cred|policy|session|hmac|md5|jwt|ticket|bearer|saml|login))"
+    r"|=eyJ",  # a token in JSON
     re.IGNORECASE,
 )
+_BEFORE_HOST = re.compile(r"(?<=//).*@", re.DOTALL)
 _SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has decided
 
 
@@ -98,12 +101,12 @@ def parse(url: str) -> Address:
         port = parts.port
     except ValueError:
         raise _unreadable() from None
-    shown = without_credentials(url)
+    shown = masked(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if _HIDDEN.search(url if scheme in WEB else url.replace(" ", "")) or "\\" in url:
         raise FrameRefused(ascii(shown), "blanks, control characters or backslashes, wanted a URL")
     if scheme not in WEB:
-        return _keyed(url, scheme, host, port, shown)
+        return _keyed(url, scheme, host, port)
     if not host.isascii():
         raise FrameRefused(ascii(shown), "a host in other letters than ASCII's, wanted its xn-- form")
     if not host:
@@ -116,15 +119,18 @@ def parse(url: str) -> Address:
     target = quote("/" + parts.path.removeprefix("/"), safe=_SAFE)
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
-    return Address(scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), shown)
+    return Address(
+        scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), without_credentials(url)
+    )
 
 
 def _unreadable() -> FrameRefused:
     return FrameRefused("<unreadable URL>", "not a URL")  # which might show a piece of a password
 
 
-def _keyed(url: str, scheme: str, host: str, port: int | None, shown: str) -> Address:
+def _keyed(url: str, scheme: str, host: str, port: int | None) -> Address:
     """Take ``scheme://bucket/key`` or ``memory://key`` apart; a question mark is a letter of a key."""
+    shown = masked(url)
     key = url.partition("://")[2]
     if scheme == "memory":
         host, key = "", key.removeprefix("/")
@@ -142,7 +148,7 @@ def _keyed(url: str, scheme: str, host: str, port: int | None, shown: str) -> Ad
         raise FrameRefused(shown, "an empty folder in the key")
     for segment in segments:
         _check(segment, shown)
-    return Address(scheme, host, 0, tuple(segments), key, None, shown)
+    return Address(scheme, host, 0, tuple(segments), key, None, without_credentials(url))
 
 
 def parse_root(root: str) -> Address:
@@ -162,7 +168,7 @@ def parse_root(root: str) -> Address:
     ConfigError
         It is of an unknown scheme, no URL, or holds credentials, a query or a fragment.
     """
-    shown = without_credentials(root)
+    shown = masked(root)
     if scheme_of(root) not in REMOTE:
         raise ConfigError(
             f"frames.frame_roots: found {shown!r}, wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
@@ -185,15 +191,24 @@ def join(base: str, reference: str) -> str:
 
 
 def without_credentials(url: str) -> str:
-    """Return a URL without name and password, and without its query where that is signed."""
+    """Return a URL without name and password, and without its query where that is, or looks, signed."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return "<unreadable URL>"
     if parts.scheme.lower() == "memory":  # which knows neither
         return url
-    query = "" if parts.scheme.lower() in WEB and _SIGNED.search(parts.query) else parts.query
+    query = "" if _SIGNED.search(parts.query) else parts.query
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
+
+
+def masked(url: str) -> str:
+    """Return a URL that is not known to lie beneath a root, for messages.
+
+    It may not be what it looks like, so that anything before an @ might be a password: one with a slash in it, or that
+    of a URL in a URL.
+    """
+    return _BEFORE_HOST.sub("***@", without_credentials(url))
 
 
 def _check(segment: str, shown: str) -> None:
@@ -203,11 +218,11 @@ def _check(segment: str, shown: str) -> None:
         if decoded.split(";")[0] in (".", ".."):
             raise FrameRefused(shown, f"{segment!r} in the path, wanted one that does not leave its folder")
         if "/" in decoded or "\\" in decoded or "\0" in decoded:
-            raise FrameRefused(shown, f"an encoded slash, backslash or NUL in {segment!r}")
+            raise FrameRefused(shown, f"an encoded slash, backslash or NUL in {segment.rpartition('@')[2]!r}")
         decoded, before = unquote(decoded), decoded
         if decoded == before:
             return
-    raise FrameRefused(shown, f"{segment!r} is percent-encoded again and again")
+    raise FrameRefused(shown, f"{segment.rpartition('@')[2]!r} is percent-encoded again and again")
 
 
 def _authorization(url: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.address import REMOTE, scheme_of, without_credentials
+from stampworker.frames.address import REMOTE, scheme_of, masked
 from stampworker.frames.sources import open_file
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ class Folders:
             try:
                 given = _local(given)
             except ValueError as exc:
-                raise FrameRefused(without_credentials(url), str(exc)) from None
+                raise FrameRefused(masked(url), str(exc)) from None
         elif scheme is not None:
             problem = f"scheme {scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
-            raise FrameRefused(without_credentials(url), problem)
+            raise FrameRefused(masked(url), problem)
         elif given.startswith("//"):
-            raise FrameRefused(without_credentials(url), "a host without a scheme, wanted a path or a URL")
+            raise FrameRefused(masked(url), "a host without a scheme, wanted a path or a URL")
         if "\0" in given or not given:
             raise FrameRefused(ascii(url), "not a path")
         if self._base is None and not Path(given).is_absolute():
@@ -149,9 +149,9 @@ def _root(root: str) -> str:
     try:
         folder = _local(root)
         if not Path(folder).is_dir():
-            raise ConfigError(f"frames.frame_roots: found {without_credentials(root)!r}, which is no folder, {wanted}")
+            raise ConfigError(f"frames.frame_roots: found {masked(root)!r}, which is no folder, {wanted}")
     except (ValueError, OSError) as exc:
-        raise ConfigError(f"frames.frame_roots: found {without_credentials(root)!r}: {exc}, {wanted}") from None
+        raise ConfigError(f"frames.frame_roots: found {masked(root)!r}: {exc}, {wanted}") from None
     return os.path.realpath(folder)
 
 

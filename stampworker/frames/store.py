@@ -22,7 +22,7 @@ import numpy as np
 from astropy.io import fits
 
 from stampworker.errors import FrameCorrupt, FrameRefused
-from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, parse, parse_root, scheme_of, without_credentials
+from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, masked, parse, parse_root, scheme_of
 from stampworker.frames.allowance import byte_limit, charge, time_limit
 from stampworker.frames.budget import Budget
 from stampworker.frames.folders import Folders, open_local, sort_error
@@ -531,7 +531,7 @@ class FrameStore:
         address = parse(given)
         if not any(address.beneath(root) for root in self._urls):
             roots = ", ".join(root.shown for root in self._urls) or "no URL configured"
-            raise FrameRefused(address.shown, f"outside the frame roots; frame_roots: {roots}")
+            raise FrameRefused(masked(given), f"outside the frame roots; frame_roots: {roots}")
         remote = self._protocol(address)
         opened, age = time.monotonic(), self._settings.remote_age_s
         file = self._file(
@@ -626,7 +626,7 @@ def split_fragment(url: str) -> tuple[str, str]:
 
 def _checked(url: str) -> tuple[str, str]:
     """Return what `split_fragment` does, of what can be a URL or path."""
-    shown = without_credentials(url)
+    shown = masked(url)
     if len(url) > _LONGEST:
         raise FrameRefused(ascii(shown[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}")
     if _SURROGATE.search(url):
@@ -634,8 +634,10 @@ def _checked(url: str) -> tuple[str, str]:
     given, fragment = split_fragment(url)
     if len(fragment) > _LONGEST_FRAGMENT:
         raise FrameRefused(
-            without_credentials(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number"
+            masked(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number"
         )
+    if "@" in fragment and scheme_of(given) is not None:  # a password with a # in it
+        raise FrameRefused(masked(url), "an @ after the #, wanted name or number of an HDU there")
     return given, fragment
 
 

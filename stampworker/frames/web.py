@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies, proxy_bypass
 
 from stampworker.errors import ConfigError, FrameError, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.address import WEB, Address, join, parse, scheme_of, without_credentials
+from stampworker.frames.address import WEB, Address, join, masked, parse, scheme_of, without_credentials
 from stampworker.frames.allowance import end_within
 from stampworker.frames.remote import FIRST, Beginning, Memory, collect
 
@@ -170,7 +170,7 @@ class WebClient:
     def _target(self, address: Address, location: str | None) -> Address:
         """Return where a redirect leads, if frames may come from there."""
         target = join(f"{address.scheme}://{_netloc(address)}{address.target}", (location or "").partition("#")[0])
-        shown = without_credentials(target)
+        shown = masked(target)
         if not location or scheme_of(target) not in WEB:
             raise FrameRefused(shown if location else "nowhere", "wanted http: or https:")
         found = parse(target)

@@ -201,6 +201,15 @@ def test_missing(server: WebServer, open_store: Open) -> None:
     assert store.open("b.fits").shape == (61, 83)
 
 
+def test_a_key_that_looks_signed_is_not_shown(server: WebServer, open_store: Open, scheme: str) -> None:
+    """A question mark is a letter of a key, but what follows it is not told where it looks like a signature."""
+    store = open_store()
+    for given in ("a.fits?X-Amz-Signature=hunter2", f"{scheme}://bucket/night/a.fits?X-Amz-Signature=hunter2"):
+        assert store.open(given).url == f"{scheme}://bucket/night/a.fits"
+    assert store.open("a.fits?7").url == f"{scheme}://bucket/night/a.fits?7"
+    assert server.requests[0][0] == f"{KEY}?X-Amz-Signature=hunter2"
+
+
 @pytest.mark.parametrize("code", [401, 403])
 def test_access_denied_is_loud(
     server: WebServer, open_store: Open, scheme: str, code: int, caplog: pytest.LogCaptureFixture

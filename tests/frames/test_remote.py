@@ -748,7 +748,18 @@ def test_old_frames_are_opened_anew(
     np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels + 1)
 
 
-@pytest.mark.parametrize("query", ["X-Amz-Signature=hunter2", "sv=1&sig=hunter2", "a=1&access_token=hunter2"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "X-Amz-Signature=hunter2",
+        "sv=1&sig=hunter2",
+        "a=1&access_token=hunter2",
+        "user=me&pwd=hunter2",
+        "jwt=hunter2",
+        "ticket=hunter2",
+        "a=eyJhbGciOiJIUzI1NiJ9.hunter2",
+    ],
+)
 def test_credentials_are_used_and_not_shown(
     server: WebServer, open_store: Open, query: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -767,6 +778,33 @@ def test_credentials_are_used_and_not_shown(
         assert "hunter2" not in str(caught.value)
     assert "hunter2" not in caplog.text
     assert "hunter2" not in repr(store.open(given))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://b/p/a?X-Amz-Signature=hunter2",
+        "simplecache::https://jane:hunter2@host/x",
+        "//jane:hunter2@host/x",
+        "file://jane:hunter2@host/x",
+        "http://jane:12/hunter2@host/x",
+        "http://jane:12/hunt#hunter2@host/x",
+        "http://jane:12/hunter2#er@host/x",
+        "http://jane:12/hunter2%2f@host/x",
+        "http:jane:hunter2@host/x",
+        "https:///jane:hunter2@host/x",
+        "s3://jane/hunter2@b/p/a",
+        "ftp://jane:hunter2@host/x",
+        "http://jane:hunter2@h:x/",
+    ],
+)
+def test_refused_urls_show_no_credentials(open_store: Open, url: str) -> None:
+    """Also where they stand where none are looked for: in odd URLs, in a key, in what a password cuts in two."""
+    for store in (open_store(), open_store("s3://b/q/", "/tmp", s3_anonymous=True)):
+        with pytest.raises(FrameRefused, match=r"outside|wanted|encoded|not a URL|no host") as caught:
+            store.open(url)
+        assert "hunter2" not in str(caught.value)
+        assert "jane" not in str(caught.value)
 
 
 def test_other_queries_are_kept(server: WebServer, open_store: Open) -> None:
