@@ -437,8 +437,11 @@ class WebFile:
         """Ask for the first bytes; take all where the server serves no ranges."""
         with self._answer(f"bytes=0-{FIRST - 1}") as answer:
             self._version = answer.version
-            if answer.status == 416:  # nothing to take a range of
-                return Beginning(bytearray(), 0)
+            if answer.status == 416:
+                if (answer.header("Content-Range") or "").split() == ["bytes", "*/0"]:
+                    return Beginning(bytearray(), 0)
+                problem = f"status 416 with Content-Range {answer.header('Content-Range')!r}"
+                raise self._client.failed(self._address, f"{problem} to bytes 0-{FIRST - 1}")
             if answer.status == 200:
                 body = answer.body()
                 self._size = len(body)

@@ -635,6 +635,23 @@ def test_unknown_host(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ({"Content_Range": "bytes */5760"}, FrameUnavailable),
+        ({}, FrameUnavailable),
+        ({"Content_Range": "bytes */0"}, FrameCorrupt),
+    ],
+)
+def test_range_that_cannot_be(
+    server: WebServer, open_store: Open, said: dict[str, str], error: type[FrameError]
+) -> None:
+    """A server that refuses the first range of a file says that it is empty, or is mistaken, which may pass."""
+    server.behaviours["/data/a.fits"] = web.status(416, **said)
+    with pytest.raises(error, match=r"a\.fits: (the file is empty|status 416 with Content-Range)"):
+        open_store().open("a.fits")
+
+
+@pytest.mark.parametrize(
     ("body", "problem"),
     [(b"<html>not found</html>", "HDU 0 begins with '<html>"), (b"", "the file is empty"), (b"SIMPLE  = ", "END card")],
 )
