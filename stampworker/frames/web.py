@@ -179,13 +179,13 @@ class WebClient:
         return found
 
     def _ask(self, address: Address, headers: dict[str, str], end: float, first: Address) -> Answer:
-        headers = {"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
+        headers = {"Host": _host(address), "User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
         credentials = address.authorization or _from_netrc(address.host)
         if credentials:
             headers["Authorization"] = credentials
         target, proxy = address.target, self._proxy(address)
         if proxy is not None and address.scheme == "http":
-            target = f"http://{_netloc(address).removesuffix(':80')}{target}"
+            target = f"http://{_host(address)}{target}"
             headers |= _authorize(proxy)
         while True:
             connection, fresh = self._connection(address, proxy, end, first)
@@ -604,3 +604,8 @@ def _said(exc: BaseException) -> str:
 def _netloc(address: Address) -> str:
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{host}:{address.port}"
+
+
+def _host(address: Address) -> str:
+    """Return host and port as the Host header has them: without the scheme's own port."""
+    return _netloc(address).removesuffix(f":{WEB[address.scheme]}")

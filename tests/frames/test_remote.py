@@ -34,7 +34,7 @@ from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissi
 from stampworker.frames import FrameStore
 from stampworker.frames.address import parse, parse_root
 from stampworker.frames.remote import Memory
-from stampworker.frames.web import forbidden
+from stampworker.frames.web import _PlainSocket, forbidden
 from stampworker.packets import Packet
 
 ALL = (slice(None), slice(None))
@@ -632,6 +632,28 @@ def test_unknown_host(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(FrameUnavailable, match=r"host 'frames\.example' is not found: Name or service not known"):
         open_store("http://frames.example/").open("a.fits")
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://frames.example/", "frames.example"),
+        ("https://frames.example/", "frames.example"),
+        ("https://frames.example:80/", "frames.example:80"),
+        ("http://frames.example:443/", "frames.example:443"),
+        ("http://[::1]/", "[::1]"),
+    ],
+)
+def test_host_header(monkeypatch: pytest.MonkeyPatch, open_store: Open, url: str, host: str) -> None:
+    """A server is called by its name, without the port that its scheme has anyway."""
+    near, far = socket.socketpair()
+    store = open_store(url)
+    monkeypatch.setattr(store._web, "_connect", lambda *args: _PlainSocket(fileno=near.detach()))
+    with far:
+        far.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        with pytest.raises(FrameMissing, match="404"):
+            store.open(url + "a.fits")
+        assert f"\r\nHost: {host}\r\n" in far.recv(4096).decode()
 
 
 @pytest.mark.parametrize(
