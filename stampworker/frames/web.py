@@ -26,6 +26,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ _CHUNK = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _AGENT = f"stampworker/{version('stampworker')}"
+
+_lookups = threading.BoundedSemaphore(16)
 
 Origin = tuple[str, str, int]
 
@@ -251,7 +254,7 @@ class WebClient:
 
     def _connect(self, address: Address, proxy: Address | None, end: float, first: Address) -> socket.socket:
         problem: Exception | None = None
-        for family, sockaddr in self._resolve(proxy or address, first, is_proxy=proxy is not None):
+        for family, sockaddr in self._resolve(address, proxy, end, first):
             sock = _PlainSocket(family, socket.SOCK_STREAM)
             try:
                 sock.settimeout(_remaining(end, self.settings.connect_s))
@@ -286,26 +289,29 @@ class WebClient:
         if response.status != 200:
             raise OSError(f"it says {response.status} {ascii(response.reason)[1:-1]}")
 
-    def _resolve(self, address: Address, first: Address, *, is_proxy: bool) -> Iterator[tuple[int, Any]]:
+    def _resolve(
+        self, address: Address, proxy: Address | None, end: float, first: Address
+    ) -> Iterator[tuple[int, Any]]:
         """Yield the addresses of a host that frames may come from, each checked just before it is connected to."""
+        host, port = (proxy or address).host, (proxy or address).port
         try:
-            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            found = _look_up(host, port, _remaining(end, self.settings.connect_s))
         except (OSError, UnicodeError) as exc:
-            raise self.failed(
-                first, f"host {address.host!r} is not found: {_said(exc)}", server=address.origin
-            ) from exc
-        named = {root.host for root in self.roots}
+            within = f"within connect_s ({self.settings.connect_s:g} s)"
+            why = f" {within}" if isinstance(exc, TimeoutError) else f": {_said(exc)}"
+            raise self.failed(first, f"host {host!r} is not found{why}", server=address.origin) from exc
         allowed, refused = [], "no"
         for family, _, _, _, sockaddr in found:
             ip = str(sockaddr[0])
-            if is_proxy or ip in named or address.host == "localhost" or not (what := forbidden(ip)):
+            if proxy is not None or _names(host, ip) or not (what := forbidden(ip)):
                 allowed.append((family, sockaddr))
             else:
                 refused = f"{ip}, {what}"
         if not allowed:
             raise FrameRefused(
                 first.shown,
-                f"host {address.host!r} is at {refused} address, which no entry of frames.frame_roots names",
+                f"host {host!r} is at {refused} address: only a root in frames.frame_roots, and a URL, that name it "
+                "instead of the host lead there",
             )
         yield from allowed
 
@@ -531,6 +537,36 @@ def forbidden(ip: str) -> str | None:
         "a multicast": address.is_multicast,
     }
     return next((name for name, applies in kinds.items() if applies), None)
+
+
+def _names(host: str, ip: str) -> bool:
+    """Say whether a host of a URL, which a root has too, is that very address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host) == ipaddress.ip_address(ip)
+    except ValueError:
+        return False
+
+
+def _look_up(host: str, port: int, seconds: float) -> list[Any]:
+    """Return what `socket.getaddrinfo` returns or raises; `TimeoutError` where it takes longer.
+
+    It knows no limit of its own, so a thread that hangs in it is left behind; there are a few of them at most.
+    """
+    end = time.monotonic() + seconds
+    found: Future[list[Any]] = Future()
+
+    def ask() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, ValueError) as exc:  # UnicodeError is a ValueError
+            found.set_exception(exc)
+        finally:
+            _lookups.release()
+
+    if not _lookups.acquire(timeout=seconds):
+        raise TimeoutError("every thread that looks up hosts is waiting")
+    threading.Thread(target=ask, name="lookup", daemon=True).start()
+    return found.result(max(end - time.monotonic(), 0.0))
 
 
 def _proxy(scheme: str) -> Address | None:

@@ -383,8 +383,24 @@ def test_names_of_forbidden_addresses(open_store: Open, monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
     assert forbidden(ip) is not None
     store = open_store("http://frames.example/")
-    with pytest.raises(FrameRefused, match=rf"host 'frames\.example' is at {re.escape(ip)}, an? .* address, which no"):
+    with pytest.raises(FrameRefused, match=rf"host 'frames\.example' is at {re.escape(ip)}, an? .* address: only"):
         store.open("http://frames.example/a.fits")
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_an_address_is_opened_to_the_urls_that_name_it(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch, ip: str
+) -> None:
+    """A root on loopback lets its own URLs lead there, in any spelling of the address, and no name of another root."""
+    found = [(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 9))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    host = "[0:0:0:0:0:0:0:1]" if ":" in ip else ip
+    store = open_store("http://frames.example/", f"http://{host}/", "http://localhost/")
+    with pytest.raises(FrameRefused, match=r"host 'frames\.example' is at .* a loopback address"):
+        store.open("http://frames.example/a.fits")
+    for name in (host, "localhost"):
+        with pytest.raises(FrameUnavailable, match=r"no connection to .*: Connection refused"):
+            store.open(f"http://{name}/a.fits")
 
 
 def test_the_checked_address_is_connected_to(
@@ -399,8 +415,9 @@ def test_the_checked_address_is_connected_to(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in answers[len(asked) - 1]]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr("stampworker.frames.web.forbidden", lambda ip: None if ip == "127.0.0.1" else forbidden(ip))
     name = f"http://frames.example:{server.server_port}/"
-    store = open_store(name, server.url)
+    store = open_store(name)
     np.testing.assert_array_equal(store.open(name + "data/a.fits")[ALL], pixels)
     assert asked == ["frames.example"]
     assert server.headers[0]["Host"] == f"frames.example:{server.server_port}"
@@ -632,6 +649,30 @@ def test_unknown_host(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(FrameUnavailable, match=r"host 'frames\.example' is not found: Name or service not known"):
         open_store("http://frames.example/").open("a.fits")
+
+
+def test_slow_lookup(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resolver that does not answer costs connect_s, and a bounded number of threads that wait for it."""
+    answer = threading.Event()
+
+    def resolve(*args: Any, **kwargs: Any) -> list[Any]:
+        answer.wait(10)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    store = open_store("http://frames.example/", connect_s=0.02)
+    start = time.monotonic()
+    try:
+        for i in range(20):
+            with pytest.raises(FrameUnavailable, match=r"'frames\.example' is not found within connect_s \(0\.02 s\)"):
+                store.open(f"http://frames.example/{i}.fits")
+        assert time.monotonic() - start < 1.5
+        assert sum(thread.name == "lookup" for thread in threading.enumerate()) == 16
+    finally:
+        answer.set()
+    for thread in threading.enumerate():
+        if thread.name == "lookup":
+            thread.join()
 
 
 @pytest.mark.parametrize(
