@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from web_server import WebServer
 from stampworker.alerts import Alert
 from stampworker.config import EnrichSettings, FrameSettings, Settings
 from stampworker.enrich import Reject, complete, make_packets, prepare
+from stampworker.errors import FrameUnavailable
 from stampworker.frames import FrameStore, grid
 from stampworker.frames.tiles import TiledImage
 from stampworker.packets import Packet, encode
@@ -203,3 +206,70 @@ def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) ->
         made = complete(prepare(batch(0) + batch(1) + batch(2), store, settings), store, settings)
     assert [isinstance(result, Reject) for result in made] == [False] * 3 + [True] * 3 + [False] * 3
     assert all("503" in str(result.error) for result in made if isinstance(result, Reject))
+
+
+def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most: int) -> list[list[Packet | Reject]]:
+    """Return the results of attempts, each at the alerts that the one before left and after the failure's age."""
+    attempts = []
+    while alerts and len(attempts) < most:
+        attempts.append(make_packets(alerts, store, settings))
+        alerts = [alert for alert, result in zip(alerts, attempts[-1], strict=True) if isinstance(result, Reject)]
+        time.sleep(settings.frames.failure_age_s)
+    return attempts
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        web.status(500),
+        web.status(503, Retry_After="0"),
+        web.reset,
+        web.refuse,
+        web.hang_up,
+        web.garbage,
+        web.silence,
+        web.drip,
+    ],
+)
+def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
+    """Every other request fails: each alert is a packet or to be tried again, and before long all are packets."""
+    settings = settings_of(server, read_s=0.1, total_s=0.15, failure_age_s=0.05)
+    server.behaviours |= dict.fromkeys(server.files, web.in_turn(fault, web.serve))
+    alerts = [alert for number in range(2) for alert in batch(number)]
+    with FrameStore(settings.frames) as store:
+        attempts = tried_again(alerts, store, settings, 30)
+    results = [result for attempt in attempts for result in attempt]
+    rejects = [result.error for result in results if isinstance(result, Reject)]
+    assert rejects
+    assert {type(error) for error in rejects} == {FrameUnavailable}
+    packets = [result for result in results if isinstance(result, Packet)]
+    assert sorted(packet.alert_id for packet in packets) == sorted(alert.alert_id for alert in alerts)
+    server.behaviours.clear()
+    with FrameStore(settings_of(server).frames) as store:
+        calm = {
+            packet.alert_id: packet for packet in make_packets(alerts, store, settings) if isinstance(packet, Packet)
+        }
+    assert all(encode(packet) == encode(calm[packet.alert_id]) for packet in packets)
+
+
+@pytest.mark.parametrize("how", ["down", "silent"])
+def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
+    """Batches are over at once, every alert to be tried again; when the server is back all are packets."""
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)]
+    with contextlib.ExitStack() as running:
+        other = running.enter_context(WebServer())
+        other.behaviours = dict.fromkeys(server.files, web.silence)
+        if how == "down":
+            running.close()
+        settings = settings_of(other, read_s=0.2, failure_age_s=0.3, prefetch_threads=2)
+        store = running.enter_context(FrameStore(settings.frames))
+        start = time.monotonic()
+        for _ in range(10):
+            results = make_packets(alerts, store, settings)
+            assert [type(result.error) for result in results if isinstance(result, Reject)] == [FrameUnavailable] * 12
+        assert time.monotonic() - start < 2.5
+        if how == "down":
+            other = running.enter_context(WebServer(other.server_port))
+        other.behaviours, other.files = {}, server.files
+        time.sleep(0.3)
+        assert all(isinstance(result, Packet) for result in make_packets(alerts, store, settings))

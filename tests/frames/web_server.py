@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 import struct
@@ -179,6 +180,11 @@ def drip_headers(handler: Handler) -> None:
 def reset(handler: Handler) -> None:
     """Send half an answer, then cut the connection with a reset."""
     handler.answer(206, b"SIMPLE", length=65536, Content_Range="bytes 0-65535/1000000")
+    refuse(handler)
+
+
+def refuse(handler: Handler) -> None:
+    """Cut the connection with a reset, without a word."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.close_connection = True
     handler.rfile.close()
@@ -210,5 +216,18 @@ def first(behaviour: Behaviour, times: int = 1, then: Behaviour = serve) -> Beha
     def choose(handler: Handler) -> None:
         left[0] -= 1
         (behaviour if left[0] >= 0 else then)(handler)
+
+    return choose
+
+
+def in_turn(*behaviours: Behaviour) -> Behaviour:
+    """Flap: behave in one way at a request, in the next way at the next one, and begin anew."""
+    turns = itertools.cycle(behaviours)
+    lock = threading.Lock()
+
+    def choose(handler: Handler) -> None:
+        with lock:
+            behaviour = next(turns)
+        behaviour(handler)
 
     return choose
