@@ -2,6 +2,11 @@
 
 Where the bucket is and who asks is the operator's word alone (settings and environment), so an alert can choose only a
 key beneath a root. What is not set here obstore takes from the environment variables that each vendor's own tools know.
+
+obstore follows redirects and has no option against it. Over TLS they cannot lead to plain HTTP. And where an endpoint
+is set, and credentials come from nowhere but the environment, obstore is confined to the endpoint's host: all others
+it has to ask through a proxy that does not exist. What is left, another port of that host and what a vendor's own
+servers redirect to, is the operator's to trust.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.address import BUCKETS, Address
@@ -32,6 +39,8 @@ _NOBODY = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing 
 # In what obstore appends for debugging, which is not shown: it says more than the message.
 _LATE = re.compile(r"timed out|TimedOut|kind: Timeout")
 _DOWN = re.compile(r"ConnectError\(|kind: Connect\b")
+_NOWHERE = "http://127.0.0.1:0"  # no server can have this port
+_ASKED_NOWHERE = re.compile(r"ConnectError\(\s*\"[^\"]*\",\s*127\.0\.0\.1:0,")
 _ENDPOINT = re.compile(r"https?://[^?#@\s]+")
 
 
@@ -42,6 +51,7 @@ class _Vendor:
     store: str
     endpoint: str
     environment: tuple[str, ...]
+    keys: tuple[tuple[str, ...], ...]  # credentials for which nobody has to be asked
     credentials: str
     place: str
 
@@ -51,6 +61,7 @@ _VENDORS = {
         "S3Store",
         "endpoint",
         ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+        (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),),
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role",
         "frames.s3_endpoint and frames.s3_region",
     ),
@@ -58,6 +69,7 @@ _VENDORS = {
         "GCSStore",
         "base_url",
         ("GOOGLE_BASE_URL",),
+        (("GOOGLE_BEARER_TOKEN",),),
         "GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account",
         "frames.gs_endpoint",
     ),
@@ -65,6 +77,7 @@ _VENDORS = {
         "AzureStore",
         "endpoint",
         ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+        (("AZURE_STORAGE_ACCOUNT_KEY",), ("AZURE_STORAGE_SAS_TOKEN",)),
         "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, an identity",
         "frames.abfs_account and frames.abfs_endpoint",
     ),
@@ -151,6 +164,7 @@ class BucketClient:
                     "read_timeout": timedelta(seconds=self.settings.read_s),
                     "timeout": timedelta(seconds=self.settings.total_s),
                     "allow_http": bool(endpoint and endpoint.startswith("http://")),
+                    **self._confinement(root.scheme, endpoint),
                 },
                 # A failure is told at once; whoever reads the alert again is the one that waits.
                 retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=self.settings.total_s)},
@@ -158,6 +172,15 @@ class BucketClient:
         except Exception as exc:
             raise ConfigError(f"frames.frame_roots: {root.shown}: {_first_words(exc)}; {_look(root)}") from exc
         return opened
+
+    def _confinement(self, scheme: str, endpoint: str | None) -> dict[str, str]:
+        """Return the options that confine obstore to an endpoint's host; none where it must ask others, or a proxy."""
+        is_told = getattr(self.settings, f"{scheme}_anonymous") or any(
+            all(map(os.environ.get, names)) for names in _VENDORS[scheme].keys
+        )
+        has_proxy = not getproxies().keys().isdisjoint(("http", "https", "all"))
+        host = urlsplit(endpoint).hostname if endpoint and is_told and not has_proxy else None
+        return {"proxy_url": _NOWHERE, "proxy_excludes": host} if host else {}
 
     def _endpoint(self, scheme: str) -> str | None:
         names = _VENDORS[scheme].environment
@@ -182,6 +205,10 @@ class BucketClient:
             return missing
         if isinstance(exc, problems.PreconditionError):
             return _Changed(address.shown, "the object is another one than when it was opened")
+        if _ASKED_NOWHERE.search(str(exc)):
+            refused = FrameRefused(address.shown, "the endpoint redirects to another host")
+            self.memory.note(key, refused)
+            return refused
         # Without credentials obstore asks a cloud machine's metadata service for some, and elsewhere there is none.
         denied = isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError)
         nobody = _NOBODY.search(said) is not None

@@ -189,6 +189,23 @@ def test_outside_the_root(server: WebServer, open_store: Open, scheme: str, url:
     assert server.requests == []
 
 
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_to_other_hosts(
+    server: WebServer, open_store: Open, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """They are refused, nothing is asked of the other host, and a burst asks the endpoint once."""
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    with WebServer() as other:
+        other.files["/secret.fits"] = server.files[KEY]
+        server.behaviours[KEY] = web.redirect(f"http://localhost:{other.server_port}/secret.fits", code)
+        store = open_store(failure_age_s=5.0)
+        for _ in range(3):
+            with pytest.raises(FrameRefused, match=r"://bucket/night/a\.fits: the endpoint redirects to another host"):
+                store.open("a.fits")
+    assert other.requests == []
+    assert len(server.requests) == 1
+
+
 def test_missing(server: WebServer, open_store: Open) -> None:
     """A key that is not there is missing; a burst asks once, later it is found."""
     store = open_store(failure_age_s=0.2)
