@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.errors import ConfigError, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.address import BUCKETS, Address
 from stampworker.frames.allowance import end_within
 from stampworker.frames.remote import FIRST, Beginning, Memory, collect
@@ -88,6 +88,10 @@ class _Changed(FrameUnavailable):
     """The object is another one than when it was opened."""
 
 
+class _BeyondEnd(FrameUnavailable):
+    """The object has no byte of the range."""
+
+
 class BucketClient:
     """The buckets of the roots.
 
@@ -120,7 +124,7 @@ class BucketClient:
         FrameRefused
             More than ``limit`` bytes.
         FrameUnavailable
-            Any other failure; `_Changed` where ``if_match`` does not.
+            Any other failure; `_Changed` where ``if_match`` does not, `_BeyondEnd` where the range does not.
         """
         import obstore
 
@@ -137,6 +141,16 @@ class BucketClient:
             return data, found.meta["size"], found.meta["e_tag"]
         except FrameError:
             raise
+        except Exception as exc:
+            raise self._failure(address, exc, end) from exc
+
+    def size(self, address: Address) -> int:
+        """Return the size of an object; errors as of `get`."""
+        import obstore
+
+        end = end_within(self.settings.total_s)
+        try:
+            return obstore.head(self._buckets[address.origin], address.target)["size"]
         except Exception as exc:
             raise self._failure(address, exc, end) from exc
 
@@ -219,7 +233,7 @@ class BucketClient:
             self.memory.note(address.origin if nobody else key, error)
             return error
         if "status code: 416" in said:
-            return FrameCorrupt(address.shown, "the file is empty, wanted FITS")
+            return _BeyondEnd(address.shown, f"no byte of the range: {said}")
         late = isinstance(exc, TimeoutError) or time.monotonic() >= end or _LATE.search(str(exc)) is not None
         error = FrameUnavailable(address.shown, f"not answered in time: {said}" if late else said)
         if late:
@@ -248,7 +262,12 @@ class BucketFile:
 
     def begin(self) -> Beginning:
         """Ask for the first bytes."""
-        data, self._size, self._tag = self._client.get(self._address, {"range": (0, FIRST)}, FIRST)
+        try:
+            data, self._size, self._tag = self._client.get(self._address, {"range": (0, FIRST)}, FIRST)
+        except _BeyondEnd:
+            if self._client.size(self._address) > 0:
+                raise
+            return Beginning(bytearray(), 0)
         return Beginning(data, self._size)
 
     def range(self, offset: int, length: int) -> bytes:
@@ -269,7 +288,7 @@ class BucketFile:
             options["if_match"] = self._tag
         try:
             data, size, tag = self._client.get(self._address, options, limit)
-        except _Changed:
+        except (_Changed, _BeyondEnd):
             self.changed = True
             raise
         if self._tag and tag and tag != self._tag:  # a server that does not heed the condition

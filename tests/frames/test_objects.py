@@ -310,6 +310,21 @@ def test_bad_bodies_and_limits(server: WebServer, open_store: Open) -> None:
         store.open("big.gz")
 
 
+def test_range_that_cannot_be(server: WebServer, open_store: Open, tmp_path: Path) -> None:
+    """A server that is mistaken about a range does not make an object empty, nor one that has become shorter."""
+    server.files[KEY] += bytes(100_000)
+    server.behaviours[KEY] = web.first(web.status(416))
+    store = open_store()
+    with pytest.raises(FrameUnavailable, match="no byte of the range"):
+        store.open("a.fits")
+    fits.PrimaryHDU(np.zeros((400, 200), "f4")).writeto(tmp_path / "b.fits")
+    server.files[KEY] = (tmp_path / "b.fits").read_bytes()
+    frame = store.open("a.fits")
+    server.files[KEY] = server.files[KEY][:100_000]
+    with pytest.raises(FrameUnavailable, match="no byte of the range"):
+        frame[300:320, 5:9]
+
+
 @pytest.mark.parametrize("heeds", [True, False])
 def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path, heeds: bool) -> None:
     """An object replaced while it is open is unavailable where its bytes would mix, and read anew at the next open.

@@ -30,6 +30,12 @@ class Handler(BaseHTTPRequestHandler):
             self.server.headers.append({name.title(): value for name, value in self.headers.items()})
         self.server.behaviours.get(self.path, serve)(self)
 
+    def do_HEAD(self) -> None:
+        """Say how long a file is."""
+        self.path = unquote(self.path) if self.server.decodes else self.path
+        status, length = (404, 0) if self.content is None else (200, len(self.content))
+        self.answer(status, length=length, Last_Modified="Tue, 24 Nov 2026 01:00:00 GMT", ETag='"1"')
+
     def do_CONNECT(self) -> None:
         """Note the request and do as a proxy."""
         with self.server.lock:
