@@ -139,8 +139,8 @@ class Regridded(Frame):
         FrameMismatch
             As `window`.
         """
-        if not self._frame.is_fetched:
-            return None
+        if self._frame.is_whole or not self._frame.is_fetched:  # which pixels it is makes no difference
+            return self._frame.needs((0, 1, 0, 1))
         mapped = self._map(*box)
         return None if mapped is None else self._frame.needs(mapped.section)
 

@@ -138,6 +138,8 @@ class Frame:
         False: the pixels are the file's.
     is_fetched : bool
         The file's bytes come from a server, or are decompressed as a whole.
+    is_whole : bool
+        They come, or are decompressed, as a whole.
     """
 
     ndim = 2
@@ -150,7 +152,8 @@ class Frame:
         self.dtype = pixels.dtype
         self._ny, self._nx = pixels.shape
         self._pixels, self._source = pixels, source
-        self.is_fetched = isinstance(source, RangedFile | Kept)
+        self.is_whole = isinstance(source, Kept)
+        self.is_fetched = self.is_whole or isinstance(source, RangedFile)
         # Rows of plain local files are free, and cost no time to count.
         self._is_free = image.hdu.kind == "image" and not self.is_fetched
         self._image = image
