@@ -156,8 +156,8 @@ class FrameSettings(_Section):
     and all frames of one alert together, seconds."""
     failure_age_s: float = Field(5.0, ge=0, le=3600)
     """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other of a
-    server that cannot be connected to, or left three frames in succession unanswered. A server's own Retry-After may
-    make it longer."""
+    server that cannot be connected to, or left three frames unanswered and answered nothing meanwhile. A server's own
+    Retry-After may make it longer."""
     remote_age_s: float = Field(300.0, ge=0)
     """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
     prefetch_threads: int = Field(8, ge=1, le=64)

@@ -130,7 +130,7 @@ class BucketClient:
 
         key = (*address.origin, address.target)
         self.memory.check(address.shown, key, address.origin)
-        end = end_within(self.settings.total_s)
+        since, end = time.monotonic(), end_within(self.settings.total_s)
         try:
             found = obstore.get(self._buckets[address.origin], address.target, options=options)  # type: ignore[arg-type]
             start, stop = found.range
@@ -142,17 +142,17 @@ class BucketClient:
         except FrameError:
             raise
         except Exception as exc:
-            raise self._failure(address, exc, end) from exc
+            raise self._failure(address, exc, since, end) from exc
 
     def size(self, address: Address) -> int:
         """Return the size of an object; errors as of `get`."""
         import obstore
 
-        end = end_within(self.settings.total_s)
+        since, end = time.monotonic(), end_within(self.settings.total_s)
         try:
             return obstore.head(self._buckets[address.origin], address.target)["size"]
         except Exception as exc:
-            raise self._failure(address, exc, end) from exc
+            raise self._failure(address, exc, since, end) from exc
 
     def _open(self, root: Address) -> ObjectStore:
         try:
@@ -207,7 +207,7 @@ class BucketClient:
     def _too_long(self, address: Address, problem: str) -> FrameRefused:
         return FrameRefused(address.shown, problem)
 
-    def _failure(self, address: Address, exc: Exception, end: float) -> FrameError:
+    def _failure(self, address: Address, exc: Exception, since: float, end: float) -> FrameError:
         """Return the error of ours that an exception of obstore's, which is a text, stands for."""
         from obstore import exceptions as problems
 
@@ -215,6 +215,7 @@ class BucketClient:
         said = _first_words(exc)
         if isinstance(exc, FileNotFoundError):
             missing = FrameMissing(address.shown, "no such bucket or key")
+            self.memory.note_answer(address.origin)
             self.memory.note(key, missing)
             return missing
         if isinstance(exc, problems.PreconditionError):
@@ -237,7 +238,7 @@ class BucketClient:
         late = isinstance(exc, TimeoutError) or time.monotonic() >= end or _LATE.search(str(exc)) is not None
         error = FrameUnavailable(address.shown, f"not answered in time: {said}" if late else said)
         if late:
-            self.memory.note_late(address.origin, key, error)
+            self.memory.note_late(address.origin, key, error, since)
         else:
             self.memory.note(address.origin if _DOWN.search(str(exc)) else key, error)
         return error

@@ -7,6 +7,7 @@ stamps of a batch that share rows, and the header's second reading, cost nothing
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -35,7 +36,7 @@ _BLOCK = 1 << 14
 _GAP = 4
 _RUN = 256  # blocks, 4 MiB: longer runs are fetched in pieces, at the same time
 _MOST_REMEMBERED = 10_000
-# A server is slow, not only a file of it, when so many in succession were not answered in time.
+# A server is slow, not only a file of it, when so many waited in vain and nothing was answered meanwhile.
 _SLOW_FILES = 3
 
 
@@ -226,6 +227,7 @@ class Memory:
         # Not the errors themselves: their tracebacks hold the bodies that were being read.
         self._known: dict[Hashable, tuple[float, float, type[FrameError], str]] = {}
         self._late: dict[Hashable, set[Hashable]] = {}
+        self._answered: dict[Hashable, float] = {}
 
     def note(
         self, key: Hashable, error: FrameMissing | FrameUnavailable | FrameRefused, seconds: float | None = None
@@ -239,10 +241,15 @@ class Memory:
                 del self._known[next(iter(self._known))]
             self._known[key] = now, until, type(error), error.problem
 
-    def note_late(self, server: Hashable, key: Hashable, error: FrameUnavailable) -> None:
-        """Remember that an answer did not come in time: of the URL, and of the server when it is not the only one."""
+    def note_late(self, server: Hashable, key: Hashable, error: FrameUnavailable, since: float) -> None:
+        """Remember of a URL that no answer came in time; and of the server where others came to nobody meanwhile.
+
+        ``since`` is when it was asked, on the monotonic clock.
+        """
         self.note(key, error)
         with self._lock:
+            if self._answered.get(server, -math.inf) >= since:
+                return
             late = self._late.setdefault(server, set())
             if len(late) < _SLOW_FILES:
                 late.add(key)
@@ -252,7 +259,9 @@ class Memory:
 
     def note_answer(self, server: Hashable) -> None:
         """Take note that a server gave an answer in time."""
-        self._late.pop(server, None)
+        with self._lock:
+            self._answered[server] = time.monotonic()
+            self._late.pop(server, None)
 
     def sweep(self) -> None:
         """Forget what is not remembered any longer; call it now and then."""

@@ -148,10 +148,10 @@ class WebClient:
         self.memory.note(server or (*address.origin, address.target), error, wait)
         return error
 
-    def late(self, address: Address, problem: str, server: Origin) -> FrameError:
-        """Return the error for an answer that did not come in time, and remember it."""
+    def late(self, address: Address, problem: str, server: Origin, since: float) -> FrameError:
+        """Return the error for an answer that did not come in time, and remember it; see `Memory.note_late`."""
         error = FrameUnavailable(address.shown, problem)
-        self.memory.note_late(server, (*address.origin, address.target), error)
+        self.memory.note_late(server, (*address.origin, address.target), error, since)
         return error
 
     def give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
@@ -190,6 +190,7 @@ class WebClient:
         if proxy is not None and address.scheme == "http":
             target = f"http://{_host(address)}{target}"
             headers |= _authorize(proxy)
+        since = time.monotonic()
         while True:
             connection, fresh = self._connection(address, proxy, end, first)
             try:
@@ -199,7 +200,7 @@ class WebClient:
                 continue
             except TimeoutError:
                 connection.close()
-                raise self.late(first, f"no answer {self.patience(end)}", address.origin) from None
+                raise self.late(first, f"no answer {self.patience(end)}", address.origin, since) from None
             except (OSError, http.client.HTTPException) as exc:
                 connection.close()
                 raise self.failed(first, f"the connection failed: {_said(exc)}") from exc
@@ -324,6 +325,7 @@ class WebClient:
         answer.close()
         if status in (404, 410):
             error = FrameMissing(first.shown, said)
+            self.memory.note_answer(answer.origin)
             self.memory.note((*first.origin, first.target), error)
             raise error
         if status in (401, 403, 407):
@@ -358,6 +360,7 @@ class Answer:
         self.status, self.reason = response.status, ascii(response.reason)[1:-1][:80]
         self.origin = address.origin
         self._client, self._first, self._end = client, first, end
+        self._since = time.monotonic()
         self._connection, self._response = connection, response
         self._kept = False
 
@@ -401,7 +404,7 @@ class Answer:
             data = collect(self._chunks(), limit, self._too_long)
         except TimeoutError:
             problem = f"no end of the answer {client.patience(self._end)}"
-            raise client.late(first, problem, self.origin) from None
+            raise client.late(first, problem, self.origin, self._since) from None
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise client.failed(first, f"the connection failed: {_said(exc)}") from exc
         expected = length if wanted is None else wanted

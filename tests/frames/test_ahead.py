@@ -273,3 +273,16 @@ def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
         other.behaviours, other.files = {}, server.files
         time.sleep(0.3)
         assert all(isinstance(result, Packet) for result in make_packets(alerts, store, settings))
+
+
+def test_slow_frames_cost_their_alerts_only(server: WebServer) -> None:
+    """Also when as many wait in vain at the same time as make a server slow: others were answered meanwhile."""
+    names = [f"/{i}.fits" for i in range(16)]
+    server.files |= dict.fromkeys(names, server.files["/0-science.fits"])
+    silent = names[1:15:2]
+    server.behaviours |= dict.fromkeys(silent, web.silence)
+    settings = settings_of(server, read_s=0.4)
+    alerts = [Alert(name, x=150.0, y=240.0, fwhm=3.0, frames={"science": name[1:]}) for name in names]
+    with FrameStore(settings.frames) as store:
+        made = make_packets(alerts, store, settings)
+    assert [result.alert_id for result in made if isinstance(result, Reject)] == silent
