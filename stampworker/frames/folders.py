@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.address import REMOTE, scheme_of, masked
+from stampworker.frames.address import REMOTE, masked, scheme_of
 from stampworker.frames.sources import open_file
 
 if TYPE_CHECKING:

@@ -636,9 +636,7 @@ def _checked(url: str) -> tuple[str, str]:
         raise FrameRefused(ascii(shown), "half of a character (a surrogate), wanted text")
     given, fragment = split_fragment(url)
     if len(fragment) > _LONGEST_FRAGMENT:
-        raise FrameRefused(
-            masked(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number"
-        )
+        raise FrameRefused(masked(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number")
     if "@" in fragment and scheme_of(given) is not None:  # a password with a # in it
         raise FrameRefused(masked(url), "an @ after the #, wanted name or number of an HDU there")
     return given, fragment
