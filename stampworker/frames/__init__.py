@@ -4,8 +4,9 @@ A `FrameStore` opens frames by URL or path and keeps a bounded number of them; a
 reads only what is sliced; `on_grid` brings a frame onto the grid of another.
 """
 
+from stampworker.frames.frame import Frame
 from stampworker.frames.grid import Kind, Regridded, on_grid
 from stampworker.frames.sky import celestial_frame
-from stampworker.frames.store import Frame, FrameStore
+from stampworker.frames.store import FrameStore
 
 __all__ = ["Frame", "FrameStore", "Kind", "Regridded", "celestial_frame", "on_grid"]

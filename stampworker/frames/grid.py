@@ -21,8 +21,8 @@ from scipy.interpolate import RectBivariateSpline
 from scipy.ndimage import distance_transform_edt, map_coordinates
 
 from stampworker.errors import FrameMismatch
+from stampworker.frames.frame import Frame
 from stampworker.frames.sky import celestial_frame, is_celestial_card
-from stampworker.frames.store import Frame
 
 if TYPE_CHECKING:
     from astropy.wcs import WCS

@@ -43,7 +43,9 @@ def moved(alerts: list[Alert], root: str) -> list[Alert]:
 def late_chain(make_chain: MakeChain, night: Night, folder: Path) -> tuple[Chain, str]:
     """Return a chain in which the frames of every second alert are in a folder that is not there yet."""
     alerts, (here,) = night
-    chain = make_chain([*moved(alerts[::2], str(folder)), *moved(alerts[1::2], str(here))], [folder.parent], partitions=4)
+    chain = make_chain(
+        [*moved(alerts[::2], str(folder)), *moved(alerts[1::2], str(here))], [folder.parent], partitions=4
+    )
     return chain, chain.broker.create_topic(4, "retries")
 
 
