@@ -35,7 +35,7 @@ typedef ptrdiff_t Index;
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
 /* The constants of adjust.py and search.py. */
-static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-4, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9;
+static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9;
 static const double TOLERANCE = 1e-7, ROUNDING = 1e-13, NEGLIGIBLE = 1e-20;
 enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, POINTS = 7 };
 enum { MOST_HALVINGS = 8, MOST_MINIMA = 32 };

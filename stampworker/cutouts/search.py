@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-CLOSE = 1e-4  # pixels: Newton's method squares its error, so a step this short ends at 1e-8
+CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short ends at 1e-10
 LONGEST_STEP = 0.5  # pixels, half of a cell
 SHORTEST_STEP = 1e-9  # pixels
 MOST_STEPS = 50
