@@ -428,7 +428,7 @@ def _frame_flags(parser: argparse.ArgumentParser) -> None:
         dest="frame_roots",
         action="append",
         metavar="DIR",
-        help="frames are read beneath this folder, or URL prefix, only; repeatable",
+        help="frames are read beneath this folder, or URL prefix, only, and where a flag names them; repeatable",
     )
     parser.add_argument(
         "--resolver",

@@ -481,7 +481,7 @@ def _noise(cutout: Mapping[str, Any], gain: float | None) -> tuple[NDArray[Any],
     plane = cutout.get("diff", image)
     values = plane[good & np.isfinite(plane)]
     sigma = _MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))) if values.size else np.nan
-    variance = np.full(image.shape, sigma**2, dtype=image.dtype)
+    variance = np.where(np.isfinite(image), sigma**2, np.nan).astype(image.dtype)
     if gain is None or not values.size:
         return np.sqrt(variance), "background"
     # The sky's own Poisson noise is in sigma already, so only what is above the sky counts.

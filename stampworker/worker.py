@@ -169,28 +169,25 @@ class Worker:
         Raises
         ------
         ConfigError
-            The broker or a topic is not there, or librdkafka refuses a property.
+            A frame root, the broker or a topic is not there, or librdkafka refuses a property.
         ProducerFenced
             Another worker took this worker's slot.
         PublishError
             Publishing cannot go on.
         """
         try:
-            self._connect()
-            try:
-                with (
-                    FrameStore(self._settings.frames) as store,
-                    ThreadPoolExecutor(1, "ahead") as ahead,
-                    ThreadPoolExecutor(1, "publish") as publish,
-                ):
-                    while not self._finished():
-                        self._turn(store, ahead, publish)
-                    self._settle()
-                self._raise_failure()
-            finally:
-                # Committed first, closed after: closing hands the partitions on.
-                self._close_consumer()
-                self._publisher.close()
+            with FrameStore(self._settings.frames) as store:  # first: what is wrong with its roots is told at once
+                self._connect()
+                try:
+                    with ThreadPoolExecutor(1, "ahead") as ahead, ThreadPoolExecutor(1, "publish") as publish:
+                        while not self._finished():
+                            self._turn(store, ahead, publish)
+                        self._settle()
+                    self._raise_failure()
+                finally:
+                    # Committed first, closed after: closing hands the partitions on.
+                    self._close_consumer()
+                    self._publisher.close()
         except KafkaException as exc:
             raise PublishError(f"kafka: {exc.args[0].str()}") from exc
         return self.totals

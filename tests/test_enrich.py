@@ -277,6 +277,9 @@ def test_gain_is_the_alerts_else_the_headers_else_unknown(tmp_path, card, alert,
     frames = {"science": str(path), "difference": write(tmp_path / "d.fits", planes["difference"])}
     packet = one(frames, gain=alert)
     assert packet.err_origin == ("background+poisson" if gain else "background")
+    edge = one(frames, gain=alert, x=1.0, y=2.0).stamps
+    np.testing.assert_array_equal(np.isnan(edge["error"].data), np.isnan(edge["science"].data))
+    assert np.isnan(edge["error"].data).any()
     if gain:
         peak = packet.stamps["error"].data.max() ** 2 - packet.stamps["error"].data.min() ** 2
         above = np.max(packet.stamps["science"].data) - np.median(packet.stamps["science"].data)

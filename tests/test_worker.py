@@ -158,6 +158,13 @@ def test_worker_finds_frames_that_alerts_do_not_name(
     assert b"template of 'science': found no 'science'" in headers[ERRORS_PREFIX + "exception.message"]
 
 
+def test_frame_root_that_is_not_there_is_told_before_the_broker_is_asked(settings: Callable[..., Settings]) -> None:
+    """What is wrong here is told at once, also where no broker answers."""
+    nowhere = settings(frames__frame_roots="/nowhere", kafka__bootstrap__servers="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="'/nowhere', which is no folder"):
+        Worker(nowhere).run()
+
+
 def test_worker_that_has_no_resolver_does_not_begin(settings: Callable[..., Settings]) -> None:
     """It is said when the worker is made, not at the first alert."""
     with pytest.raises(ConfigError, match="no resolver is called 'absent'"):

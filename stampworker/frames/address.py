@@ -25,8 +25,9 @@ _SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.:-]*(?=://)
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
 # Names of parameters that carry, or accompany, a signature or a key: S3, GCS, CloudFront, Azure's SAS, and the like.
 _SIGNED = re.compile(
-    r"(?:^|[&;])(?:x-(?:amz|goog|ms)-|s[a-z]=|code=|pw=|"
-    r"[^=&;]*(?:sig|token|key|secret|pass|pwd|auth|cred|policy|session|hmac|md5|jwt|ticket|bearer|saml|login))"
+    r"(?:^|[&;])(?:x-(?:amz|goog|ms)-[^=&;]*|s[a-z]|[^=&;]*(?:signature|token|secret|passw|sessid|credential|hmac|bearer)[^=&;]*"
+    r"|(?:[^=&;]*[-_.])?(?:sig|key|pass|pwd|pw|auth(?:key|token|orization)?|creds?|policy|session(?:-?_?id)?|jwt|ticket|saml\w*|login|md5|code)"
+    r"|(?:api|aws|access)\w*key\w*|key-pair-id)="
     r"|=eyJ",  # a token in JSON
     re.IGNORECASE,
 )

@@ -139,7 +139,8 @@ def sort_error(exc: OSError, url: str) -> FrameMissing | FrameUnavailable:
 def _place(fd: int, path: str) -> str:
     """Return where an open file lies; where the system does not tell, where its path leads now."""
     try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink()).removesuffix(" (deleted)")
+        place = str(Path(f"/proc/self/fd/{fd}").readlink())
+        return place if os.fstat(fd).st_nlink else place.removesuffix(" (deleted)")
     except OSError:
         return os.path.realpath(path)
 
@@ -148,7 +149,7 @@ def _root(root: str) -> str:
     wanted = "wanted a folder that is there, or a URL prefix"
     try:
         folder = _local(root)
-        if not Path(folder).is_dir():
+        if not folder or not Path(folder).is_dir():
             raise ConfigError(f"frames.frame_roots: found {masked(root)!r}, which is no folder, {wanted}")
     except (ValueError, OSError) as exc:
         raise ConfigError(f"frames.frame_roots: found {masked(root)!r}: {exc}, {wanted}") from None

@@ -11,6 +11,7 @@ servers redirect to, is the operator's to trust.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -200,8 +201,8 @@ class BucketClient:
         names = _VENDORS[scheme].environment
         given: str | None = getattr(self.settings, f"{scheme}_endpoint")
         endpoint = given or next(filter(None, map(os.environ.get, names)), None)
-        if endpoint and not _ENDPOINT.fullmatch(endpoint):
-            raise ConfigError(f"{names[0]}: not an address, wanted https://host:port")
+        if endpoint and not (_ENDPOINT.fullmatch(endpoint) and _is_plain(urlsplit(endpoint).hostname)):
+            raise ConfigError(f"{names[0]}: not an address, wanted https://host:port, a number in its usual form")
         return endpoint
 
     def _too_long(self, address: Address, problem: str) -> FrameRefused:
@@ -302,6 +303,17 @@ class BucketFile:
                 f"{len(data)} of {size} bytes, wanted {length} of {self._size}, as when it was opened",
             )
         return data
+
+
+def _is_plain(host: str | None) -> bool:
+    """Say whether a host is written as those that compare hosts write it: obstore takes 127.1 for 127.0.0.1."""
+    if not host or not host.isascii():
+        return False
+    is_number = host.rpartition(".")[2].isdigit() or host.rpartition(".")[2].startswith("0x") or ":" in host
+    try:
+        return not is_number or str(ipaddress.ip_address(host)) == host
+    except ValueError:
+        return False
 
 
 def _chunks(found: Any) -> Iterator[bytes]:

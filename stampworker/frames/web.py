@@ -191,6 +191,8 @@ class WebClient:
             target = f"http://{_host(address)}{target}"
             headers |= _authorize(proxy)
         since = time.monotonic()
+        if since >= end:  # which is no fault of the server's
+            raise FrameUnavailable(first.shown, f"no time is left of total_s ({self.settings.total_s:g} s)")
         while True:
             connection, fresh = self._connection(address, proxy, end, first)
             try:
@@ -271,13 +273,19 @@ class WebClient:
                 problem = exc
         if isinstance(problem, ssl.SSLCertVerificationError):
             log.error("%s: certificate not trusted: %s", first.shown, problem.verify_message)
-        said = f"none within connect_s ({self.settings.connect_s:g} s)"
-        if not isinstance(problem, TimeoutError):
-            said = _said(problem) if problem else "no address"
         via = f" through the proxy {_netloc(proxy)}" if proxy is not None else ""
-        raise self.failed(
-            first, f"no connection to {_netloc(address)}{via}: {said}", server=address.origin
-        ) from problem
+        raise self._unconnected(first, f"no connection to {_netloc(address)}{via}", problem, address, end) from problem
+
+    def _unconnected(
+        self, first: Address, what: str, problem: Exception | None, address: Address, end: float
+    ) -> FrameError:
+        """Return the error for a server that cannot be connected to, and remember it: of it, if it had its time."""
+        if not isinstance(problem, TimeoutError):
+            return self.failed(first, f"{what}: {_said(problem) if problem else 'no address'}", server=address.origin)
+        if time.monotonic() < end:
+            within = f"connect_s ({self.settings.connect_s:g} s)"
+            return self.failed(first, f"{what} within {within}", server=address.origin)
+        return self.failed(first, f"{what} in the time left of total_s ({self.settings.total_s:g} s)")
 
     def _tunnel(self, sock: _PlainSocket, address: Address, proxy: Address, end: float) -> None:
         """Ask a proxy for a connection to the server itself."""
@@ -298,9 +306,7 @@ class WebClient:
         try:
             found = _look_up(host, port, _remaining(end, self.settings.connect_s))
         except (OSError, UnicodeError) as exc:
-            within = f"within connect_s ({self.settings.connect_s:g} s)"
-            why = f" {within}" if isinstance(exc, TimeoutError) else f": {_said(exc)}"
-            raise self.failed(first, f"host {host!r} is not found{why}", server=address.origin) from exc
+            raise self._unconnected(first, f"host {host!r} is not found", exc, address, end) from exc
         allowed, refused = [], "no"
         for family, _, _, _, sockaddr in found:
             ip = str(sockaddr[0])

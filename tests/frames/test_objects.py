@@ -116,9 +116,10 @@ def test_endpoint_of_the_environment(
     np.testing.assert_array_equal(open_store(**settings).open("a.fits")[ALL], pixels)
     assert server.headers[0]["Authorization"].startswith(authorization)
     name = next(iter(environ))
-    monkeypatch.setenv(name, "hunter2")
-    with pytest.raises(ConfigError, match=f"{name}: not an address, wanted"):
-        open_store(**settings)
+    for other in ("hunter2", "http://127.1:8080", "http://0x7f000001:8080", "http://\u24dbocalhost:8080"):
+        monkeypatch.setenv(name, other)
+        with pytest.raises(ConfigError, match=f"{name}: not an address, wanted"):
+            open_store(**settings)
     with pytest.raises(ValidationError, match=f"{scheme}_endpoint"):
         open_store(**{f"{scheme}_endpoint": "nowhere"})
 

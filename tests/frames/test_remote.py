@@ -889,8 +889,19 @@ def test_refused_urls_show_no_credentials(open_store: Open, url: str) -> None:
 
 def test_other_queries_are_kept(server: WebServer, open_store: Open) -> None:
     """A query that only says which file is meant belongs to the frame's URL."""
-    assert open_store().open(url_of(server) + "?id=7&ccd=3").url == url_of(server) + "?id=7&ccd=3"
-    assert server.requests[0][0] == "/data/a.fits?id=7&ccd=3"
+    query = "?id=7&ccd=3&design=2&passband=r&author=x&keyword=y"
+    assert open_store().open(url_of(server) + query).url == url_of(server) + query
+    assert server.requests[0][0] == "/data/a.fits" + query
+
+
+def test_time_that_an_alert_has_spent_is_not_the_servers(server: WebServer, open_store: Open) -> None:
+    """An alert whose time is over says so; the server is asked by others, and not blamed."""
+    store = open_store(total_s=0.2)
+    with store.allowance():
+        time.sleep(0.25)
+        with pytest.raises(FrameUnavailable, match=r"no time is left of total_s \(0\.2 s\)"):
+            store.open("a.fits")
+    assert store.open("a.fits").shape
 
 
 def test_netrc(

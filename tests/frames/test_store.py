@@ -129,6 +129,7 @@ def test_a_folder_swapped_for_a_link(
         ("TMP/none", "TMP/none', which is no folder, wanted a folder that is there, or a URL prefix"),
         ("TMP/secret.fits", "TMP/secret.fits', which is no folder"),
         ("~/frames", "'~/frames', which is no folder"),
+        ("", "'', which is no folder"),
         ("http//host/", "'http//host/', which is no folder"),
         ("file://user:pass@other/TMP", "'file://other/TMP': file on host 'other', wanted a local one"),
         ("file://[/", "<unreadable URL>': not a URL"),
