@@ -218,10 +218,11 @@ def _open_groups(groups: list[_Group], prepared: Prepared, store: FrameStore, se
     chosen: list[_Group] = []
     wanted: dict[tuple[str, bool], None] = {}
     for group in groups:
-        wanted |= dict.fromkeys((url, plane == "mask") for plane, url in group.urls.items())
-        if chosen and len(wanted) > settings.frames.max_open_frames:
+        more = wanted | dict.fromkeys((url, plane == "mask") for plane, url in group.urls.items())
+        if chosen and len(more) > settings.frames.max_open_frames:
             break
         chosen.append(group)
+        wanted = more
     ready = store.prefetch(wanted)
     for group in chosen:
         _open_group(group, ready, store, settings.enrich, prepared.by_sky)

@@ -24,10 +24,15 @@ REMOTE = (*WEB, *BUCKETS, "memory")
 _SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.:-]*(?=://)", re.IGNORECASE)
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
 # Names of parameters that carry, or accompany, a signature or a key: S3, GCS, CloudFront, Azure's SAS, and the like.
+# Words anywhere in a name, and whole names, which may follow a prefix as in my_key.
+_WORDS = "signature|token|secret|passw|sessid|credential|hmac|bearer"
+_NAMES = (
+    r"sig|key|pass|pwd|pw|auth(?:key|token|orization)?|creds?|policy|session(?:-?_?id)?"
+    r"|jwt|ticket|saml\w*|login|md5|code"
+)
 _SIGNED = re.compile(
-    r"(?:^|[&;])(?:x-(?:amz|goog|ms)-[^=&;]*|s[a-z]|[^=&;]*(?:signature|token|secret|passw|sessid|credential|hmac|bearer)[^=&;]*"
-    r"|(?:[^=&;]*[-_.])?(?:sig|key|pass|pwd|pw|auth(?:key|token|orization)?|creds?|policy|session(?:-?_?id)?|jwt|ticket|saml\w*|login|md5|code)"
-    r"|(?:api|aws|access)\w*key\w*|key-pair-id)="
+    rf"(?:^|[&;])(?:x-(?:amz|goog|ms)-[^=&;]*|s[a-z]|[^=&;]*(?:{_WORDS})[^=&;]*"
+    rf"|(?:[^=&;]*[-_.])?(?:{_NAMES})|(?:api|aws|access)\w*key\w*|key-pair-id)="
     r"|=eyJ",  # a token in JSON
     re.IGNORECASE,
 )

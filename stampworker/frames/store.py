@@ -415,11 +415,12 @@ def split_fragment(url: str) -> tuple[str, str]:
 
 def _checked(url: str) -> tuple[str, str]:
     """Return what `split_fragment` does, of what can be a URL or path."""
-    shown = masked(url)
     if len(url) > _LONGEST:
-        raise FrameRefused(ascii(shown[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}")
+        raise FrameRefused(
+            ascii(masked(url)[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}"
+        )
     if _SURROGATE.search(url):
-        raise FrameRefused(ascii(shown), "half of a character (a surrogate), wanted text")
+        raise FrameRefused(ascii(masked(url)), "half of a character (a surrogate), wanted text")
     given, fragment = split_fragment(url)
     if len(fragment) > _LONGEST_FRAGMENT:
         raise FrameRefused(masked(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number")
