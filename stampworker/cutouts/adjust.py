@@ -16,12 +16,13 @@ follow in closed form within their bounds. How the lowest chi2 of all shifts is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from math import ceil, floor, inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter, spline_filter
+from scipy.ndimage import maximum_filter, spline_filter1d
 from scipy.special import chdtrc
 
 from stampworker.cutouts.search import Form, Value, lowest, reach_of, taps
@@ -238,21 +239,24 @@ def _parameters(max_shift: float, max_scale: float, fit_bg: bool) -> int:
 
 
 def _report(meta: dict[str, Any], fit: Fit, df: int) -> None:
-    meta["adjust_chi2_0"] = fit.chi2_0
-    meta["adjust_chi2"] = fit.chi2
-    meta["adjust_df"] = df
-    meta["adjust_pval"] = float(chdtrc(df, fit.chi2))
-    meta["adjust_dx"] = fit.dx
-    meta["adjust_dy"] = fit.dy
-    meta["adjust_scale"] = fit.scale
-    meta["adjust_bg"] = fit.bg
-    meta["adjust_tbg"] = fit.tbg
-    meta["adjust_dx_err"] = fit.dx_err if isfinite(fit.dx_err) else None
-    meta["adjust_dy_err"] = fit.dy_err if isfinite(fit.dy_err) else None
-    meta["adjust_scale_err"] = fit.scale_err if isfinite(fit.scale_err) else None
-    meta["adjust_bg_err"] = fit.bg_err if isfinite(fit.bg_err) else None
-    meta["adjust_status"] = "at_bound" if fit.at_bound else "ok"
-    meta["adjust_bound"] = ",".join(p for i, p in enumerate(PARAMETERS) if fit.at_bound >> i & 1) or None
+    bound = ",".join([p for i, p in enumerate(PARAMETERS) if fit.at_bound >> i & 1]) if fit.at_bound else None
+    meta.update(
+        adjust_chi2_0=fit.chi2_0,
+        adjust_chi2=fit.chi2,
+        adjust_df=df,
+        adjust_pval=float(chdtrc(df, fit.chi2)),
+        adjust_dx=fit.dx,
+        adjust_dy=fit.dy,
+        adjust_scale=fit.scale,
+        adjust_bg=fit.bg,
+        adjust_tbg=fit.tbg,
+        adjust_dx_err=fit.dx_err if isfinite(fit.dx_err) else None,
+        adjust_dy_err=fit.dy_err if isfinite(fit.dy_err) else None,
+        adjust_scale_err=fit.scale_err if isfinite(fit.scale_err) else None,
+        adjust_bg_err=fit.bg_err if isfinite(fit.bg_err) else None,
+        adjust_status="at_bound" if fit.at_bound else "ok",
+        adjust_bound=bound,
+    )
 
 
 def _say(verbose: bool | Callable[..., Any], line: str) -> None:
@@ -295,9 +299,11 @@ def fit_numpy(
     """
     reach = reach_of(max_shift)
     image, template, err = (plane.astype(np.float64, copy=False) for plane in (image, template, err))
+    if mask is not None and not np.count_nonzero(mask):
+        mask = None
     good_image, good_template = _good(image, mask), _good(template, mask)
-    box, weight = _weights(err, good_image, good_template, inner, reach)
-    npix = int(np.count_nonzero(weight))
+    box, root = _root_weights(err, good_image, good_template, inner, reach)
+    npix = int(np.count_nonzero(root))
     if npix <= _parameters(max_shift, max_scale, fit_bg):
         return Fit(TOO_FEW_PIXELS, npix)
     if _flat(template, good_template, box, reach):
@@ -308,15 +314,14 @@ def fit_numpy(
     )
     residual = image - bg if good_image is None else np.where(np.abs(image) < HUGE, image - bg, 0.0)
     template = template - tbg if good_template is None else _filled(template, good_template, tbg) - tbg
-    coefficients = spline_filter(template, 3, np.float64, "reflect")
-    padded = coefficients.take(_mirrored(image.shape[0], reach), 0).take(_mirrored(image.shape[1], reach), 1)
-    form = _quadratic_form(padded, residual[box], weight, box, reach, fit_bg)
+    padded = _prefilter(image.shape[0], reach) @ template @ _prefilter(image.shape[1], reach).T
+    form = _quadratic_form(padded, residual[box] * root, root, box, reach, fit_bg)
     best = lowest(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
-    after = residual - bg_offset - best.scale * _moved(padded, best.u, best.v, reach)
-    chi2_0 = float((weight * (residual[box] - template[box]) ** 2).sum())
-    chi2 = float((weight * after[box] ** 2).sum())
+    after = _moved(padded, best.u, best.v, reach) * best.scale
+    np.subtract(residual if not fit_bg else residual - bg_offset, after, out=after)
+    chi2_0, chi2 = _square((residual[box] - template[box]) * root), _square(after[box] * root)
     at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
     errors = _errors(form, best, at_bound, template_sums if fit_bg else None)
     if normalize:
@@ -333,36 +338,47 @@ def fitted_pixels(
 ) -> tuple[tuple[slice, slice], Floats]:
     """Return the fitted box as slices (y, x), and 1 / err² in it, 0 for pixels that leave the fit."""
     image, template, err = (plane.astype(np.float64, copy=False) for plane in (image, template, err))
-    return _weights(err, _good(image, mask), _good(template, mask), inner, reach_of(max_shift))
+    box, root = _root_weights(err, _good(image, mask), _good(template, mask), inner, reach_of(max_shift))
+    return box, root * root
 
 
 def _good(plane: Floats, mask: NDArray[np.uint8] | None) -> NDArray[np.bool_] | None:
     """Where a plane has a usable value; None for everywhere."""
+    if mask is None and _square(plane) < HUGE:
+        return None
     good: NDArray[np.bool_] = np.abs(plane) < HUGE
     if mask is not None:
         good &= mask == 0
     return None if good.all() else good
 
 
+def _square(plane: Floats) -> float:
+    """Sum of squares: NaN or infinite where a value is, and of any size without a warning."""
+    return float(np.vdot(plane, plane))
+
+
 def _usable(err: Floats) -> NDArray[np.bool_]:
     return (err > 1 / HUGE) & (err < HUGE)
 
 
-def _weights(
+def _root_weights(
     err: Floats,
     good_image: NDArray[np.bool_] | None,
     good_template: NDArray[np.bool_] | None,
     inner: float,
     reach: int,
 ) -> tuple[tuple[slice, slice], Floats]:
-    """Return the box as slices (y, x), and 1 / err² in it, 0 for pixels that leave the fit."""
+    """Return the box as slices (y, x), and 1 / err in it, 0 for pixels that leave the fit."""
     box = (_span(err.shape[0], inner), _span(err.shape[1], inner))
-    use = _usable(err[box])
+    err = err[box]
+    if good_image is None and good_template is None and err.size and err.min() > 1 / HUGE and err.max() < HUGE:
+        return box, 1 / err
+    use = _usable(err)
     if good_image is not None:
         use &= good_image[box]
     if good_template is not None:
         use &= ~maximum_filter(~good_template, 2 * reach + 1, mode="constant")[box]
-    return box, 1 / np.square(np.where(use, err[box], np.inf))
+    return box, 1 / np.where(use, err, np.inf)
 
 
 def _span(size: int, inner: float) -> slice:
@@ -380,13 +396,16 @@ def _background(plane: Floats, good: NDArray[np.bool_] | None) -> float:
         median = np.partition(values, half)[half]
     else:
         median = np.partition(values, (half - 1, half))[half - 1 : half + 1].mean()
-    return float(2.5 * median - 1.5 * values.mean())
+    return float(2.5 * median - 1.5 * values.sum() / values.size)
 
 
 def _flat(template: Floats, good: NDArray[np.bool_] | None, box: tuple[slice, slice], reach: int) -> bool:
     """Whether the template is constant wherever the fit reads it."""
     reached = tuple(slice(max(s.start - reach, 0), s.stop + reach) for s in box)
     values = template[reached] if good is None else template[reached][good[reached]]
+    first, last = values.item(0), values.item(-1)
+    if abs(last - first) > 2 * FLAT * abs(first):  # two pixels tell, as a rule
+        return False
     low, high = values.min(), values.max()
     return bool(high - low <= FLAT * max(abs(low), abs(high)))
 
@@ -406,55 +425,59 @@ def _filled(template: Floats, good: NDArray[np.bool_], value: float) -> Floats:
     return np.where(known > 0, values, value)
 
 
-def _mirrored(size: int, reach: int) -> NDArray[np.intp]:
-    """Return an axis' indices with ``reach`` more at either end, mirrored about the outermost pixels' outer edges."""
+@lru_cache(maxsize=64)
+def _prefilter(size: int, reach: int) -> Floats:
+    """Return what turns an axis of pixels into coefficients, with ``reach`` more at either end: (size + 2 reach, size).
+
+    Ends are mirrored about the outermost pixels' outer edges.
+    """
     index = np.arange(-reach, size + reach) % (2 * size)
-    return np.minimum(index, 2 * size - 1 - index)
+    return spline_filter1d(np.eye(size), 3, 0, np.float64, "reflect")[np.minimum(index, 2 * size - 1 - index)]
 
 
 def _quadratic_form(
-    padded: Floats, residual: Floats, weight: Floats, box: tuple[slice, slice], reach: int, fit_bg: bool
+    padded: Floats, weighted: Floats, root: Floats, box: tuple[slice, slice], reach: int, fit_bg: bool
 ) -> Form:
-    """Gram matrix and projections of the moved planes, in blocks of rows that stay in the cache."""
-    ny, nx = residual.shape
+    """Gram matrix and projections of the moved planes, in blocks of rows that stay in the cache.
+
+    ``weighted`` and ``root`` are the residual image over its errors, and 1 / err, in the box.
+    """
+    ny, nx = root.shape
     size = 2 * reach + 1
     near = np.ascontiguousarray(padded[box[0].start : box[0].stop + 2 * reach, box[1].start : box[1].stop + 2 * reach])
-    image_mean = template_mean = 0.0
+    weight_sum = image_mean = template_mean = 0.0
     if fit_bg:
-        image_mean = float((weight * residual).sum() / weight.sum())
-        template_mean = float((weight * near[reach:-reach, reach:-reach]).sum() / weight.sum())
-        residual, near = residual - image_mean, near - template_mean
-    root = np.sqrt(weight)
+        weight_sum = _square(root)
+        image_mean = float(np.vdot(weighted, root)) / weight_sum
+        template_mean = float(np.vdot(near[reach:-reach, reach:-reach] * root, root)) / weight_sum
+        weighted, near = weighted - image_mean * root, near - template_mean
     # sliding_window_view makes the same views, in the time of a third of the form of a small box.
     views = np.ndarray((size, size, ny, nx), np.float64, near, 0, near.strides + near.strides)
     count = size * size
-    rows = max(1, BLOCK // (8 * nx * (count + 2)))
-    total = np.zeros((count + 2, count + 2))
+    rows = ceil(ny / ceil(8 * (count + 1) * ny * nx / BLOCK))
+    memory = np.empty((count + 1, rows, nx))
+    total, sums = np.zeros((count + 1, count + 1)), np.zeros(count + 1)
     for first in range(0, ny, rows):
-        last = min(first + rows, ny)
-        block = np.empty((count + 2, last - first, nx))
-        np.multiply(views[:, :, first:last], root[first:last], out=block[:-2].reshape(size, size, last - first, nx))
-        np.multiply(residual[first:last], root[first:last], out=block[-2])
-        block[-1] = root[first:last]
-        flat = block.reshape(count + 2, -1)
+        some = root[first : first + rows]
+        block = memory[:, : len(some)]
+        np.multiply(views[:, :, first : first + rows], some, out=block[:-1].reshape(size, size, *some.shape))
+        block[-1] = weighted[first : first + rows]
+        flat = block.reshape(count + 1, -1)
         total += flat @ flat.T
-    sums, image_sum, weight_sum = total[:-2, -1], float(total[-2, -1]), float(total[-1, -1])
-    gram, projection, image_square = total[:-2, :-2], total[:-2, -2], float(total[-2, -2])
-    if fit_bg:
-        gram = gram - np.outer(sums, sums / weight_sum)
-        projection = projection - sums * (image_sum / weight_sum)
-        image_square -= image_sum**2 / weight_sum
+        if fit_bg:
+            sums += flat @ some.ravel()
+    if fit_bg:  # what remains after the best offset
+        total -= np.outer(sums, sums / weight_sum)
     return Form(
-        gram.reshape(size, size, size, size),
-        projection.reshape(size, size),
-        sums.reshape(size, size),
-        image_square,
-        image_sum,
+        total[:-1, :-1].reshape(size, size, size, size),
+        total[:-1, -1].reshape(size, size),
+        sums[:-1].reshape(size, size),
+        float(total[-1, -1]),
+        float(sums[-1]),
         weight_sum,
         image_mean,
         template_mean,
         reach,
-        {},
     )
 
 
@@ -468,7 +491,7 @@ def _errors(
     """
     free_u, free_v, free_scale = not at_bound & 1, not at_bound & 2, not at_bound & 4
     size = max(map(abs, best.hessian))
-    huu, huv, hvv = (curvature / size for curvature in best.hessian) if 0 < size < inf else (0.0, 0.0, 0.0)
+    huu, huv, hvv = [curvature / size for curvature in best.hessian] if 0 < size < inf else (0.0, 0.0, 0.0)
     determinant = huu * hvv - huv * huv
     cuu = cuv = cvv = 0.0
     if (free_u and not huu > 0) or (free_v and not hvv > 0):
@@ -476,7 +499,7 @@ def _errors(
     if free_u and free_v:
         if not determinant > 1e-12 * huu * hvv:
             return nan, nan, nan, nan
-        cuu, cuv, cvv = (2 * entry / determinant / size for entry in (hvv, -huv, huu))
+        cuu, cuv, cvv = [2 * entry / determinant / size for entry in (hvv, -huv, huu)]
     elif free_u:
         cuu = 2 / huu / size
     elif free_v:
@@ -503,13 +526,12 @@ def _moved(padded: Floats, u: float, v: float, reach: int) -> Floats:
     row, along = taps(v, reach)
     column, across = taps(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
-    rows = np.multiply(padded[row : row + ny], along[0, 0])
+    rows = padded[row : row + ny] * along[0, 0]
     for tap in range(1, 4):
         rows += padded[row + tap : row + tap + ny] * along[0, tap]
-    moved: Floats = np.multiply(rows[:, column : column + nx], across[0, 0])
-    for tap in range(1, 4):
-        moved += rows[:, column + tap : column + tap + nx] * across[0, tap]
-    return moved
+    # A sum that runs on from row to row is faster; the columns where it does so are not used.
+    flat = np.correlate(rows.ravel(), across[0])
+    return np.ndarray((ny, nx), np.float64, flat, column * flat.itemsize, rows.strides)
 
 
 def fit_compiled(*args: Any) -> Fit:

@@ -6,15 +6,18 @@ polynomials of the shift, of degree 6 and 3 along each axis, and chi2 at the bes
 
 Written in Bernstein's form on a box, a polynomial is at every place a mean of its coefficients (Cargo & Shisha 1966,
 J. Res. NBS 70B, 79). So chi2 is nowhere in the box below the least of its values at the pairs of coefficients. Boxes
-whose bound is not below the chi2 that is known are left out; the others are divided, which sharpens the bound with the
-square of their side. What remains is polished by Newton's method.
+whose bound is not below the chi2 that is known are left out. Newton's method finds that chi2, and what remains around
+it is as a rule so small that the form is convex there (`_Search.is_convex`): then there is no other minimum. Where it
+is not, the boxes are divided, which sharpens the bound with the square of their side.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right as bisect
 from functools import lru_cache
+from itertools import pairwise
 from math import ceil, comb, floor, inf, sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +29,13 @@ LONGEST_STEP = 0.5  # pixels, half of a cell
 SHORTEST_STEP = 1e-9  # pixels
 MOST_STEPS = 50
 PARTS = 4  # of a box's side: boxes are a pixel wide, then a quarter, then a sixteenth
-AT_ONCE = 64  # of the smallest boxes; memory for more is better saved
+DIVISIONS = 2
+TOGETHER = 9  # boxes that are divided as one rectangle; where more remain, they are too far apart for it
 TOLERANCE = 1e-7  # of chi2; a difference that no one can see is not looked for
 NEGLIGIBLE = 1e-20  # of the template's largest square
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
-POINTS = 7  # coefficients of a polynomial of degree 6
+DEGREE = 6  # of the square of the moved template, along an axis of a cell
+POINTS = DEGREE + 1  # its coefficients
 
 _SPLINE = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))) / 6  # powers of the four taps
 
@@ -51,7 +56,6 @@ class Form(NamedTuple):
     image_mean: float
     template_mean: float
     reach: int
-    cells: dict[tuple[int, int], Floats]  # what `_polynomials` made so far
 
     def template_sums(self, u: float, v: float) -> tuple[float, float, float]:
         """Weighted sum of the moved template, less its mean, and the sum's derivatives by u and v."""
@@ -86,14 +90,15 @@ def reach_of(max_shift: float) -> int:
 
 def taps(at: float, reach: int) -> tuple[int, Floats]:
     """First of the four planes that a move by ``at`` needs; their weights and two derivatives, shape (3, 4)."""
-    first, f = _cell(at, reach)
+    cell = min(floor(at), reach - 2)  # the upper end belongs to the last cell
+    f = at - cell
     g = 1 - f
     weights = (
         (g * g * g / 6, (4 - 3 * f * f * (2 - f)) / 6, (4 - 3 * g * g * (2 - g)) / 6, f * f * f / 6),
         (-g * g / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f * f / 2),
         (g, 3 * f - 2, 3 * g - 2, f),
     )
-    return first, np.array(weights)
+    return cell - 1 + reach, np.array(weights)
 
 
 def lowest(form: Form, max_shift: float, max_scale: float) -> Value:
@@ -113,140 +118,292 @@ def lowest(form: Form, max_shift: float, max_scale: float) -> Value:
     Notes
     -----
     The last boxes are a sixteenth of a pixel wide. One that touches a minimum that was found, has its scale in the
-    same range, and is no lower at its corners, is taken for that minimum's own neighbourhood.
+    same range, and is no lower at its corners, is taken for that minimum's own neighbourhood, where nothing better
+    could be shown.
     """
+    search = _Search(form, max_shift, max_scale)
     if not max_shift:
-        return _evaluate(form, 0.0, 0.0, max_scale)
-    scales = _Scales(1 / max_scale, max_scale, float(form.gram.max()) * NEGLIGIBLE)
-    boxes = _measure(form, *_cells(form, max_shift), scales)
-    boxes = _divide(form, boxes, boxes.bound <= boxes.corner.min(), scales)
-    best = _polish(form, *_lowest_corner(boxes, int(boxes.corner.argmin())), max_shift, max_scale)
-    found = [best]
-    left = np.flatnonzero(boxes.bound < _limit(form, best))
-    for first in range(0, left.size, AT_ONCE):
-        small = _divide(form, boxes, left[first : first + AT_ONCE], scales)
-        for at in small.bound.argsort().tolist():
-            if small.bound[at] >= _limit(form, best):
+        return search.evaluate(0.0, 0.0)
+    search.look(search.cells)
+    return search.best
+
+
+class _Grid(NamedTuple):
+    """Boxes that fill a rectangle of moves, R rows of C."""
+
+    v: list[float]  # (R + 1,): their edges
+    u: list[float]  # (C + 1,)
+    forms: Floats  # (2, 7 R, 7 C): coefficients of the moved template's square, and of its product with the image
+
+    def place(self, row: int, column: int) -> tuple[float, float]:
+        """Return u and v of a coefficient."""
+        (i, over_v), (j, over_u) = divmod(row, POINTS), divmod(column, POINTS)
+        v, u = self.v, self.u
+        return u[j] + (u[j + 1] - u[j]) * (over_u / DEGREE), v[i] + (v[i + 1] - v[i]) * (over_v / DEGREE)
+
+    def corner(self, at: int) -> tuple[float, float]:
+        """Return u and v of a corner of a box, by its number along rows of corners."""
+        row, column = divmod(at, 2 * len(self.u) - 2)
+        return self.u[(column + 1) // 2], self.v[(row + 1) // 2]
+
+    def part(self, top: int, bottom: int, left: int, right: int) -> _Grid:
+        """Return the boxes of rows from ``top`` until ``bottom`` and columns from ``left`` until ``right``."""
+        forms = self.forms[:, POINTS * top : POINTS * bottom, POINTS * left : POINTS * right]
+        return _Grid(self.v[top : bottom + 1], self.u[left : right + 1], forms)
+
+    def divided(self) -> _Grid:
+        """Divide each box into `PARTS` along each axis."""
+        forms = _division(len(self.v) - 1) @ self.forms @ _division(len(self.u) - 1).T
+        return _Grid(_divided(self.v), _divided(self.u), forms)
+
+    def holds(self, one: Value) -> bool:
+        """Say whether a minimum lies here."""
+        return self.v[0] <= one.v <= self.v[-1] and self.u[0] <= one.u <= self.u[-1]
+
+
+class _Search:
+    """What is known of chi2."""
+
+    def __init__(self, form: Form, max_shift: float, max_scale: float) -> None:
+        self.image_square, self.max_shift, self.max_scale = form.image_square, max_shift, max_scale
+        self.cells = _cells(form, max_shift or 1.0)
+        self.cell: _Cell | None = None  # of the last move
+        self.negligible = float(self.cells.forms[0].max()) * NEGLIGIBLE
+        self.minima: list[Value] = []
+        self.best: Value
+        self.limit = inf  # a chi2 below it is of interest
+
+    def look(self, grid: _Grid, divisions: int = 0) -> None:
+        """Find what is lower in a grid than what is known."""
+        chi2, scale = self.measure(grid.forms)
+        if not self.minima:
+            self.polish(*grid.place(*divmod(int(chi2.argmin()), chi2.shape[1])))
+        left = self.left(grid, chi2)
+        if left is None or self.is_settled(left):
+            return
+        corners = _boxes(chi2)[:, ::DEGREE, :, ::DEGREE].ravel()
+        if corners.min() < self.limit:
+            self.polish(*grid.corner(int(corners.argmin())))
+            left = self.left(grid, chi2)
+        if divisions < DIVISIONS and left and left.forms[0].size <= TOGETHER * POINTS * POINTS:
+            self.look(left.divided(), divisions + 1)
+            return
+        for bound, row, column in _by_bound(chi2):
+            if bound < self.limit:
+                box = grid.part(row, row + 1, column, column + 1)
+                if divisions < DIVISIONS:
+                    self.look(box.divided(), divisions + 1)
+                elif not self.knows(box, _boxes(scale)[row, :, column]):
+                    lowest = _boxes(chi2)[row, ::DEGREE, column, ::DEGREE].argmin()
+                    self.polish(*box.corner(int(lowest)))
+
+    def left(self, grid: _Grid, chi2: Floats) -> _Grid | None:
+        """Return the rectangle around the boxes where chi2 may be of interest, and around the best where it is here."""
+        rows, columns = (chi2 < self.limit).nonzero()
+        if not rows.size:
+            return None
+        top, bottom = rows.item(0) // POINTS, rows.item(-1) // POINTS
+        left, right = int(columns.min()) // POINTS, int(columns.max()) // POINTS
+        best = self.best
+        if grid.holds(best):
+            row, column = _interval(grid.v, best.v), _interval(grid.u, best.u)
+            top, bottom, left, right = min(top, row), max(bottom, row), min(left, column), max(right, column)
+        return grid.part(top, bottom + 1, left, right + 1)
+
+    def measure(self, forms: Floats) -> tuple[Floats, Floats]:
+        """Return chi2 at pairs of coefficients, true at the corners of boxes, and the best scale of each pair."""
+        square, product = forms[0], forms[1]
+        low, high = 1 / self.max_scale, self.max_scale
+        # A coefficient of the square may be negative; then the best scale is the bound on the product's side.
+        middle = (low + high) / 2
+        scale = product - middle * square
+        scale /= np.maximum(square, self.negligible)
+        scale += middle
+        np.maximum(scale, low, out=scale)
+        np.minimum(scale, high, out=scale)
+        chi2 = product + product
+        chi2 -= scale * square
+        chi2 *= scale
+        np.subtract(self.image_square, chi2, out=chi2)
+        return chi2, scale
+
+    def is_settled(self, grid: _Grid) -> bool:
+        """Say whether a minimum that lies in a grid is shown to be the lowest there.
+
+        With a = 1 / scale and ``L = image² - chi2`` at the minimum, chi2 is lower where
+        ``R = L a² - 2 a p + t < 0``. R is 0 at the minimum and does not fall from there. So it is nowhere below 0 if it
+        is convex in shift and a together; along an axis on whose bound the minimum lies, it may be monotonic instead.
+        Splines and their slopes go on from cell to cell: what is convex in each cell is so in all.
+        """
+        one = self.best
+        if not grid.holds(one) or not one.chi2 < self.image_square:
+            return False
+        u, v, uu, uv, vv = self.derivatives(grid.forms, one)
+        held_u = abs(one.u) >= self.max_shift and one.gradient[0] * one.u < 0
+        held_v = abs(one.v) >= self.max_shift and one.gradient[1] * one.v < 0
+        if not held_u and not held_v:
+            return bool(uu.min() > 0 and (uu * vv - uv * uv).min() > 0)
+        along_u = (u * one.u).max() < 0 if held_u else uu.min() > 0
+        along_v = (v * one.v).max() < 0 if held_v else vv.min() > 0
+        return bool(along_u and along_v)
+
+    def derivatives(self, forms: Floats, one: Value) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+        """Return coefficients of R's derivatives by u, v, uu, uv and vv, over L, the latter with a following the shift.
+
+        R is convex in shift and a if ``t'' - 2 a p'' - 2 p' p'ᵀ / L`` is positive definite. That is linear in a, so
+        need only be seen at both bounds of the scale, and only at the one where the minimum lies if R rises from there
+        everywhere. Of polynomials in Bernstein's form, and of matrices of them, all values are means of the
+        coefficients, and the square of a mean is at most the mean of squares.
+        """
+        gain, low, high = self.image_square - one.chi2, 1 / self.max_scale, self.max_scale
+        parts = np.array(((1.0, -2 * low), (1.0, -2 * high), (0.0, sqrt(2.0)))) / gain
+        if one.scale == high and (low == high or forms[1].max() <= gain * low):
+            parts = parts[:1]
+        elif one.scale == low and forms[1].min() >= gain * high:
+            parts = parts[1:2]
+        _, rows, columns = forms.shape
+        planes = (parts @ forms.reshape(2, -1)).reshape(-1, rows, columns)
+        planes = _derivatives(rows // POINTS) @ planes @ _derivatives(columns // POINTS).T
+        u, v = planes[:, :rows, columns:-columns], planes[:, rows:-rows, :columns]
+        uu, uv = planes[:, :rows, -columns:], planes[:, rows:-rows, columns:-columns]
+        vv = planes[:, -rows:, :columns]
+        if len(parts) == 1:
+            return u, v, uu, uv, vv
+        (p_u, p_v), u, v = (u[2], v[2]), u[:2], v[:2]
+        return u, v, uu[:2] - p_u * p_u, uv[:2] - p_u * p_v, vv[:2] - p_v * p_v
+
+    def knows(self, box: _Grid, scale: Floats) -> bool:
+        """Say whether a box touches a minimum, or nearly, with the scale free, or at one bound, in both."""
+        (v, top), (u, right) = box.v, box.u
+        least, most = scale.min(), scale.max()
+        free = 1 / self.max_scale < least and most < self.max_scale
+        for one in self.minima:
+            near = abs(2 * one.v - v - top) <= 3 * (top - v) and abs(2 * one.u - u - right) <= 3 * (right - u)
+            if near and (least == most == one.scale if one.scale_at_bound else free):
+                return True
+        return False
+
+    def polish(self, u: float, v: float) -> None:
+        """Find a minimum by Newton's method within the bounds."""
+        here = self.evaluate(u, v)
+        for _ in range(MOST_STEPS):
+            du, dv, is_newtons = _step(here, self.max_shift)
+            longest = max(abs(du), abs(dv))
+            if is_newtons and longest < CLOSE:
+                here = self.after(here, du, dv)
                 break
-            if small.corner[at] < _limit(form, best) or not any(_belongs(small, at, one, scales) for one in found):
-                found.append(_polish(form, *_lowest_corner(small, at), max_shift, max_scale))
-                best = min(best, found[-1], key=_chi2)
-    return best
+            while longest >= SHORTEST_STEP:
+                there = self.evaluate(_within(here.u + du, self.max_shift), _within(here.v + dv, self.max_shift))
+                if there.chi2 <= here.chi2:
+                    break
+                du, dv, longest = du / 2, dv / 2, longest / 2
+            else:
+                break
+            here = there
+        self.minima.append(here)
+        if len(self.minima) == 1 or here.chi2 < self.best.chi2:
+            self.best = here
+            self.limit = here.chi2 * (1 - TOLERANCE) - ROUNDING * self.image_square
+
+    def after(self, here: Value, du: float, dv: float) -> Value:
+        """Return what a step so short leads to, as its parabola has it; curvatures are as they were."""
+        u, v = _within(here.u + du, self.max_shift), _within(here.v + dv, self.max_shift)
+        scale = here.scale + here.scale_slope[0] * du + here.scale_slope[1] * dv
+        if not (here.scale_at_bound or 1 / self.max_scale < scale < self.max_scale):
+            return self.evaluate(u, v)
+        chi2 = here.chi2 + (here.gradient[0] * du + here.gradient[1] * dv) / 2
+        return Value(u, v, chi2, scale, *here[4:])
+
+    def evaluate(self, u: float, v: float) -> Value:
+        """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
+        cell = self.cell
+        if cell is None or not (cell.v <= v <= cell.v + cell.height and cell.u <= u <= cell.u + cell.width):
+            cell = self.cell = _cell(self.cells, u, v)
+        f, g = (v - cell.v) / cell.height, (u - cell.u) / cell.width
+        f2, g2 = f * f, g * g
+        f3, g3 = f2 * f, g2 * g
+        powers = np.array(((1.0, f, f2, f3, f2 * f2, f3 * f2, f3 * f3), (1.0, g, g2, g3, g2 * g2, g3 * g2, g3 * g3)))
+        values = (powers[0] @ cell.table).reshape(-1, POINTS) @ powers[1]
+        square, square_u, square_uu, square_v, square_uv, _, square_vv, _, _ = values[:9].tolist()
+        cross, cross_u, cross_uu, cross_v, cross_uv, _, cross_vv, _, _ = values[9:].tolist()
+        low, high = 1 / self.max_scale, self.max_scale
+        best = cross / square if square > 0 else high
+        scale = min(max(best, low), high)
+        huu = scale * (scale * square_uu - 2 * cross_uu)
+        huv = scale * (scale * square_uv - 2 * cross_uv)
+        hvv = scale * (scale * square_vv - 2 * cross_vv)
+        slope = (0.0, 0.0)
+        free = low < best < high
+        if free:
+            slope = ((cross_u - scale * square_u) / square, (cross_v - scale * square_v) / square)
+            huu -= 2 * square * slope[0] * slope[0]
+            huv -= 2 * square * slope[0] * slope[1]
+            hvv -= 2 * square * slope[1] * slope[1]
+        return Value(
+            u,
+            v,
+            self.image_square - scale * (2 * cross - scale * square),
+            scale,
+            not free,
+            (scale * (scale * square_u - 2 * cross_u), scale * (scale * square_v - 2 * cross_v)),
+            (huu, huv, hvv),
+            square,
+            slope,
+        )
 
 
-class _Scales(NamedTuple):
-    """Bounds of the scale, and a square of the template beside which nothing is to be seen."""
-
-    low: float
-    high: float
-    negligible: float
+def _interval(edges: list[float], at: float) -> int:
+    """Return the number of the interval; the upper end belongs to the last."""
+    return min(bisect(edges, at), len(edges) - 1) - 1
 
 
-class _Boxes(NamedTuple):
-    """Rectangles of moves, K of them."""
-
-    places: Floats  # (K, 4): least v, least u, height, width
-    forms: Floats  # (2, K, 7, 7): coefficients of the moved template's square, and of its product with the image
-    scale: Floats  # (K, 7, 7): best at each pair of coefficients
-    chi2: Floats  # (K, 7, 7): with it; true at the corners
-    bound: Floats  # (K,): below it chi2 is nowhere in the box
-    corner: Floats  # (K,): the lowest chi2 at a corner
+def _boxes(plane: Floats) -> Floats:
+    """Return a plane of coefficients by row of boxes, row in the box, column of boxes and column in the box."""
+    rows, columns = plane.shape
+    return plane.reshape(rows // POINTS, POINTS, columns // POINTS, POINTS)
 
 
-def _limit(form: Form, best: Value) -> float:
-    """Below what a bound must lie to be of interest."""
-    return best.chi2 * (1 - TOLERANCE) - ROUNDING * form.image_square
+def _by_bound(chi2: Floats) -> list[tuple[float, int, int]]:
+    """Return boxes' bounds, rows and columns, the lowest bound first."""
+    bounds: list[list[float]] = _boxes(chi2).min((1, 3)).tolist()
+    return sorted((bound, row, column) for row, line in enumerate(bounds) for column, bound in enumerate(line))
 
 
-def _cells(form: Form, max_shift: float) -> tuple[Floats, Floats]:
-    """Places and forms of the spline's cells within the bounds."""
-    places, squares, products = _functionals(max_shift)
+def _cells(form: Form, max_shift: float) -> _Grid:
+    """Return the spline's cells within the bounds."""
+    edges, squares, products = _functionals(max_shift)
     planes = form.sums.shape[0]
     gram = form.gram.transpose(0, 2, 1, 3).reshape(planes * planes, planes * planes)
-    forms = np.array((squares @ gram @ squares.T, products @ form.projection @ products.T))
-    return places, _apart(forms[:, None], len(squares) // POINTS)
-
-
-def _apart(forms: Floats, parts: int) -> Floats:
-    """Return parts of boxes, (2, K, 7 parts, 7 parts), as boxes, (2, K parts², 7, 7)."""
-    return forms.reshape(2, -1, parts, POINTS, parts, POINTS).swapaxes(3, 4).reshape(2, -1, POINTS, POINTS)
-
-
-def _measure(form: Form, places: Floats, forms: Floats, scales: _Scales) -> _Boxes:
-    """Evaluate chi2 at the coefficients of boxes."""
-    square, product = forms
-    # A coefficient of the square may be negative; then the best scale is the bound on the product's side.
-    middle = (scales.low + scales.high) / 2
-    scale = product - middle * square
-    scale /= np.maximum(square, scales.negligible)
-    scale += middle
-    np.maximum(scale, scales.low, out=scale)
-    np.minimum(scale, scales.high, out=scale)
-    chi2 = product + product
-    chi2 -= scale * square
-    chi2 *= scale
-    np.subtract(form.image_square, chi2, out=chi2)
-    bound = chi2.reshape(-1, POINTS * POINTS).min(1)
-    corner = chi2[:, :: POINTS - 1, :: POINTS - 1].reshape(-1, 4).min(1)
-    return _Boxes(places, forms, scale, chi2, bound, corner)
-
-
-def _divide(form: Form, boxes: _Boxes, chosen: NDArray[Any], scales: _Scales) -> _Boxes:
-    """Divide the chosen boxes into `PARTS` along each axis."""
-    places = (boxes.places[chosen] @ _PLACES).reshape(-1, 4)
-    forms = _DIVISION @ boxes.forms[:, chosen] @ _DIVISION.T
-    return _measure(form, places, _apart(forms, PARTS), scales)
-
-
-def _lowest_corner(boxes: _Boxes, at: int) -> tuple[float, float]:
-    """Return u and v of the lowest corner of a box."""
-    row, column = divmod(int(boxes.chi2[at, :: POINTS - 1, :: POINTS - 1].argmin()), 2)
-    v, u, height, width = boxes.places[at].tolist()
-    return u + column * width, v + row * height
-
-
-def _belongs(boxes: _Boxes, at: int, value: Value, scales: _Scales) -> bool:
-    """Say whether a box touches a minimum, or nearly, with the scale free, or at one bound, in all of it and there."""
-    v, u, height, width = boxes.places[at].tolist()
-    if abs(value.v - v - height / 2) > 1.5 * height or abs(value.u - u - width / 2) > 1.5 * width:
-        return False
-    least, most = boxes.scale[at].min(), boxes.scale[at].max()
-    if value.scale_at_bound:
-        return bool(least == most == value.scale)
-    return bool(scales.low < least and most < scales.high)
-
-
-def _chi2(value: Value) -> float:
-    return value.chi2
+    forms = np.empty((2, len(squares), len(squares)))
+    np.matmul(squares @ gram, squares.T, out=forms[0])
+    np.matmul(products @ form.projection, products.T, out=forms[1])
+    return _Grid(edges, edges, forms)
 
 
 @lru_cache(maxsize=16)
-def _functionals(max_shift: float) -> tuple[Floats, Floats, Floats]:
+def _functionals(max_shift: float) -> tuple[list[float], Floats, Floats]:
     """Return what makes Bernstein coefficients of the form in the N cells of each axis.
 
     Returns
     -------
-    places : ndarray, shape (N², 4)
-        Least v and u of the cells, heights and widths, cut at the bounds.
+    edges : list, length N + 1
+        Of the cells, cut at the bounds.
     squares : ndarray, shape (7 N, L²)
         From pairs of planes; ``squares @ gram @ squares.T`` has the coefficients of the moved template's square.
     products : ndarray, shape (7 N, L)
         From planes.
     """
     reach = reach_of(max_shift)
-    cells = np.arange(-ceil(max_shift), ceil(max_shift))
-    edges = np.clip(np.append(cells, ceil(max_shift)), -max_shift, max_shift).astype(float)
-    squares = np.zeros((cells.size, POINTS, 2 * reach + 1, 2 * reach + 1))
-    products = np.zeros((cells.size, POINTS, 2 * reach + 1))
-    for i, cell in enumerate(cells.tolist()):
+    cells = range(-ceil(max_shift), ceil(max_shift))
+    edges = [min(max(float(edge), -max_shift), max_shift) for edge in (*cells, ceil(max_shift))]
+    squares = np.zeros((len(cells), POINTS, 2 * reach + 1, 2 * reach + 1))
+    products = np.zeros((len(cells), POINTS, 2 * reach + 1))
+    for i, cell in enumerate(cells):
         taps = _bernstein(edges[i] - cell, edges[i + 1] - cell)
         four = slice(cell - 1 + reach, cell + 3 + reach)
         squares[i, :, four, four] = _multiply(taps, taps)
         products[i, :, four] = _multiply(taps, np.ones((4, 1)))[:, :, 0]
-    along = np.array((edges[:-1], np.diff(edges)))
-    rows, columns = along.repeat(cells.size, 1), np.tile(along, cells.size)
-    places = np.array((rows[0], columns[0], rows[1], columns[1])).T
-    return places, squares.reshape(cells.size * POINTS, -1), products.reshape(cells.size * POINTS, -1)
+    return edges, squares.reshape(len(cells) * POINTS, -1), products.reshape(len(cells) * POINTS, -1)
 
 
 def _bernstein(a: float, b: float) -> Floats:
@@ -261,137 +418,71 @@ def _multiply(one: Floats, other: Floats) -> Floats:
     made = np.zeros((POINTS, one.shape[1], other.shape[1]))
     for i in range(4):
         for j in range(4):
-            made[i + j] += comb(3, i) * comb(3, j) / comb(6, i + j) * np.outer(one[i], other[j])
+            made[i + j] += comb(3, i) * comb(3, j) / comb(DEGREE, i + j) * np.outer(one[i], other[j])
     return made
 
 
-def _division() -> Floats:
-    """Return what turns the coefficients on an interval into those on its parts, shape (7 PARTS, 7)."""
+def _divided(edges: list[float]) -> list[float]:
+    """Return the edges of the parts of intervals."""
+    inner = [low + (high - low) * (part / PARTS) for low, high in pairwise(edges) for part in range(PARTS)]
+    return [*inner, edges[-1]]
+
+
+@lru_cache(maxsize=64)
+def _division(boxes: int) -> Floats:
+    """Return what turns the coefficients on intervals into those on their parts, shape (7 PARTS N, 7 N)."""
     places = np.linspace(0, 1, POINTS)
 
     def values(x: Floats) -> Floats:
-        return np.array([comb(6, i) * x**i * (1 - x) ** (6 - i) for i in range(POINTS)]).T
+        return np.array([comb(DEGREE, i) * x**i * (1 - x) ** (DEGREE - i) for i in range(POINTS)]).T
 
-    return np.concatenate([np.linalg.solve(values(places), values((part + places) / PARTS)) for part in range(PARTS)])
-
-
-def _parts() -> Floats:
-    """Return what turns the place of a box into those of its parts, shape (4, 4 PARTS²)."""
-    made = np.zeros((4, PARTS, PARTS, 4))
-    made[0, :, :, 0] = made[1, :, :, 1] = 1
-    made[2, :, :, 0] = np.arange(PARTS)[:, None] / PARTS
-    made[3, :, :, 1] = np.arange(PARTS) / PARTS
-    made[2, :, :, 2] = made[3, :, :, 3] = 1 / PARTS
-    return made.reshape(4, -1)
+    one = np.concatenate([np.linalg.solve(values(places), values((part + places) / PARTS)) for part in range(PARTS)])
+    return np.kron(np.eye(boxes), one)
 
 
-_DIVISION, _PLACES = _division(), _parts()
+@lru_cache(maxsize=64)
+def _derivatives(boxes: int) -> Floats:
+    """Return what turns the coefficients on N intervals into themselves, of slopes and of curvatures, (21 N, 7 N).
 
-
-def _polynomials(form: Form, row: int, column: int) -> Floats:
-    """Square of the moved template and product with the image in one cell, shape (7, 14).
-
-    Both are polynomials in the move's fractions, of degree 6 and 3: rows are powers along y, columns powers along x of
-    the one and then of the other.
+    By the place in the interval, whatever its width, and as of polynomials of the same degree.
     """
-    rows, columns = slice(row, row + 4), slice(column, column + 4)
-    made = np.empty((7, 2, 7))
-    made[:, 0] = (_SQUARES @ form.gram[rows, columns, rows, columns].ravel()).reshape(7, 7)
-    made[:, 1] = (_PRODUCTS @ form.projection[rows, columns].ravel()).reshape(7, 7)
-    return made.reshape(7, 14)
+    slope = np.diag([2.0 * i - DEGREE for i in range(POINTS)])
+    slope += np.diag([float(DEGREE - i) for i in range(DEGREE)], 1) - np.diag([i + 1.0 for i in range(DEGREE)], -1)
+    return np.concatenate([np.kron(np.eye(boxes), one) for one in (np.eye(POINTS), slope, slope @ slope)])
 
 
-def _powers_of_squares() -> tuple[Floats, Floats]:
-    """Return what turns the four by four planes of a cell, squared (256) and single (16), into coefficients (49)."""
-    both = np.einsum("ia,kc->ikac", _SPLINE, _SPLINE)
-    one_axis = np.zeros((7, 4, 4))
-    for i in range(4):
-        for k in range(4):
-            one_axis[i + k] += both[i, k]
-    squares = np.einsum("mac,nbd->mnabcd", one_axis, one_axis).reshape(49, 256)
-    products = np.zeros((7, 7, 4, 4))
-    products[:4, :4] = np.einsum("ia,jb->ijab", _SPLINE, _SPLINE)
-    return squares, products.reshape(49, 16)
+_POWERS = np.array(  # row k: shares of the coefficients in the k-th power
+    [
+        [comb(DEGREE, k) * comb(k, i) * (-1.0) ** (k - i) if i <= k else 0.0 for i in range(POINTS)]
+        for k in range(POINTS)
+    ]
+)
+_SLOPES = np.diag(np.arange(1.0, POINTS), 1)  # of powers
 
 
-_SQUARES, _PRODUCTS = _powers_of_squares()
+class _Cell(NamedTuple):
+    """A cell of the spline for `_Search.evaluate`."""
+
+    v: float  # least
+    u: float
+    height: float
+    width: float
+    table: Floats  # (7, 126): powers of v; square or product, its derivatives by v, those by u, powers of u
 
 
-def _powers(f: float) -> Floats:
-    """Powers 0 to 6 of a fraction, and two derivatives, shape (3, 7)."""
-    f2 = f * f
-    f3, f4 = f2 * f, f2 * f2
-    return np.array(
-        (
-            (1.0, f, f2, f3, f4, f4 * f, f3 * f3),
-            (0.0, 1.0, 2 * f, 3 * f2, 4 * f3, 5 * f4, 6 * f4 * f),
-            (0.0, 0.0, 2.0, 6 * f, 12 * f2, 20 * f3, 30 * f4),
-        )
-    )
+def _cell(cells: _Grid, u: float, v: float) -> _Cell:
+    """Return the cell of a move."""
+    row, column = _interval(cells.v, v), _interval(cells.u, u)
+    (low_v, high_v), (low_u, high_u), forms = cells.part(row, row + 1, column, column + 1)
+    by_v, by_u = _expansion(high_v - low_v), _expansion(high_u - low_u)
+    made = (by_v @ forms @ by_u.T).reshape(2, 3, POINTS, 3 * POINTS).transpose(2, 0, 1, 3)
+    return _Cell(low_v, low_u, high_v - low_v, high_u - low_u, made.reshape(POINTS, -1))
 
 
-def _cell(at: float, reach: int) -> tuple[int, float]:
-    """First of the four planes that a move by ``at`` needs, and the move's fraction in their cell."""
-    cell = min(floor(at), reach - 2)  # the upper end belongs to the last cell
-    return cell - 1 + reach, at - cell
-
-
-def _evaluate(form: Form, u: float, v: float, max_scale: float) -> Value:
-    """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-    (column, f), (row, g) = _cell(u, form.reach), _cell(v, form.reach)
-    coefficients = form.cells.get((row, column))
-    if coefficients is None:
-        coefficients = form.cells[row, column] = _polynomials(form, row, column)
-    table = (_powers(g) @ coefficients).reshape(6, 7) @ _powers(f).T
-    values: list[list[float]] = table.tolist()  # by v, the square before the product with the image; by u
-    (square, square_u, square_uu), (cross, cross_u, cross_uu) = values[:2]
-    (square_v, square_uv, _), (cross_v, cross_uv, _) = values[2:4]
-    square_vv, cross_vv = values[4][0], values[5][0]
-    low, high = 1 / max_scale, max_scale
-    best = cross / square if square > 0 else high
-    scale = min(max(best, low), high)
-    huu = scale * (scale * square_uu - 2 * cross_uu)
-    huv = scale * (scale * square_uv - 2 * cross_uv)
-    hvv = scale * (scale * square_vv - 2 * cross_vv)
-    slope = (0.0, 0.0)
-    free = low < best < high
-    if free:
-        slope = ((cross_u - scale * square_u) / square, (cross_v - scale * square_v) / square)
-        huu -= 2 * square * slope[0] * slope[0]
-        huv -= 2 * square * slope[0] * slope[1]
-        hvv -= 2 * square * slope[1] * slope[1]
-    return Value(
-        u,
-        v,
-        form.image_square - scale * (2 * cross - scale * square),
-        scale,
-        not free,
-        (scale * (scale * square_u - 2 * cross_u), scale * (scale * square_v - 2 * cross_v)),
-        (huu, huv, hvv),
-        square,
-        slope,
-    )
-
-
-def _polish(form: Form, u: float, v: float, max_shift: float, max_scale: float) -> Value:
-    """Newton's method within the bounds."""
-    here = _evaluate(form, u, v, max_scale)
-    for _ in range(MOST_STEPS):
-        du, dv, is_newtons = _step(here, max_shift)
-        is_last = is_newtons and max(abs(du), abs(dv)) < CLOSE
-        # Of a step so short, rounding may say that it leads up.
-        limit = here.chi2 + (ROUNDING * form.image_square if is_last else 0.0)
-        while True:
-            there = _evaluate(form, _within(here.u + du, max_shift), _within(here.v + dv, max_shift), max_scale)
-            if there.chi2 <= limit:
-                break
-            du, dv, is_last = du / 2, dv / 2, False
-            if max(abs(du), abs(dv)) < SHORTEST_STEP:
-                return here
-        here = there
-        if is_last:
-            break
-    return here
+@lru_cache(maxsize=64)
+def _expansion(width: float) -> Floats:
+    """Return what turns coefficients on an interval into powers of the place in it, of two derivatives too, (21, 7)."""
+    return np.concatenate([_POWERS, _SLOPES @ _POWERS / width, _SLOPES @ _SLOPES @ _POWERS / width**2])
 
 
 def _within(at: float, bound: float) -> float:
@@ -403,6 +494,12 @@ def _within(at: float, bound: float) -> float:
 
 def _step(here: Value, max_shift: float) -> tuple[float, float, bool]:
     """Return a step within the bounds, and whether it is Newton's: where the curvature is negative it only descends."""
+    (huu, huv, hvv), (gu, gv) = here.hessian, here.gradient
+    determinant = huu * hvv - huv * huv
+    if determinant > 1e-9 * (huu + hvv) * (huu + hvv) and huu > 0:  # as a rule
+        du, dv = (huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant
+        if abs(here.u + du) < max_shift > abs(here.v + dv) and abs(du) < LONGEST_STEP > abs(dv):
+            return du, dv, True
     size = max(map(abs, here.hessian))
     if not 0 < size < inf:
         return 0.0, 0.0, True
