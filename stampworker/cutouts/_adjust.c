@@ -38,14 +38,25 @@ typedef void Correlate(const double *, Index, const double *, Index, Index, Inde
 static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9;
 static const double TOLERANCE = 1e-7, ROUNDING = 1e-13, NEGLIGIBLE = 1e-20;
 enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, POINTS = 7 };
-enum { MOST_HALVINGS = 8, MOST_MINIMA = 32 };
-enum { LANES = 8, BLOCK = 16, HORIZON = 32 }; /* BLOCK columns of a product and its weights stay in the first-level cache */
+enum { TOGETHER = 9, MOST_HALVINGS = 10, MOST_SINGLE = 4, MOST_MINIMA = 64 }; /* halves, where search.py divides by four */
+enum { LANES = 8, BLOCK = 24, HORIZON = 32 }; /* BLOCK columns of a product and its weights are near the first-level cache */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
 
-/* A rectangle of moves with the Bernstein coefficients of the form; the last lane is the one before it again. */
+/* Bernstein coefficients of a polynomial of the move in a box: rows by v, lanes by u; the last lane is the one before it again. */
+typedef double Coefficients[POINTS][LANES];
+
+/* A rectangle of moves with the form in it, and what its coefficients say. */
 typedef struct {
-    double u, v, width, height, square[POINTS][LANES], product[POINTS][LANES];
+    double u, v, width, height;
+    Coefficients square, product;
+    double bound, corner, corner_u, corner_v, least, most; /* the lowest corner and its place; range of the scales */
 } Box;
+
+/* Boxes side by side: `rows` of `columns`, which are part of rows of `stride`. */
+typedef struct {
+    Box *boxes;
+    int rows, columns, stride;
+} Grid;
 
 typedef struct {
     Correlate *correlate;
@@ -68,10 +79,6 @@ typedef struct {
     double u, v, chi2, scale, gu, gv, huu, huv, hvv, square, slope_u, slope_v, sum, sum_u, sum_v;
     int free;
 } Value;
-
-typedef struct {
-    double bound, corner, u, v, least, most; /* the lowest corner and its place; range of the scales */
-} Measure;
 
 typedef struct {
     double negligible, limit; /* below the limit lies what is of interest */
@@ -208,13 +215,15 @@ static double background(const double *plane, const unsigned char *bad, Index si
 /* ---- Pixels --------------------------------------------------------------------------------------------------------- */
 
 /* Mark values that cannot be used; whether there is any. */
-static int mark_bad(const double *plane, const unsigned char *mask, Index size, unsigned char *bad)
+HOT static int mark_bad(const double *restrict plane, const unsigned char *restrict mask, Index size, unsigned char *restrict bad)
 {
-    int any = 0;
-    for (Index i = 0; i < size; i++) {
-        bad[i] = !(fabs(plane[i]) < HUGE_VALUE) | (mask && mask[i]);
+    unsigned char any = 0;
+    for (Index i = 0; i < size; i++)
+        bad[i] = !(fabs(plane[i]) < HUGE_VALUE);
+    for (Index i = 0; mask && i < size; i++)
+        bad[i] |= mask[i] != 0;
+    for (Index i = 0; i < size; i++)
         any |= bad[i];
-    }
     return any;
 }
 
@@ -346,7 +355,7 @@ static Index mirrored(Index i, Index size)
 /* Coefficients of the template less its background, with `reach` more pixels on each side. */
 static void make_coefficients(Work *s, double tbg)
 {
-    Index size = s->ny * s->nx;
+    Index size = s->ny * s->nx, left[MOST_PLANES], right[MOST_PLANES];
     double gain = (s->ny > 1 ? 6.0 : 1.0) * (s->nx > 1 ? 6.0 : 1.0), *a = s->scratch, *b = s->scratch2;
     for (Index i = 0; i < size; i++) {
         s->template[i] -= tbg;
@@ -356,14 +365,14 @@ static void make_coefficients(Work *s, double tbg)
     transpose(a, b, s->ny, s->nx);
     prefilter(b, s->nx, s->ny);
     transpose(b, a, s->nx, s->ny);
+    for (Index x = 0; x < s->reach; x++)
+        left[x] = mirrored(x - s->reach, s->nx), right[x] = mirrored(s->nx + x, s->nx);
     for (Index y = 0; y < s->ny + 2 * s->reach; y++) {
         const double *from = a + mirrored(y - s->reach, s->ny) * s->nx;
         double *to = s->padded + y * s->stride;
         memcpy(to + s->reach, from, (size_t)s->nx * sizeof(double));
-        for (Index x = 0; x < s->reach; x++) {
-            to[x] = from[mirrored(x - s->reach, s->nx)];
-            to[s->reach + s->nx + x] = from[mirrored(s->nx + x, s->nx)];
-        }
+        for (Index x = 0; x < s->reach; x++)
+            to[x] = from[left[x]], to[s->reach + s->nx + x] = from[right[x]];
     }
 }
 
@@ -711,21 +720,26 @@ HOT static void fill_column(const Work *s, const Axis *axes, int cells, const Ax
     }
 }
 
-/* chi2 at the coefficients of a box: in the box it is nowhere below the least. Also the range of their best scales. */
-HOT static void measure(const Work *s, const Box *box, double negligible, Measure *found)
+/* chi2 at a pair of coefficients with their best scale. The square may be negative; then the best is the bound on the product's side. */
+INLINE double best_chi2(const Work *s, double square, double product, double negligible, double *scale)
 {
-    const double low = 1 / s->max_scale, high = s->max_scale, middle = (low + high) / 2, image_square = s->image_square;
-    const double *restrict square = box->square[0], *restrict product = box->product[0];
-    double bound[LANES], least[LANES], most[LANES], chi2[POINTS * LANES];
+    const double low = 1 / s->max_scale, high = s->max_scale, middle = (low + high) / 2;
+    double best = (product - middle * square) / larger(square, negligible) + middle;
+    *scale = smaller(larger(best, low), high);
+    return s->image_square - *scale * (2 * product - *scale * square);
+}
+
+/* chi2 at the coefficients of a box: in the box it is nowhere below the least. Also the range of their best scales. */
+HOT static void measure(const Work *s, Box *box, double negligible)
+{
+    double bound[LANES], least[LANES], most[LANES];
+    Coefficients chi2;
     for (int lane = 0; lane < LANES; lane++)
-        bound[lane] = INFINITY, least[lane] = high, most[lane] = low;
-    for (int i = 0; i < POINTS * LANES; i += LANES)
+        bound[lane] = INFINITY, least[lane] = s->max_scale, most[lane] = 1 / s->max_scale;
+    for (int m = 0; m < POINTS; m++)
         for (int lane = 0; lane < LANES; lane++) {
-            double t = square[i + lane], p = product[i + lane]; /* t may be negative: then the best is the bound on p's side */
-            double scale = (p - middle * t) / larger(t, negligible) + middle;
-            scale = smaller(larger(scale, low), high);
-            double value = image_square - scale * (2 * p - scale * t);
-            chi2[i + lane] = value;
+            double scale, value = best_chi2(s, box->square[m][lane], box->product[m][lane], negligible, &scale);
+            chi2[m][lane] = value;
             bound[lane] = smaller(bound[lane], value);
             least[lane] = smaller(least[lane], scale), most[lane] = larger(most[lane], scale);
         }
@@ -733,20 +747,20 @@ HOT static void measure(const Work *s, const Box *box, double negligible, Measur
         bound[0] = smaller(bound[0], bound[lane]);
         least[0] = smaller(least[0], least[lane]), most[0] = larger(most[0], most[lane]);
     }
-    found->bound = bound[0], found->least = least[0], found->most = most[0];
-    found->corner = INFINITY;
+    box->bound = bound[0], box->least = least[0], box->most = most[0];
+    box->corner = INFINITY;
     for (int row = 0; row < 2; row++)
         for (int column = 0; column < 2; column++) {
-            double value = chi2[(row * LANES + column) * (POINTS - 1)];
-            if (value < found->corner) {
-                found->corner = value;
-                found->u = box->u + column * box->width, found->v = box->v + row * box->height;
+            double value = chi2[row * (POINTS - 1)][column * (POINTS - 1)];
+            if (value < box->corner) {
+                box->corner = value;
+                box->corner_u = box->u + column * box->width, box->corner_v = box->v + row * box->height;
             }
         }
 }
 
 /* The lower and the upper half of each column of coefficients: de Casteljau's averages. */
-HOT static void halve(const double from[POINTS][LANES], double low[POINTS][LANES], double high[POINTS][LANES])
+HOT static void halve(const Coefficients from, Coefficients low, Coefficients high)
 {
     memcpy(high, from, POINTS * sizeof *from);
     for (int i = 0; i < POINTS; i++) {
@@ -758,35 +772,48 @@ HOT static void halve(const double from[POINTS][LANES], double low[POINTS][LANES
 }
 
 /* Rows become columns, and the last lane again the one before it. */
-static void turn(const double from[POINTS][LANES], double to[POINTS][LANES])
+static void turn(const Coefficients from, Coefficients to)
 {
     for (int m = 0; m < POINTS; m++)
         for (int lane = 0; lane < LANES; lane++)
             to[m][lane] = from[lane < POINTS ? lane : POINTS - 1][m];
 }
 
-static void halve_columns(const double from[POINTS][LANES], double low[POINTS][LANES], double high[POINTS][LANES])
+static void halve_columns(const Coefficients from, Coefficients low, Coefficients high)
 {
-    double turned[POINTS][LANES], turned_low[POINTS][LANES], turned_high[POINTS][LANES];
+    Coefficients turned, turned_low, turned_high;
     turn(from, turned);
     halve(turned, turned_low, turned_high);
     turn(turned_low, low);
     turn(turned_high, high);
 }
 
-static void divide(const Box *box, int in_x, Box halves[2])
+/* Divide a box into halves of its width, or of its height. */
+static void divide(const Box *box, int in_x, Box *first, Box *second)
 {
-    for (int i = 0; i < 2; i++) {
-        halves[i].u = box->u, halves[i].v = box->v;
-        halves[i].width = in_x ? box->width / 2 : box->width, halves[i].height = in_x ? box->height : box->height / 2;
-    }
-    if (in_x)
-        halves[1].u += halves[1].width;
-    else
-        halves[1].v += halves[1].height;
-    void (*const split)(const double[POINTS][LANES], double[POINTS][LANES], double[POINTS][LANES]) = in_x ? halve_columns : halve;
-    split(box->square, halves[0].square, halves[1].square);
-    split(box->product, halves[0].product, halves[1].product);
+    first->u = box->u, first->v = box->v;
+    first->width = in_x ? box->width / 2 : box->width, first->height = in_x ? box->height : box->height / 2;
+    second->width = first->width, second->height = first->height;
+    second->u = in_x ? box->u + first->width : box->u, second->v = in_x ? box->v : box->v + first->height;
+    void (*const split)(const Coefficients, Coefficients, Coefficients) = in_x ? halve_columns : halve;
+    split(box->square, first->square, second->square);
+    split(box->product, first->product, second->product);
+}
+
+/* Divide all boxes of a grid in both axes, into memory from `boxes` on. */
+static Grid quarter(Grid grid, Box *boxes)
+{
+    Grid divided = {boxes, 2 * grid.rows, 2 * grid.columns, 2 * grid.columns};
+    Box half[2];
+    for (int row = 0; row < grid.rows; row++)
+        for (int column = 0; column < grid.columns; column++) {
+            divide(&grid.boxes[row * grid.stride + column], 0, &half[0], &half[1]);
+            for (int i = 0; i < 2; i++) {
+                Box *to = &boxes[(2 * row + i) * divided.stride + 2 * column];
+                divide(&half[i], 1, to, to + 1);
+            }
+        }
+    return divided;
 }
 
 static void polish_from(const Work *s, double u, double v, Search *found)
@@ -799,35 +826,185 @@ static void polish_from(const Work *s, double u, double v, Search *found)
     found->minima[found->count++ % MOST_MINIMA] = value;
 }
 
+/* Slopes along a box, by the place in it, and as of a polynomial of the same degree. */
+HOT static void slope_in_v(const Coefficients from, Coefficients to)
+{
+    enum { DEGREE = POINTS - 1 };
+    for (int m = 0; m < POINTS; m++) {
+        const double *before = from[m ? m - 1 : 0], *after = from[m < DEGREE ? m + 1 : DEGREE];
+        for (int lane = 0; lane < LANES; lane++)
+            to[m][lane] = (2 * m - DEGREE) * from[m][lane] + (DEGREE - m) * after[lane] - m * before[lane];
+    }
+}
+
+HOT static void slope_in_u(const Coefficients from, Coefficients to)
+{
+    static const double own[LANES] = {-6, -4, -2, 0, 2, 4, 6, 0}, next[LANES] = {6, 5, 4, 3, 2, 1, 0, 0};
+    static const double last[LANES] = {0, 1, 2, 3, 4, 5, 6, 0};
+    for (int m = 0; m < POINTS; m++) {
+        const double *row = from[m];
+        double padded[LANES + 2] = {0};
+        memcpy(padded + 1, row, sizeof *from);
+        for (int lane = 0; lane < LANES; lane++)
+            to[m][lane] = own[lane] * row[lane] + next[lane] * padded[lane + 2] - last[lane] * padded[lane];
+        to[m][LANES - 1] = to[m][LANES - 2];
+    }
+}
+
+/* R and its derivatives in a box: whether it is convex, or monotonic along an axis on whose bound the minimum lies. */
+HOT static int is_convex(const Box *box, const double *ends, int count, double gain, double held_u, double held_v)
+{
+    Coefficients t_u, t_v, t_uu, t_uv, t_vv, p_u, p_v, p_uu, p_uv, p_vv;
+    slope_in_u(box->square, t_u), slope_in_v(box->square, t_v);
+    slope_in_u(t_u, t_uu), slope_in_v(t_u, t_uv), slope_in_v(t_v, t_vv);
+    slope_in_u(box->product, p_u), slope_in_v(box->product, p_v);
+    slope_in_u(p_u, p_uu), slope_in_v(p_u, p_uv), slope_in_v(p_v, p_vv);
+    const double part = count > 1 ? 2 / gain : 0; /* for a that follows the shift */
+    double least_uu[LANES], least_vv[LANES], least[LANES], most_u[LANES], most_v[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+        least_uu[lane] = least_vv[lane] = least[lane] = INFINITY, most_u[lane] = most_v[lane] = -INFINITY;
+    for (int end = 0; end < count; end++) {
+        const double twice = 2 * ends[end];
+        for (int m = 0; m < POINTS; m++)
+            for (int lane = 0; lane < LANES; lane++) {
+                double pu = p_u[m][lane], pv = p_v[m][lane];
+                double uu = (t_uu[m][lane] - twice * p_uu[m][lane] - part * pu * pu) / gain;
+                double uv = (t_uv[m][lane] - twice * p_uv[m][lane] - part * pu * pv) / gain;
+                double vv = (t_vv[m][lane] - twice * p_vv[m][lane] - part * pv * pv) / gain;
+                least_uu[lane] = smaller(uu, least_uu[lane]), least_vv[lane] = smaller(vv, least_vv[lane]);
+                least[lane] = smaller(uu * vv - uv * uv, least[lane]);
+                most_u[lane] = larger((t_u[m][lane] - twice * pu) * held_u, most_u[lane]);
+                most_v[lane] = larger((t_v[m][lane] - twice * pv) * held_v, most_v[lane]);
+            }
+    }
+    int convex = 1;
+    for (int lane = 0; lane < LANES; lane++) {
+        convex &= held_u != 0 ? most_u[lane] < 0 : least_uu[lane] > 0;
+        convex &= held_v != 0 ? most_v[lane] < 0 : least_vv[lane] > 0;
+        convex &= held_u != 0 || held_v != 0 || least[lane] > 0;
+    }
+    return convex;
+}
+
+static int holds(const Grid *grid, const Value *one)
+{
+    const Box *first = grid->boxes, *last = &first[(grid->rows - 1) * grid->stride + grid->columns - 1];
+    return one->u > first->u - 1e-12 && one->v > first->v - 1e-12 && one->u < last->u + last->width + 1e-12 &&
+           one->v < last->v + last->height + 1e-12;
+}
+
+/* Whether the best minimum lies in a grid and is shown to be the lowest there; see search.py. */
+static int is_settled(const Work *s, const Grid *grid, const Value *best)
+{
+    const double gain = s->image_square - best->chi2, low = 1 / s->max_scale, high = s->max_scale;
+    if (!(gain > 0) || !holds(grid, best))
+        return 0;
+    double held_u = fabs(best->u) >= s->max_shift && best->gu * best->u < 0 ? best->u : 0;
+    double held_v = fabs(best->v) >= s->max_shift && best->gv * best->v < 0 ? best->v : 0;
+    double ends[2] = {low, high}, least = INFINITY, most = -INFINITY;
+    int count = 2;
+    if (!best->free) { /* if R rises from the bound where the minimum lies, that end is all that matters */
+        for (int row = 0; row < grid->rows; row++)
+            for (int column = 0; column < grid->columns; column++)
+                for (int m = 0; m < POINTS; m++)
+                    for (int lane = 0; lane < LANES; lane++) {
+                        double product = grid->boxes[row * grid->stride + column].product[m][lane];
+                        least = smaller(least, product), most = larger(most, product);
+                    }
+        if (best->scale == high && (low == high || most <= gain * low))
+            count = 1;
+        else if (best->scale == low && least >= gain * high)
+            ends[0] = high, count = 1;
+    }
+    for (int row = 0; row < grid->rows; row++)
+        for (int column = 0; column < grid->columns; column++)
+            if (!is_convex(&grid->boxes[row * grid->stride + column], ends, count, gain, held_u, held_v))
+                return 0;
+    return 1;
+}
+
+/* The rectangle around the boxes where chi2 may be below the limit, and, if there are any, around the best minimum too. */
+static Grid what_is_left(Grid grid, const Search *found)
+{
+    int top = grid.rows, bottom = -1, left = grid.columns, right = -1;
+    for (int pass = 0; pass < 2 && (!pass || bottom >= 0); pass++)
+        for (int row = 0; row < grid.rows; row++)
+            for (int column = 0; column < grid.columns; column++) {
+                const Grid box = {&grid.boxes[row * grid.stride + column], 1, 1, grid.stride};
+                if (pass ? !holds(&box, &found->best) : !(box.boxes->bound < found->limit))
+                    continue;
+                top = row < top ? row : top, bottom = row > bottom ? row : bottom;
+                left = column < left ? column : left, right = column > right ? column : right;
+            }
+    if (bottom < 0)
+        return (Grid){grid.boxes, 0, 0, grid.stride};
+    return (Grid){&grid.boxes[top * grid.stride + left], bottom - top + 1, right - left + 1, grid.stride};
+}
+
 /* Whether a box touches a minimum that was found, or nearly, with the scale free, or at one bound, in all of it and there. */
-static int belongs(const Work *s, const Box *box, const Measure *here, const Search *found)
+static int belongs(const Work *s, const Box *box, const Search *found)
 {
     for (int i = 0; i < MOST_MINIMA && i < found->count; i++) {
         const Value *value = &found->minima[i];
         if (fabs(value->u - box->u - box->width / 2) > 1.5 * box->width || fabs(value->v - box->v - box->height / 2) > 1.5 * box->height)
             continue;
-        if (value->free ? 1 / s->max_scale < here->least && here->most < s->max_scale
-                        : here->least == value->scale && here->most == value->scale)
+        if (value->free ? 1 / s->max_scale < box->least && box->most < s->max_scale
+                        : box->least == value->scale && box->most == value->scale)
             return 1;
     }
     return 0;
 }
 
-/* Look into a box, unless chi2 is known to be lower elsewhere than anywhere in it. */
-static void search(const Work *s, const Box *box, int halvings, Search *found)
+/* Begin where the coefficients are lowest. */
+static void polish_lowest(const Work *s, const Box *box, Search *found)
 {
-    Measure here;
-    measure(s, box, found->negligible, &here);
-    if (!(here.bound < found->limit))
+    double least = INFINITY, u = 0, v = 0, scale;
+    for (int m = 0; m < POINTS; m++)
+        for (int lane = 0; lane < POINTS; lane++) {
+            double chi2 = best_chi2(s, box->square[m][lane], box->product[m][lane], found->negligible, &scale);
+            if (chi2 < least)
+                least = chi2, u = box->u + box->width * lane / (POINTS - 1), v = box->v + box->height * m / (POINTS - 1);
+        }
+    polish_from(s, u, v, found);
+}
+
+/* Find what is lower in a grid than what is known; memory for divided boxes begins at `next`. */
+static void look(const Work *s, Grid grid, int halvings, Box *next, Search *found)
+{
+    Box *lowest = grid.boxes, *first = grid.boxes;
+    for (int row = 0; row < grid.rows; row++)
+        for (int column = 0; column < grid.columns; column++) {
+            Box *box = &grid.boxes[row * grid.stride + column];
+            measure(s, box, found->negligible);
+            if (box->corner < lowest->corner)
+                lowest = box;
+            if (box->bound < first->bound)
+                first = box;
+        }
+    if (!found->count)
+        polish_lowest(s, first, found);
+    Grid left = what_is_left(grid, found);
+    if (!left.rows || is_settled(s, &left, &found->best))
         return;
-    if (here.corner < found->limit || (halvings == MOST_HALVINGS && !belongs(s, box, &here, found)))
-        polish_from(s, here.u, here.v, found);
-    if (halvings == MOST_HALVINGS || !(here.bound < found->limit))
+    if (lowest->corner < found->limit) {
+        polish_from(s, lowest->corner_u, lowest->corner_v, found);
+        left = what_is_left(grid, found);
+    }
+    if (halvings < MOST_HALVINGS && left.rows * left.columns <= TOGETHER) {
+        if (left.rows)
+            look(s, quarter(left, next), halvings + 1, next + 4 * TOGETHER, found);
         return;
-    Box halves[2];
-    divide(box, halvings % 2, halves);
-    search(s, &halves[0], halvings + 1, found);
-    search(s, &halves[1], halvings + 1, found);
+    }
+    for (int row = 0; row < grid.rows; row++)
+        for (int column = 0; column < grid.columns; column++) {
+            Grid box = {&grid.boxes[row * grid.stride + column], 1, 1, grid.stride};
+            if (!(box.boxes->bound < found->limit))
+                continue;
+            if (halvings < MOST_SINGLE)
+                look(s, quarter(box, next), halvings + 1, next + 4 * TOGETHER, found);
+            else if (found->count < MOST_MINIMA && !belongs(s, box.boxes, found))
+                polish_from(s, box.boxes->corner_u, box.boxes->corner_v, found);
+        }
 }
 
 /* The global minimum; see search.py. */
@@ -844,15 +1021,7 @@ static Value lowest(const Work *s)
         fill_column(s, axes, cells, &axes[i], s->boxes + i);
     for (int i = 0; i < s->count * s->count; i++)
         found.negligible = larger(found.negligible, NEGLIGIBLE * gram_at(s, 0, 0, 0, 0)[i]);
-    Measure start = {.corner = INFINITY}, here;
-    for (int i = 0; i < cells * cells; i++) {
-        measure(s, &s->boxes[i], found.negligible, &here);
-        if (here.corner < start.corner)
-            start = here;
-    }
-    polish_from(s, start.u, start.v, &found);
-    for (int i = 0; i < cells * cells; i++)
-        search(s, &s->boxes[i], 0, &found);
+    look(s, (Grid){s->boxes, cells, cells, cells}, 0, s->boxes + cells * cells, &found);
     return found.best;
 }
 
@@ -957,7 +1126,7 @@ static void span(Index size, double inner, Index *first, Index *length)
     *length = (Index)floor(((double)(size - 1) + inner) / 2) + 1 - *first;
 }
 
-static void widen(const Py_buffer *from, double *to, Index size)
+static void widen(const Py_buffer *from, double *restrict to, Index size)
 {
     if (from->itemsize == sizeof(double))
         memcpy(to, from->buf, (size_t)size * sizeof(double));
@@ -972,7 +1141,7 @@ static void *allocate(Work *s)
     Index size = s->ny * s->nx, cells = 2 * (Index)ceil(s->max_shift), squared = (Index)s->count * s->count;
     Index h = s->h > 0 ? s->h : 0, w = s->w > 0 ? s->w : 0, rows = s->slab + s->count, line = s->nx + 2 * s->reach;
     const Index planes = rows * (w + s->count) * LANES, weights = (s->slab + 1) * w * LANES, product = rows * (BLOCK + s->count) * LANES;
-    const Index boxes = cells * cells * (Index)(sizeof(Box) / sizeof(double)), padded = (s->ny + 2 * s->reach) * s->stride;
+    const Index boxes = (cells * cells + (MOST_HALVINGS + 1) * 4 * TOGETHER) * (Index)(sizeof(Box) / sizeof(double)), padded = (s->ny + 2 * s->reach) * s->stride;
     struct {
         double **place;
         Index size;
@@ -1133,45 +1302,29 @@ PyMODINIT_FUNC PyInit__adjust(void) { return PyModuleDef_Init(&module); }
 #define Vector NAME(Vector, AT_ONCE)
 typedef double Vector __attribute__((vector_size(8 * AT_ONCE), may_alias));
 
-/* One row of the plane meets rows of weights: sum[j][k] += weight[x - j wide] plane[x + k]. */
-TARGET INLINE void NAME(meet, AT_ONCE)(const int j0, const int j1, const int nk, const double *weight, Index wide,
-                                       const double *plane, Index width, Vector sum[2][3])
+/* out[k] += sum over y and x of weight[y][x] plane[y][x + k], for nk <= 7: the sums stay in registers. Vectors narrower than the
+ * lanes take several turns; the sums are the same to the last bit. */
+TARGET INLINE void NAME(line, AT_ONCE)(const int nk, const double *weight, Index wide, const double *plane, Index stride,
+                                       Index rows, Index width, double *out)
 {
-    for (Index x = 0; x < width; x++)
-#pragma GCC unroll 3
-        for (int k = 0; k < nk; k++) {
-            Vector value = *(const Vector *)(plane + (x + k) * LANES);
-#pragma GCC unroll 2
-            for (int j = j0; j < j1; j++)
-                sum[j][k] += *(const Vector *)(weight + (x - j * wide) * LANES) * value;
-        }
-}
-
-/* out[j][k] += sum over y and x of weight[y][x] plane[y + j][x + k], for nj <= 2 and nk <= 3: six sums stay in registers and
- * share five loads. Vectors narrower than the lanes take several turns; the sums are the same to the last bit. */
-TARGET INLINE void NAME(tile, AT_ONCE)(const int nj, const int nk, const double *weight, Index wide, const double *plane,
-                                       Index stride, Index rows, Index width, double *out, Index out_stride)
-{
-    double lanes[2][3][LANES];
+    double lanes[7][LANES];
     for (int lane = 0; lane < LANES; lane += AT_ONCE) {
-        const double *w = weight + lane, *p = plane + lane;
-        Vector sum[2][3] = {{{0}}};
-        NAME(meet, AT_ONCE)(0, 1, nk, w, wide, p, width, sum); /* the first row meets only j = 0, the last only j = 1 */
-        for (Index row = 1; row < rows; row++)
-            NAME(meet, AT_ONCE)(0, nj, nk, w + row * wide * LANES, wide, p + row * stride * LANES, width, sum);
-        if (nj == 2)
-            NAME(meet, AT_ONCE)(1, 2, nk, w + rows * wide * LANES, wide, p + rows * stride * LANES, width, sum);
-#pragma GCC unroll 2
-        for (int j = 0; j < nj; j++)
-#pragma GCC unroll 3
-            for (int k = 0; k < nk; k++)
-                memcpy(&lanes[j][k][lane], &sum[j][k], sizeof(Vector));
-    }
-    for (int j = 0; j < nj; j++)
-        for (int k = 0; k < nk; k++) {
-            const double *l = lanes[j][k];
-            out[j * out_stride + k] += ((l[0] + l[4]) + (l[1] + l[5])) + ((l[2] + l[6]) + (l[3] + l[7]));
+        Vector sum[7] = {{0}};
+        for (Index row = 0; row < rows; row++) {
+            const double *w = weight + row * wide * LANES + lane, *p = plane + row * stride * LANES + lane;
+            for (Index x = 0; x < width; x++) {
+                const Vector by = *(const Vector *)(w + x * LANES);
+#pragma GCC unroll 7
+                for (int k = 0; k < nk; k++)
+                    sum[k] += by * *(const Vector *)(p + (x + k) * LANES);
+            }
         }
+#pragma GCC unroll 7
+        for (int k = 0; k < nk; k++)
+            memcpy(&lanes[k][lane], &sum[k], sizeof(Vector));
+    }
+    for (int k = 0; k < nk; k++)
+        out[k] += total(lanes[k]);
 }
 
 /* out[j][k] += sum over y and x of weight[y][x] plane[y + j][x + k] for all j < nj and k < nk; interleaved planes, whose strides
@@ -1179,20 +1332,19 @@ TARGET INLINE void NAME(tile, AT_ONCE)(const int nj, const int nk, const double 
 TARGET static void NAME(correlate, AT_ONCE)(const double *weight, Index wide, const double *plane, Index stride, Index rows,
                                             Index width, int nj, int nk, double *out, Index out_stride)
 {
-    for (int j = 0; j < nj; j += 2)
-        for (int k = 0; k < nk;) {
-            int two = nj - j > 1, three = nk - k == 3 || nk - k > 4;
+    for (int j = 0; j < nj; j++)
+        for (int k = 0, count; k < nk; k += count) {
             const double *p = plane + (j * stride + k) * LANES;
             double *o = out + j * out_stride + k;
-            if (two && three)
-                NAME(tile, AT_ONCE)(2, 3, weight, wide, p, stride, rows, width, o, out_stride);
-            else if (two)
-                NAME(tile, AT_ONCE)(2, 2, weight, wide, p, stride, rows, width, o, out_stride);
-            else if (three)
-                NAME(tile, AT_ONCE)(1, 3, weight, wide, p, stride, rows, width, o, out_stride);
-            else
-                NAME(tile, AT_ONCE)(1, 2, weight, wide, p, stride, rows, width, o, out_stride);
-            k += three ? 3 : 2;
+            count = nk - k > 10 ? 7 : nk - k > 7 ? (nk - k) / 2 : nk - k;
+            switch (count) { /* the compiler makes one of each */
+            case 7: NAME(line, AT_ONCE)(7, weight, wide, p, stride, rows, width, o); break;
+            case 6: NAME(line, AT_ONCE)(6, weight, wide, p, stride, rows, width, o); break;
+            case 5: NAME(line, AT_ONCE)(5, weight, wide, p, stride, rows, width, o); break;
+            case 4: NAME(line, AT_ONCE)(4, weight, wide, p, stride, rows, width, o); break;
+            case 3: NAME(line, AT_ONCE)(3, weight, wide, p, stride, rows, width, o); break;
+            default: NAME(line, AT_ONCE)(2, weight, wide, p, stride, rows, width, o); break;
+            }
         }
 }
 

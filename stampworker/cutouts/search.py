@@ -28,9 +28,11 @@ CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short 
 LONGEST_STEP = 0.5  # pixels, half of a cell
 SHORTEST_STEP = 1e-9  # pixels
 MOST_STEPS = 50
-PARTS = 4  # of a box's side: boxes are a pixel wide, then a quarter, then a sixteenth
-DIVISIONS = 2
-TOGETHER = 9  # boxes that are divided as one rectangle; where more remain, they are too far apart for it
+PARTS = 4  # of a box's side: boxes are a pixel wide, then a quarter, then a sixteenth, ...
+TOGETHER = 9  # boxes that are divided as one rectangle; where more remain, each is by itself
+MOST_DIVISIONS = 5  # of a rectangle: to a thousandth of a pixel
+MOST_SINGLE = 2  # of boxes by themselves
+MOST_MINIMA = 64  # of a valley without end
 TOLERANCE = 1e-7  # of chi2; a difference that no one can see is not looked for
 NEGLIGIBLE = 1e-20  # of the template's largest square
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
@@ -185,15 +187,15 @@ class _Search:
         if corners.min() < self.limit:
             self.polish(*grid.corner(int(corners.argmin())))
             left = self.left(grid, chi2)
-        if divisions < DIVISIONS and left and left.forms[0].size <= TOGETHER * POINTS * POINTS:
+        if left and divisions < MOST_DIVISIONS and left.forms[0].size <= TOGETHER * POINTS * POINTS:
             self.look(left.divided(), divisions + 1)
             return
         for bound, row, column in _by_bound(chi2):
             if bound < self.limit:
                 box = grid.part(row, row + 1, column, column + 1)
-                if divisions < DIVISIONS:
+                if divisions < MOST_SINGLE:
                     self.look(box.divided(), divisions + 1)
-                elif not self.knows(box, _boxes(scale)[row, :, column]):
+                elif len(self.minima) < MOST_MINIMA and not self.knows(box, _boxes(scale)[row, :, column]):
                     lowest = _boxes(chi2)[row, ::DEGREE, column, ::DEGREE].argmin()
                     self.polish(*box.corner(int(lowest)))
 
