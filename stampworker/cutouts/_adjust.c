@@ -618,7 +618,7 @@ static double within(double at, double bound) { return fabs(at) >= bound * (1 - 
 /* Newton's method within the bounds. */
 static Value polish(const Work *s, double u, double v)
 {
-    Value here = evaluate(s, u, v), there;
+    Value here = evaluate(s, within(u, s->max_shift), within(v, s->max_shift)), there;
     for (int n = 0; n < MOST_STEPS; n++) {
         double du, dv;
         int is_last = step(&here, s->max_shift, &du, &dv) && larger(fabs(du), fabs(dv)) < CLOSE;

@@ -287,7 +287,7 @@ class _Search:
 
     def polish(self, u: float, v: float) -> None:
         """Find a minimum by Newton's method within the bounds."""
-        here = self.evaluate(u, v)
+        here = self.evaluate(_within(u, self.max_shift), _within(v, self.max_shift))
         for _ in range(MOST_STEPS):
             du, dv, is_newtons = _step(here, self.max_shift)
             longest = max(abs(du), abs(dv))

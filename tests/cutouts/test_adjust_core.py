@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import shift, spline_filter
 from scipy.optimize import minimize
 
-from stampworker.cutouts import adjust
+from stampworker.cutouts import adjust, search
 
 SOURCE = Path(adjust.__file__).with_name("_adjust.c")
 CORES = [
@@ -90,6 +91,7 @@ def test_c_and_numpy_give_the_same_answer(
     assert ours.failure or theirs.chi2 == pytest.approx(ours.chi2, rel=1e-8, abs=1e-9)
     assert ours.failure or theirs.chi2_0 == pytest.approx(ours.chi2_0, rel=1e-9)
     if abs(ours.dx - theirs.dx) + abs(ours.dy - theirs.dy) < 0.01:
+        assert theirs.at_bound == ours.at_bound
         np.testing.assert_allclose(theirs[3:10], ours[3:10], rtol=1e-6, atol=2e-5)
         np.testing.assert_allclose(adjusted[1], adjusted[0], rtol=1e-4, atol=0.02)
     assert (np.isnan(adjusted[0]) == np.isnan(adjusted[1])).all()
@@ -216,7 +218,7 @@ def objective(
     return chi2
 
 
-HARD = [  # of many thousand random fits, those in which a search from a grid's minima goes astray
+HARD = [  # of many thousand random fits, those in which a search that is easily satisfied goes astray
     # seed, shape, inner, max_shift, max_scale, fit_bg, signal; dx and dy of something lower than it finds
     (111, (14, 24), 11.5, 2.5, 1.02, False, 0.1, -1.4, -1.16),
     (994, (17, 22), 7.0, 2.0, 1.1, True, 0.0, -1.74, -1.6),
@@ -226,6 +228,12 @@ HARD = [  # of many thousand random fits, those in which a search from a grid's 
     (101075, (28, 10), 20.0, 2.5, 1.3, False, 0.0, 1.18, -1.62),
     (101408, (20, 15), 20.0, 2.0, 1.1, False, 0.0, -0.86, 1.86),
     (101561, (30, 22), 8.0, 2.5, 1.0, False, 0.0, -1.86, -2.42),
+    # those with minima within a tenth of a pixel of each other, one on the bound
+    (17819, (15, 15), 0.0, 2.0, 1.3, False, 0.05, -1.9411, 0.6526),
+    (31313, (15, 15), 0.0, 2.0, 1.3, False, 0.05, 2.0, 0.4895),
+    (50953, (15, 15), 0.0, 2.0, 3.0, True, 0.05, -2.0, 0.4719),
+    (79735, (15, 15), 0.0, 2.0, 1.3, False, 0.05, 1.6720, 1.9187),
+    (84965, (15, 15), 0.0, 2.0, 3.0, True, 0.05, -1.3544, 1.9257),
 ]
 
 
@@ -239,6 +247,109 @@ def test_no_minimum_is_overlooked(core: Callable[..., adjust.Fit], case: Any) ->
     chi2 = objective(image, template, err, inner, max_scale, fit_bg, fit)
     assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9)
     assert fit.chi2 <= chi2((dx, dy)) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("max_shift", [1.4, 2.0])
+@pytest.mark.parametrize("max_scale", [1.0, 1.1, 3.0])
+def test_what_counts_as_settled_is(max_shift: float, max_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the search stops, being shown that no other minimum is there, a dense sample has nothing lower."""
+    settled: list[tuple[Any, Any]] = []
+    is_settled = search._Search.is_settled
+
+    def watched(looking: Any, grid: Any) -> bool:
+        answer = is_settled(looking, grid)
+        if answer:
+            settled.append((looking, grid))
+        return answer
+
+    monkeypatch.setattr(search._Search, "is_settled", watched)
+    for seed in range(60):
+        planes = field(seed, (15, 16), signal=(0.0, 0.1, 1.0)[seed % 3])
+        adjust.fit_numpy(*planes, None, 0.0, max_shift, max_scale, seed % 2 == 1, False, np.empty((15, 16)))
+    for looking, grid in settled:
+        along_u, along_v = (np.linspace(edges[0], edges[-1], 9) for edges in (grid.u, grid.v))
+        sample = min(looking.evaluate(u, v).chi2 for u in along_u for v in along_v)
+        assert sample >= looking.best.chi2 * (1 - 1e-9)
+    assert len(settled) > 15
+    assert any(max_shift in (abs(looking.best.u), abs(looking.best.v)) for looking, _ in settled)
+
+
+@pytest.mark.parametrize("group", range(5))
+def test_what_is_settled_is_convex(group: int) -> None:
+    """Where the search is content with random polynomials, R falls to the bounds that hold, and is below its chords."""
+    content = 0
+    for seed in range(400 * group, 400 * (group + 1)):
+        rng = np.random.default_rng(seed)
+        looking = random_search(rng)
+        if not looking.is_settled(looking.cells):
+            continue
+        content += 1
+        best, low, high = looking.best, 1 / looking.max_scale, looking.max_scale
+        a, (u, v) = rng.uniform(low, high, (2, 300)), rng.uniform(-1, 1, (2, 2, 300))
+        for x, bound, bounds in ((a, 1 / best.scale, (low, high)), (u, best.u, (-1, 1)), (v, best.v, (-1, 1))):
+            anywhere, before = surface(looking, u, v, a), x.copy()
+            x[:] = bound
+            if bound not in bounds or (surface(looking, u, v, a) > anywhere).any():
+                x[:] = before
+        middle = surface(looking, u.mean(0), v.mean(0), a.mean(0))
+        assert (middle <= surface(looking, u, v, a).mean(0) + 1e-9).all()
+    assert content > 20
+
+
+def random_search(rng: np.random.Generator) -> Any:
+    """Return a search in one box of moves, with polynomials that bend as those of a star do, more or less."""
+    places = np.linspace(-1, 1, 7)
+
+    def coefficients(bend: float) -> Any:
+        c = rng.normal(size=(3, 3)) * size * rng.choice([0, 1], (3, 3))
+        c[1, 0] += rng.choice([0, 0, 8])
+        c[0, 2] += bend
+        c[2, 0] += bend
+        return np.polynomial.polynomial.polygrid2d(places, places, c)
+
+    size = 10 ** rng.uniform(-1, 0.5)
+    square = rng.uniform(1, 3) + coefficients(rng.uniform(-1, 3))
+    product = rng.uniform(1, 4) + coefficients(rng.uniform(-3, 1))
+    looking = object.__new__(search._Search)
+    looking.image_square, looking.max_shift, looking.max_scale = 10.0, 1.0, float(rng.choice([1, 1.1, 1.5, 3]))
+    looking.cells = search._Grid([-1.0, 1.0], [-1.0, 1.0], np.array((square, product)))
+    looking.cell, looking.negligible, looking.minima, looking.limit = None, 1e-20, [], np.inf
+    chi2, _ = looking.measure(looking.cells.forms)
+    looking.polish(*looking.cells.place(*divmod(int(chi2.argmin()), 7)))
+    return looking
+
+
+def surface(looking: Any, u: Any, v: Any, a: Any) -> Any:
+    """R = L a² - 2 a p + t at some moves and inverse scales."""
+    by_u, by_v = (
+        np.array([comb(6, i) * ((1 + x) / 2) ** i * ((1 - x) / 2) ** (6 - i) for i in range(7)]) for x in (u, v)
+    )
+    square, product = np.einsum("i...,kij,j...->k...", by_v, looking.cells.forms, by_u)
+    return (looking.image_square - looking.best.chi2) * a**2 - 2 * a * product + square
+
+
+VALLEYS = {
+    "stripes": lambda x, y: 200 * np.exp(-((x - 20.6) ** 2) / 8),
+    "diagonal": lambda x, y: 200 * np.exp(-((x + y - 40.6) ** 2) / 8),
+    "period of a pixel": lambda x, y: 50 * np.cos(2 * np.pi * x / 1.0001),
+    "checkers": lambda x, y: 50 * np.cos(np.pi * x) * np.cos(np.pi * y),
+    "ramp": lambda x, y: x + y,
+}
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("name", VALLEYS)
+def test_a_valley_has_an_end(core: Callable[..., adjust.Fit], name: str, noise: float) -> None:
+    """Where chi2 hardly depends on the shift along a line, or is the same at many shifts, the search ends, and low."""
+    y, x = np.mgrid[:41, :41].astype(float)
+    image = VALLEYS[name](x, y) + 100 + noise * np.random.default_rng(1).normal(size=x.shape)
+    template, err = VALLEYS[name](x, y) + 80, np.full(x.shape, 5.0)
+    fit = core(image, template, err, None, 0.0, 2.0, 1.1, False, False, np.empty(x.shape))
+    chi2 = objective(image, template, err, 0.0, 1.1, False, fit)
+    sample = min(chi2((dx, dy)) for dx in np.linspace(-2, 2, 9) for dy in np.linspace(-2, 2, 9))
+    assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9, abs=1e-9)
+    assert fit.chi2 <= sample * (1 + 1e-6) + 1e-9
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -300,6 +411,8 @@ for n in range(400):
     for plane in planes:
         share = rng.choice([0, 0.05, 1], p=[0.5, 0.45, 0.05])
         plane[rng.random(shape) < share] = rng.choice([np.nan, np.inf, 0, 1e30, -4])
+    if n % 7 == 0:
+        planes[1][:] = planes[1][0]
     mask = None if n % 3 else (rng.random(shape) < 0.1).astype("u1")
     inner, max_shift = float(rng.choice([0, 1, 7, 12.5, 99])), float(rng.choice([0, 0.3, 1, 2, 3.5, 5]))
     for width in (2, 0):
