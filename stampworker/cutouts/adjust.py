@@ -43,7 +43,7 @@ FLAT = 1e-6  # a template that varies by less than this part of its values is co
 FILL_LAYERS = (
     3  # rings of pixels around good ones that are filled; the spline forgets a factor 0.27 a pixel, 0.27³ = 2 %
 )
-BLOCK = 1 << 19  # bytes of weighted planes at a time: half a second-level cache
+BLOCK = 1 << 20  # bytes of weighted planes at a time, that stay in a cache; half of it costs 4 to 9 % more calls' time
 
 NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"
 PARAMETERS = ("dx", "dy", "scale", "bg")
@@ -319,8 +319,7 @@ def fit_numpy(
     best = lowest(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
-    after = _moved(padded, best.u, best.v, reach) * best.scale
-    np.subtract(residual if not fit_bg else residual - bg_offset, after, out=after)
+    after = (residual - bg_offset if fit_bg else residual) - _moved(padded, best.u, best.v, reach, best.scale)
     chi2_0, chi2 = _square((residual[box] - template[box]) * root), _square(after[box] * root)
     at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
     errors = _errors(form, best, at_bound, template_sums if fit_bg else None)
@@ -521,9 +520,10 @@ def _errors(
     return sqrt(cuu) if free_u else nan, sqrt(cvv) if free_v else nan, scale_err, bg_err
 
 
-def _moved(padded: Floats, u: float, v: float, reach: int) -> Floats:
-    """Move the spline by -u in x and -v in y: four rows, then four columns; shape (ny, nx)."""
+def _moved(padded: Floats, u: float, v: float, reach: int, scale: float) -> Floats:
+    """Move the spline by -u in x and -v in y: four rows, then four columns; times the scale, shape (ny, nx)."""
     row, along = taps(v, reach)
+    along *= scale
     column, across = taps(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
     rows = padded[row : row + ny] * along[0, 0]

@@ -325,9 +325,9 @@ class _Search:
         f2, g2 = f * f, g * g
         f3, g3 = f2 * f, g2 * g
         powers = np.array(((1.0, f, f2, f3, f2 * f2, f3 * f2, f3 * f3), (1.0, g, g2, g3, g2 * g2, g3 * g2, g3 * g3)))
-        values = (powers[0] @ cell.table).reshape(-1, POINTS) @ powers[1]
-        square, square_u, square_uu, square_v, square_uv, _, square_vv, _, _ = values[:9].tolist()
-        cross, cross_u, cross_uu, cross_v, cross_uv, _, cross_vv, _, _ = values[9:].tolist()
+        values: list[float] = ((powers[0] @ cell.table).reshape(-1, POINTS) @ powers[1]).tolist()
+        square, square_u, square_uu, square_v, square_uv, _, square_vv, _, _ = values[:9]
+        cross, cross_u, cross_uu, cross_v, cross_uv, _, cross_vv, _, _ = values[9:]
         low, high = 1 / self.max_scale, self.max_scale
         best = cross / square if square > 0 else high
         scale = min(max(best, low), high)
