@@ -32,6 +32,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef ptrdiff_t Index;
+typedef double Lanes __attribute__((vector_size(64), aligned(8), may_alias)); /* LANES of them */
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
 /* The constants of adjust.py and search.py. */
@@ -682,21 +683,17 @@ static void make_axis(const Work *s, int cell, Axis *axis)
 /* The cells of one column: the form is contracted in x for each row of planes, then in y for each cell. */
 HOT static void fill_column(const Work *s, const Axis *axes, int cells, const Axis *across, Box *boxes)
 {
-    double lags[4][MOST_PLANES][LANES], cross[MOST_PLANES][LANES];
+    Lanes lags[4][MOST_PLANES], cross[MOST_PLANES];
     for (int j = 0; j < s->count; j++) {
-        memset(cross[j], 0, sizeof *cross);
-        for (int a = 0; a < 4; a++)
-            memset(lags[a][j], 0, sizeof **lags);
-        for (int k = 0; k < 4; k++) {
-            double projection = s->projection[j * s->count + across->first + k];
-            for (int lane = 0; lane < LANES; lane++)
-                cross[j][lane] += across->singles[k][lane] * projection;
-            for (int a = 0; a < 4 && j + a < s->count; a++)
-                for (int l = 0; l < 4; l++) {
-                    double gram = *gram_at(s, a, l - k, j, across->first + k);
-                    for (int lane = 0; lane < LANES; lane++)
-                        lags[a][j][lane] += across->pairs[k][l][lane] * gram;
-                }
+        cross[j] = (Lanes){0};
+        for (int k = 0; k < 4; k++)
+            cross[j] += *(const Lanes *)across->singles[k] * s->projection[j * s->count + across->first + k];
+        for (int a = 0; a < 4; a++) {
+            Lanes sum = {0};
+            for (int k = 0; k < 4 && j + a < s->count; k++)
+                for (int l = 0; l < 4; l++)
+                    sum += *(const Lanes *)across->pairs[k][l] * *gram_at(s, a, l - k, j, across->first + k);
+            lags[a][j] = sum;
         }
     }
     for (int i = 0; i < cells; i++) {
@@ -704,19 +701,16 @@ HOT static void fill_column(const Work *s, const Axis *axes, int cells, const Ax
         Box *box = &boxes[i * cells];
         box->v = along->from, box->height = along->to - along->from;
         box->u = across->from, box->width = across->to - across->from;
-        memset(box->square, 0, sizeof box->square);
-        memset(box->product, 0, sizeof box->product);
-        for (int m = 0; m < POINTS; m++)
+        for (int m = 0; m < POINTS; m++) {
+            Lanes square = {0}, product = {0};
             for (int t = 0; t < 4; t++) {
                 const int plane = along->first + t;
-                for (int lane = 0; lane < LANES; lane++)
-                    box->product[m][lane] += along->singles[t][m] * cross[plane][lane];
-                for (int a = 0; t + a < 4; a++) {
-                    double weight = (a ? 2 : 1) * along->pairs[t][t + a][m];
-                    for (int lane = 0; lane < LANES; lane++)
-                        box->square[m][lane] += weight * lags[a][plane][lane];
-                }
+                product += along->singles[t][m] * cross[plane];
+                for (int a = 0; t + a < 4; a++)
+                    square += (a ? 2 : 1) * along->pairs[t][t + a][m] * lags[a][plane];
             }
+            *(Lanes *)box->square[m] = square, *(Lanes *)box->product[m] = product;
+        }
     }
 }
 
