@@ -315,12 +315,13 @@ def fit_numpy(
     residual = image - bg if good_image is None else np.where(np.abs(image) < HUGE, image - bg, 0.0)
     template = template - tbg if good_template is None else _filled(template, good_template, tbg) - tbg
     padded = _prefilter(image.shape[0], reach) @ template @ _prefilter(image.shape[1], reach).T
-    form = _quadratic_form(padded, residual[box] * root, root, box, reach, fit_bg)
+    weighted = residual[box] * root
+    form = _quadratic_form(padded, weighted, root, box, reach, fit_bg)
     best = lowest(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
     after = (residual - bg_offset if fit_bg else residual) - _moved(padded, best.u, best.v, reach, best.scale)
-    chi2_0, chi2 = _square((residual[box] - template[box]) * root), _square(after[box] * root)
+    chi2_0, chi2 = _square(weighted - template[box] * root), _square(after[box] * root)
     at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
     errors = _errors(form, best, at_bound, template_sums if fit_bg else None)
     if normalize:
@@ -443,28 +444,30 @@ def _quadratic_form(
     """
     ny, nx = root.shape
     size = 2 * reach + 1
-    near = np.ascontiguousarray(padded[box[0].start : box[0].stop + 2 * reach, box[1].start : box[1].stop + 2 * reach])
     weight_sum = image_mean = template_mean = 0.0
     if fit_bg:
+        unmoved = padded[reach:, reach:][box]
         weight_sum = _square(root)
         image_mean = float(np.vdot(weighted, root)) / weight_sum
-        template_mean = float(np.vdot(near[reach:-reach, reach:-reach] * root, root)) / weight_sum
-        weighted, near = weighted - image_mean * root, near - template_mean
+        template_mean = float(np.vdot(unmoved * root, root)) / weight_sum
+        weighted, padded = weighted - image_mean * root, padded - template_mean
     # sliding_window_view makes the same views, in the time of a third of the form of a small box.
-    views = np.ndarray((size, size, ny, nx), np.float64, near, 0, near.strides + near.strides)
+    first_pixel = box[0].start * padded.strides[0] + box[1].start * padded.strides[1]
+    views = np.ndarray((size, size, ny, nx), np.float64, padded, first_pixel, padded.strides + padded.strides)
     count = size * size
     rows = ceil(ny / ceil(8 * (count + 1) * ny * nx / BLOCK))
     memory = np.empty((count + 1, rows, nx))
-    total, sums = np.zeros((count + 1, count + 1)), np.zeros(count + 1)
+    totals, sums = [], np.zeros(count + 1)
     for first in range(0, ny, rows):
         some = root[first : first + rows]
         block = memory[:, : len(some)]
         np.multiply(views[:, :, first : first + rows], some, out=block[:-1].reshape(size, size, *some.shape))
         block[-1] = weighted[first : first + rows]
         flat = block.reshape(count + 1, -1)
-        total += flat @ flat.T
+        totals.append(flat @ flat.T)
         if fit_bg:
             sums += flat @ some.ravel()
+    total = sum(totals[1:], totals[0])
     if fit_bg:  # what remains after the best offset
         total -= np.outer(sums, sums / weight_sum)
     return Form(

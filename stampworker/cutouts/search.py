@@ -155,7 +155,7 @@ class _Grid(NamedTuple):
 
     def divided(self) -> _Grid:
         """Divide each box into `PARTS` along each axis."""
-        forms = _division(len(self.v) - 1) @ self.forms @ _division(len(self.u) - 1).T
+        forms = _both_ways(_division(len(self.v) - 1), self.forms, _division(len(self.u) - 1))
         return _Grid(_divided(self.v), _divided(self.u), forms)
 
     def holds(self, one: Value) -> bool:
@@ -169,7 +169,7 @@ class _Search:
     def __init__(self, form: Form, max_shift: float, max_scale: float) -> None:
         self.image_square, self.max_shift, self.max_scale = form.image_square, max_shift, max_scale
         self.cells = _cells(form, max_shift or 1.0)
-        self.cell: _Cell | None = None  # of the last move
+        self.cell = _Cell(inf, inf, 0.0, 0.0, form.gram)  # of the last move; none
         self.negligible = float(self.cells.forms[0].max()) * NEGLIGIBLE
         self.minima: list[Value] = []
         self.best: Value
@@ -264,8 +264,8 @@ class _Search:
         elif one.scale == low and forms[1].min() >= gain * high:
             parts = parts[1:2]
         _, rows, columns = forms.shape
-        planes = (parts @ forms.reshape(2, -1)).reshape(-1, rows, columns)
-        planes = _derivatives(rows // POINTS) @ planes @ _derivatives(columns // POINTS).T
+        planes = parts.dot(forms.reshape(2, -1)).reshape(-1, rows, columns)
+        planes = _both_ways(_derivatives(rows // POINTS), planes, _derivatives(columns // POINTS))
         u, v = planes[:, :rows, columns:-columns], planes[:, rows:-rows, :columns]
         uu, uv = planes[:, :rows, -columns:], planes[:, rows:-rows, columns:-columns]
         vv = planes[:, -rows:, :columns]
@@ -318,14 +318,14 @@ class _Search:
 
     def evaluate(self, u: float, v: float) -> Value:
         """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-        cell = self.cell
-        if cell is None or not (cell.v <= v <= cell.v + cell.height and cell.u <= u <= cell.u + cell.width):
-            cell = self.cell = _cell(self.cells, u, v)
-        f, g = (v - cell.v) / cell.height, (u - cell.u) / cell.width
+        low_v, low_u, height, width, table = self.cell
+        if not (low_v <= v <= low_v + height and low_u <= u <= low_u + width):
+            low_v, low_u, height, width, table = self.cell = _cell(self.cells, u, v)
+        f, g = (v - low_v) / height, (u - low_u) / width
         f2, g2 = f * f, g * g
         f3, g3 = f2 * f, g2 * g
         powers = np.array(((1.0, f, f2, f3, f2 * f2, f3 * f2, f3 * f3), (1.0, g, g2, g3, g2 * g2, g3 * g2, g3 * g3)))
-        values: list[float] = ((powers[0] @ cell.table).reshape(-1, POINTS) @ powers[1]).tolist()
+        values: list[float] = powers[0].dot(table).reshape(-1, POINTS).dot(powers[1]).tolist()
         square, square_u, square_uu, square_v, square_uv, _, square_vv, _, _ = values[:9]
         cross, cross_u, cross_uu, cross_v, cross_uv, _, cross_vv, _, _ = values[9:]
         low, high = 1 / self.max_scale, self.max_scale
@@ -377,8 +377,8 @@ def _cells(form: Form, max_shift: float) -> _Grid:
     planes = form.sums.shape[0]
     gram = form.gram.transpose(0, 2, 1, 3).reshape(planes * planes, planes * planes)
     forms = np.empty((2, len(squares), len(squares)))
-    np.matmul(squares @ gram, squares.T, out=forms[0])
-    np.matmul(products @ form.projection, products.T, out=forms[1])
+    np.dot(squares.dot(gram), squares.T, out=forms[0])
+    np.dot(products.dot(form.projection), products.T, out=forms[1])
     return _Grid(edges, edges, forms)
 
 
@@ -422,6 +422,13 @@ def _multiply(one: Floats, other: Floats) -> Floats:
         for j in range(4):
             made[i + j] += comb(3, i) * comb(3, j) / comb(DEGREE, i + j) * np.outer(one[i], other[j])
     return made
+
+
+def _both_ways(by_rows: Floats, planes: Floats, by_columns: Floats) -> Floats:
+    """Return ``by_rows @ planes @ by_columns.T``, for which small products of stacks take longer."""
+    count, rows, columns = planes.shape
+    turned: Floats = planes.reshape(-1, columns).dot(by_columns.T)
+    return by_rows @ turned.reshape(count, rows, -1)
 
 
 def _divided(edges: list[float]) -> list[float]:
@@ -477,7 +484,7 @@ def _cell(cells: _Grid, u: float, v: float) -> _Cell:
     row, column = _interval(cells.v, v), _interval(cells.u, u)
     (low_v, high_v), (low_u, high_u), forms = cells.part(row, row + 1, column, column + 1)
     by_v, by_u = _expansion(high_v - low_v), _expansion(high_u - low_u)
-    made = (by_v @ forms @ by_u.T).reshape(2, 3, POINTS, 3 * POINTS).transpose(2, 0, 1, 3)
+    made = _both_ways(by_v, forms, by_u).reshape(2, 3, POINTS, 3 * POINTS).transpose(2, 0, 1, 3)
     return _Cell(low_v, low_u, high_v - low_v, high_u - low_u, made.reshape(POINTS, -1))
 
 

@@ -313,7 +313,8 @@ def random_search(rng: np.random.Generator) -> Any:
     looking = object.__new__(search._Search)
     looking.image_square, looking.max_shift, looking.max_scale = 10.0, 1.0, float(rng.choice([1, 1.1, 1.5, 3]))
     looking.cells = search._Grid([-1.0, 1.0], [-1.0, 1.0], np.array((square, product)))
-    looking.cell, looking.negligible, looking.minima, looking.limit = None, 1e-20, [], np.inf
+    looking.cell = search._Cell(np.inf, np.inf, 0.0, 0.0, square)
+    looking.negligible, looking.minima, looking.limit = 1e-20, [], np.inf
     chi2, _ = looking.measure(looking.cells.forms)
     looking.polish(*looking.cells.place(*divmod(int(chi2.argmin()), 7)))
     return looking
