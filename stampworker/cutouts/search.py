@@ -1,34 +1,29 @@
 """The search of the fit in numpy: the shift and scale at which chi2 is lowest, in the whole of the bounds.
 
-In each cell of the spline, a pixel wide, the square t of the moved template and its product p with the image are
-polynomials of the shift, of degree 6 and 3 along each axis, and chi2 at the best scale is the least over s of
-``image² - 2 s p + s² t``: a minimum of functions that are linear in p and t, hence concave in them.
+With the square t of the moved template and its product p with the image, both polynomials of the move in each cell of
+the spline, chi2 at the best scale is the least over s of ``image² - 2 s p + s² t``: a minimum of functions that are
+linear in p and t, hence concave in them.
 
-Written in Bernstein's form on a box, a polynomial is at every place a mean of its coefficients (Cargo & Shisha 1966,
-J. Res. NBS 70B, 79). So chi2 is nowhere in the box below the least of its values at the pairs of coefficients. Boxes
-whose bound is not below the chi2 that is known are left out. Newton's method finds that chi2, and what remains around
-it is as a rule so small that the form is convex there (`_Search.is_convex`): then there is no other minimum. Where it
-is not, the boxes are divided, which sharpens the bound with the square of their side.
+So chi2 is nowhere in a box below the least of its values at the pairs of Bernstein coefficients, of which p and t are
+means there (Cargo & Shisha 1966, J. Res. NBS 70B, 79). Boxes whose bound is not below the chi2 that is known are left
+out. Newton's method finds that chi2, and what remains around it is as a rule so small that chi2 can be shown to have no
+other minimum there (`_Search.is_settled`). Else the boxes are divided, which sharpens the bound with the square of
+their side.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right as bisect
-from functools import lru_cache
-from itertools import pairwise
-from math import ceil, comb, floor, inf, sqrt
+from math import ceil, floor, inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from stampworker.cutouts.boxes import DEGREE, POINTS, Expansion, Floats, Grid, by_box, cells_of, with_derivatives
 
 CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short ends at 1e-10
 LONGEST_STEP = 0.5  # pixels, half of a cell
 SHORTEST_STEP = 1e-9  # pixels
 MOST_STEPS = 50
-PARTS = 4  # of a box's side: boxes are a pixel wide, then a quarter, then a sixteenth, ...
 TOGETHER = 9  # boxes that are divided as one rectangle; where more remain, each is by itself
 MOST_DIVISIONS = 5  # of a rectangle: to a thousandth of a pixel
 MOST_SINGLE = 2  # of boxes by themselves
@@ -36,10 +31,6 @@ MOST_MINIMA = 64  # of a valley without end
 TOLERANCE = 1e-7  # of chi2; a difference that no one can see is not looked for
 NEGLIGIBLE = 1e-20  # of the template's largest square
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
-DEGREE = 6  # of the square of the moved template, along an axis of a cell
-POINTS = DEGREE + 1  # its coefficients
-
-_SPLINE = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))) / 6  # powers of the four taps
 
 
 class Form(NamedTuple):
@@ -119,9 +110,10 @@ def lowest(form: Form, max_shift: float, max_scale: float) -> Value:
 
     Notes
     -----
-    The last boxes are a sixteenth of a pixel wide. One that touches a minimum that was found, has its scale in the
-    same range, and is no lower at its corners, is taken for that minimum's own neighbourhood, where nothing better
-    could be shown.
+    The minimum is proved to be the lowest, but for rounding and 1e-7 of chi2, unless chi2 hardly changes with the
+    shift: boxes of a thousandth of a pixel, and of a sixteenth where more than nine are left, are not divided.
+    One that touches a minimum that was found, has its scale in the same range, and is no lower at its corners, is then
+    taken for that minimum's own neighbourhood.
     """
     search = _Search(form, max_shift, max_scale)
     if not max_shift:
@@ -130,52 +122,22 @@ def lowest(form: Form, max_shift: float, max_scale: float) -> Value:
     return search.best
 
 
-class _Grid(NamedTuple):
-    """Boxes that fill a rectangle of moves, R rows of C."""
-
-    v: list[float]  # (R + 1,): their edges
-    u: list[float]  # (C + 1,)
-    forms: Floats  # (2, 7 R, 7 C): coefficients of the moved template's square, and of its product with the image
-
-    def place(self, row: int, column: int) -> tuple[float, float]:
-        """Return u and v of a coefficient."""
-        (i, over_v), (j, over_u) = divmod(row, POINTS), divmod(column, POINTS)
-        v, u = self.v, self.u
-        return u[j] + (u[j + 1] - u[j]) * (over_u / DEGREE), v[i] + (v[i + 1] - v[i]) * (over_v / DEGREE)
-
-    def corner(self, at: int) -> tuple[float, float]:
-        """Return u and v of a corner of a box, by its number along rows of corners."""
-        row, column = divmod(at, 2 * len(self.u) - 2)
-        return self.u[(column + 1) // 2], self.v[(row + 1) // 2]
-
-    def part(self, top: int, bottom: int, left: int, right: int) -> _Grid:
-        """Return the boxes of rows from ``top`` until ``bottom`` and columns from ``left`` until ``right``."""
-        forms = self.forms[:, POINTS * top : POINTS * bottom, POINTS * left : POINTS * right]
-        return _Grid(self.v[top : bottom + 1], self.u[left : right + 1], forms)
-
-    def divided(self) -> _Grid:
-        """Divide each box into `PARTS` along each axis."""
-        forms = _both_ways(_division(len(self.v) - 1), self.forms, _division(len(self.u) - 1))
-        return _Grid(_divided(self.v), _divided(self.u), forms)
-
-    def holds(self, one: Value) -> bool:
-        """Say whether a minimum lies here."""
-        return self.v[0] <= one.v <= self.v[-1] and self.u[0] <= one.u <= self.u[-1]
-
-
 class _Search:
     """What is known of chi2."""
 
     def __init__(self, form: Form, max_shift: float, max_scale: float) -> None:
         self.image_square, self.max_shift, self.max_scale = form.image_square, max_shift, max_scale
-        self.cells = _cells(form, max_shift or 1.0)
-        self.cell = _Cell(inf, inf, 0.0, 0.0, form.gram)  # of the last move; none
+        self.cells = cells_of(form.gram, form.projection, max_shift or 1.0)
+        whole = ceil(max_shift) or 1.0
+        # Where the bounds cut a cell, its slopes are those of the whole of it: what is left may be any narrow.
+        self.whole = self.cells if max_shift in (0, whole) else cells_of(form.gram, form.projection, whole)
+        self.here = Expansion(inf, inf, 0.0, 0.0, form.gram)  # around the last move; there is none
         self.negligible = float(self.cells.forms[0].max()) * NEGLIGIBLE
         self.minima: list[Value] = []
         self.best: Value
         self.limit = inf  # a chi2 below it is of interest
 
-    def look(self, grid: _Grid, divisions: int = 0) -> None:
+    def look(self, grid: Grid, divisions: int = 0) -> None:
         """Find what is lower in a grid than what is known."""
         chi2, scale = self.measure(grid.forms)
         if not self.minima:
@@ -183,7 +145,7 @@ class _Search:
         left = self.left(grid, chi2)
         if left is None or self.is_settled(left):
             return
-        corners = _boxes(chi2)[:, ::DEGREE, :, ::DEGREE].ravel()
+        corners = by_box(chi2)[:, ::DEGREE, :, ::DEGREE].ravel()
         if corners.min() < self.limit:
             self.polish(*grid.corner(int(corners.argmin())))
             left = self.left(grid, chi2)
@@ -195,11 +157,11 @@ class _Search:
                 box = grid.part(row, row + 1, column, column + 1)
                 if divisions < MOST_SINGLE:
                     self.look(box.divided(), divisions + 1)
-                elif len(self.minima) < MOST_MINIMA and not self.knows(box, _boxes(scale)[row, :, column]):
-                    lowest = _boxes(chi2)[row, ::DEGREE, column, ::DEGREE].argmin()
+                elif len(self.minima) < MOST_MINIMA and not self.knows(box, by_box(scale)[row, :, column]):
+                    lowest = by_box(chi2)[row, ::DEGREE, column, ::DEGREE].argmin()
                     self.polish(*box.corner(int(lowest)))
 
-    def left(self, grid: _Grid, chi2: Floats) -> _Grid | None:
+    def left(self, grid: Grid, chi2: Floats) -> Grid | None:
         """Return the rectangle around the boxes where chi2 may be of interest, and around the best where it is here."""
         rows, columns = (chi2 < self.limit).nonzero()
         if not rows.size:
@@ -207,8 +169,8 @@ class _Search:
         top, bottom = rows.item(0) // POINTS, rows.item(-1) // POINTS
         left, right = int(columns.min()) // POINTS, int(columns.max()) // POINTS
         best = self.best
-        if grid.holds(best):
-            row, column = _interval(grid.v, best.v), _interval(grid.u, best.u)
+        if grid.holds(best.u, best.v):
+            row, column = grid.box(best.u, best.v)
             top, bottom, left, right = min(top, row), max(bottom, row), min(left, column), max(right, column)
         return grid.part(top, bottom + 1, left, right + 1)
 
@@ -229,7 +191,7 @@ class _Search:
         np.subtract(self.image_square, chi2, out=chi2)
         return chi2, scale
 
-    def is_settled(self, grid: _Grid) -> bool:
+    def is_settled(self, grid: Grid) -> bool:
         """Say whether a minimum that lies in a grid is shown to be the lowest there.
 
         With a = 1 / scale and ``L = image² - chi2`` at the minimum, chi2 is lower where
@@ -238,7 +200,7 @@ class _Search:
         Splines and their slopes go on from cell to cell: what is convex in each cell is so in all.
         """
         one = self.best
-        if not grid.holds(one) or not one.chi2 < self.image_square:
+        if not grid.holds(one.u, one.v) or not one.chi2 < self.image_square:
             return False
         u, v, uu, uv, vv = self.derivatives(grid.forms, one)
         held_u = abs(one.u) >= self.max_shift and one.gradient[0] * one.u < 0
@@ -264,8 +226,7 @@ class _Search:
         elif one.scale == low and forms[1].min() >= gain * high:
             parts = parts[1:2]
         _, rows, columns = forms.shape
-        planes = parts.dot(forms.reshape(2, -1)).reshape(-1, rows, columns)
-        planes = _both_ways(_derivatives(rows // POINTS), planes, _derivatives(columns // POINTS))
+        planes = with_derivatives(parts.dot(forms.reshape(2, -1)).reshape(-1, rows, columns))
         u, v = planes[:, :rows, columns:-columns], planes[:, rows:-rows, :columns]
         uu, uv = planes[:, :rows, -columns:], planes[:, rows:-rows, columns:-columns]
         vv = planes[:, -rows:, :columns]
@@ -274,7 +235,7 @@ class _Search:
         (p_u, p_v), u, v = (u[2], v[2]), u[:2], v[:2]
         return u, v, uu[:2] - p_u * p_u, uv[:2] - p_u * p_v, vv[:2] - p_v * p_v
 
-    def knows(self, box: _Grid, scale: Floats) -> bool:
+    def knows(self, box: Grid, scale: Floats) -> bool:
         """Say whether a box touches a minimum, or nearly, with the scale free, or at one bound, in both."""
         (v, top), (u, right) = box.v, box.u
         least, most = scale.min(), scale.max()
@@ -318,9 +279,9 @@ class _Search:
 
     def evaluate(self, u: float, v: float) -> Value:
         """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-        low_v, low_u, height, width, table = self.cell
+        low_v, low_u, height, width, table = self.here
         if not (low_v <= v <= low_v + height and low_u <= u <= low_u + width):
-            low_v, low_u, height, width, table = self.cell = _cell(self.cells, u, v)
+            low_v, low_u, height, width, table = self.here = self.whole.expanded(u, v)
         f, g = (v - low_v) / height, (u - low_u) / width
         f2, g2 = f * f, g * g
         f3, g3 = f2 * f, g2 * g
@@ -354,144 +315,10 @@ class _Search:
         )
 
 
-def _interval(edges: list[float], at: float) -> int:
-    """Return the number of the interval; the upper end belongs to the last."""
-    return min(bisect(edges, at), len(edges) - 1) - 1
-
-
-def _boxes(plane: Floats) -> Floats:
-    """Return a plane of coefficients by row of boxes, row in the box, column of boxes and column in the box."""
-    rows, columns = plane.shape
-    return plane.reshape(rows // POINTS, POINTS, columns // POINTS, POINTS)
-
-
 def _by_bound(chi2: Floats) -> list[tuple[float, int, int]]:
     """Return boxes' bounds, rows and columns, the lowest bound first."""
-    bounds: list[list[float]] = _boxes(chi2).min((1, 3)).tolist()
+    bounds: list[list[float]] = by_box(chi2).min((1, 3)).tolist()
     return sorted((bound, row, column) for row, line in enumerate(bounds) for column, bound in enumerate(line))
-
-
-def _cells(form: Form, max_shift: float) -> _Grid:
-    """Return the spline's cells within the bounds."""
-    edges, squares, products = _functionals(max_shift)
-    planes = form.sums.shape[0]
-    gram = form.gram.transpose(0, 2, 1, 3).reshape(planes * planes, planes * planes)
-    forms = np.empty((2, len(squares), len(squares)))
-    np.dot(squares.dot(gram), squares.T, out=forms[0])
-    np.dot(products.dot(form.projection), products.T, out=forms[1])
-    return _Grid(edges, edges, forms)
-
-
-@lru_cache(maxsize=16)
-def _functionals(max_shift: float) -> tuple[list[float], Floats, Floats]:
-    """Return what makes Bernstein coefficients of the form in the N cells of each axis.
-
-    Returns
-    -------
-    edges : list, length N + 1
-        Of the cells, cut at the bounds.
-    squares : ndarray, shape (7 N, L²)
-        From pairs of planes; ``squares @ gram @ squares.T`` has the coefficients of the moved template's square.
-    products : ndarray, shape (7 N, L)
-        From planes.
-    """
-    reach = reach_of(max_shift)
-    cells = range(-ceil(max_shift), ceil(max_shift))
-    edges = [min(max(float(edge), -max_shift), max_shift) for edge in (*cells, ceil(max_shift))]
-    squares = np.zeros((len(cells), POINTS, 2 * reach + 1, 2 * reach + 1))
-    products = np.zeros((len(cells), POINTS, 2 * reach + 1))
-    for i, cell in enumerate(cells):
-        taps = _bernstein(edges[i] - cell, edges[i + 1] - cell)
-        four = slice(cell - 1 + reach, cell + 3 + reach)
-        squares[i, :, four, four] = _multiply(taps, taps)
-        products[i, :, four] = _multiply(taps, np.ones((4, 1)))[:, :, 0]
-    return edges, squares.reshape(len(cells) * POINTS, -1), products.reshape(len(cells) * POINTS, -1)
-
-
-def _bernstein(a: float, b: float) -> Floats:
-    """Return the Bernstein coefficients, (4, 4), of the four taps on the part ``a`` to ``b`` of a cell."""
-    part = np.array([[comb(k, j) * a ** (k - j) * (b - a) ** j if k >= j else 0.0 for k in range(4)] for j in range(4)])
-    coefficients = np.array([[comb(i, k) / comb(3, k) for k in range(4)] for i in range(4)])
-    return np.asarray(coefficients @ part @ _SPLINE)
-
-
-def _multiply(one: Floats, other: Floats) -> Floats:
-    """Return the coefficients, (7, M, N), of the products of cubics, (4, M) and (4, N)."""
-    made = np.zeros((POINTS, one.shape[1], other.shape[1]))
-    for i in range(4):
-        for j in range(4):
-            made[i + j] += comb(3, i) * comb(3, j) / comb(DEGREE, i + j) * np.outer(one[i], other[j])
-    return made
-
-
-def _both_ways(by_rows: Floats, planes: Floats, by_columns: Floats) -> Floats:
-    """Return ``by_rows @ planes @ by_columns.T``, for which small products of stacks take longer."""
-    count, rows, columns = planes.shape
-    turned: Floats = planes.reshape(-1, columns).dot(by_columns.T)
-    return by_rows @ turned.reshape(count, rows, -1)
-
-
-def _divided(edges: list[float]) -> list[float]:
-    """Return the edges of the parts of intervals."""
-    inner = [low + (high - low) * (part / PARTS) for low, high in pairwise(edges) for part in range(PARTS)]
-    return [*inner, edges[-1]]
-
-
-@lru_cache(maxsize=64)
-def _division(boxes: int) -> Floats:
-    """Return what turns the coefficients on intervals into those on their parts, shape (7 PARTS N, 7 N)."""
-    places = np.linspace(0, 1, POINTS)
-
-    def values(x: Floats) -> Floats:
-        return np.array([comb(DEGREE, i) * x**i * (1 - x) ** (DEGREE - i) for i in range(POINTS)]).T
-
-    one = np.concatenate([np.linalg.solve(values(places), values((part + places) / PARTS)) for part in range(PARTS)])
-    return np.kron(np.eye(boxes), one)
-
-
-@lru_cache(maxsize=64)
-def _derivatives(boxes: int) -> Floats:
-    """Return what turns the coefficients on N intervals into themselves, of slopes and of curvatures, (21 N, 7 N).
-
-    By the place in the interval, whatever its width, and as of polynomials of the same degree.
-    """
-    slope = np.diag([2.0 * i - DEGREE for i in range(POINTS)])
-    slope += np.diag([float(DEGREE - i) for i in range(DEGREE)], 1) - np.diag([i + 1.0 for i in range(DEGREE)], -1)
-    return np.concatenate([np.kron(np.eye(boxes), one) for one in (np.eye(POINTS), slope, slope @ slope)])
-
-
-_POWERS = np.array(  # row k: shares of the coefficients in the k-th power
-    [
-        [comb(DEGREE, k) * comb(k, i) * (-1.0) ** (k - i) if i <= k else 0.0 for i in range(POINTS)]
-        for k in range(POINTS)
-    ]
-)
-_SLOPES = np.diag(np.arange(1.0, POINTS), 1)  # of powers
-
-
-class _Cell(NamedTuple):
-    """A cell of the spline for `_Search.evaluate`."""
-
-    v: float  # least
-    u: float
-    height: float
-    width: float
-    table: Floats  # (7, 126): powers of v; square or product, its derivatives by v, those by u, powers of u
-
-
-def _cell(cells: _Grid, u: float, v: float) -> _Cell:
-    """Return the cell of a move."""
-    row, column = _interval(cells.v, v), _interval(cells.u, u)
-    (low_v, high_v), (low_u, high_u), forms = cells.part(row, row + 1, column, column + 1)
-    by_v, by_u = _expansion(high_v - low_v), _expansion(high_u - low_u)
-    made = _both_ways(by_v, forms, by_u).reshape(2, 3, POINTS, 3 * POINTS).transpose(2, 0, 1, 3)
-    return _Cell(low_v, low_u, high_v - low_v, high_u - low_u, made.reshape(POINTS, -1))
-
-
-@lru_cache(maxsize=64)
-def _expansion(width: float) -> Floats:
-    """Return what turns coefficients on an interval into powers of the place in it, of two derivatives too, (21, 7)."""
-    return np.concatenate([_POWERS, _SLOPES @ _POWERS / width, _SLOPES @ _SLOPES @ _POWERS / width**2])
 
 
 def _within(at: float, bound: float) -> float:

@@ -19,6 +19,7 @@ from scipy.ndimage import shift, spline_filter
 from scipy.optimize import minimize
 
 from stampworker.cutouts import adjust, search
+from stampworker.cutouts.boxes import Grid
 
 SOURCE = Path(adjust.__file__).with_name("_adjust.c")
 CORES = [
@@ -312,8 +313,8 @@ def random_search(rng: np.random.Generator) -> Any:
     product = rng.uniform(1, 4) + coefficients(rng.uniform(-3, 1))
     looking = object.__new__(search._Search)
     looking.image_square, looking.max_shift, looking.max_scale = 10.0, 1.0, float(rng.choice([1, 1.1, 1.5, 3]))
-    looking.cells = search._Grid([-1.0, 1.0], [-1.0, 1.0], np.array((square, product)))
-    looking.cell = search._Cell(np.inf, np.inf, 0.0, 0.0, square)
+    looking.cells = looking.whole = Grid([-1.0, 1.0], [-1.0, 1.0], np.array((square, product)))
+    looking.here = looking.whole.expanded(0.0, 0.0)
     looking.negligible, looking.minima, looking.limit = 1e-20, [], np.inf
     chi2, _ = looking.measure(looking.cells.forms)
     looking.polish(*looking.cells.place(*divmod(int(chi2.argmin()), 7)))
@@ -351,6 +352,23 @@ def test_a_valley_has_an_end(core: Callable[..., adjust.Fit], name: str, noise: 
     sample = min(chi2((dx, dy)) for dx in np.linspace(-2, 2, 9) for dy in np.linspace(-2, 2, 9))
     assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9, abs=1e-9)
     assert fit.chi2 <= sample * (1 + 1e-6) + 1e-9
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("excess", [5e-16, 1e-9, 1e-4])
+def test_a_bound_that_cuts_a_sliver_of_a_cell(core: Callable[..., adjust.Fit], excess: float) -> None:
+    """A bound just above whole pixels gives what the whole pixels give, at the bound and within."""
+    for seed in range(8):
+        planes = field(seed, (17, 16))
+        for bound in (0.0, 1.0, 2.0):
+            want, fit = (
+                core(*planes, None, 0.0, max_shift, 1.1, False, False, np.empty((17, 16)))
+                for max_shift in (bound, bound + excess)
+            )
+            assert fit.at_bound == want.at_bound or not bound
+            np.testing.assert_allclose(fit[5:10], want[5:10], rtol=30 * excess + 1e-9, atol=2 * excess + 1e-9)
+            if bound:
+                np.testing.assert_allclose(fit[10:], want[10:], rtol=30 * excess + 1e-3)
 
 
 @pytest.mark.parametrize("core", CORES)
