@@ -17,6 +17,7 @@ from stampworker.config import Settings
 from stampworker.enrich import Reject, enrich_table, make_packets
 from stampworker.errors import (
     AlertError,
+    BrokerUnavailable,
     ConfigError,
     FrameCorrupt,
     FrameError,
@@ -40,6 +41,7 @@ __version__ = version("stampworker")
 __all__ = [
     "Alert",
     "AlertError",
+    "BrokerUnavailable",
     "ConfigError",
     "Frame",
     "FrameCorrupt",

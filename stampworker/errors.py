@@ -87,6 +87,10 @@ class FrameUnavailable(FrameError):
     """The frame could not be read for a reason that may pass."""
 
 
+class BrokerUnavailable(StampworkerError):
+    """No broker answers, for a reason that may pass."""
+
+
 class PublishError(StampworkerError):
     """A batch could not be published."""
 

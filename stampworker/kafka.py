@@ -19,7 +19,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from stampworker.config import Settings, nearest
-from stampworker.errors import ConfigError, ProducerFenced, PublishError, TransactionAborted
+from stampworker.errors import BrokerUnavailable, ConfigError, ProducerFenced, PublishError, TransactionAborted
 
 log = logging.getLogger(__name__)
 _client_log = logging.getLogger("stampworker.librdkafka")
@@ -149,7 +149,9 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
     Raises
     ------
     ConfigError
-        No broker answers, or a topic does not exist.
+        No broker or no single topic is named, or a topic does not exist.
+    BrokerUnavailable
+        No broker answers.
     """
     servers = settings.kafka.get("bootstrap.servers")
     if not servers:
@@ -160,7 +162,7 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
     try:
         known = admin(settings).list_topics(timeout=_CONTACT_S).topics
     except KafkaException as exc:
-        raise ConfigError(f"kafka: no answer from {servers} within {_CONTACT_S:g} s: {exc.args[0].str()}") from exc
+        raise BrokerUnavailable(f"no answer from {servers} within {_CONTACT_S:g} s: {exc.args[0].str()}") from exc
     for topic in topics:
         if topic not in known:
             raise ConfigError(f"kafka: found no topic {topic!r} at {servers}; create it first")

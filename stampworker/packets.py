@@ -328,6 +328,10 @@ def read_packets(data: bytes) -> list[Packet]:
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*PACKET))
         return [_from_record(record) for record in reader]  # type: ignore[arg-type]
+    except fastavro.read.SchemaResolutionError as exc:
+        written: Any = fastavro.schema.parse_schema(fastavro.reader(io.BytesIO(data)).writer_schema)
+        name = written.get("name", "") if isinstance(written, dict) else written
+        raise ValueError(f"data: found an Avro container of {name!r}, wanted {' '.join(PACKET)}") from exc
     except Exception as exc:  # malformed bytes end in many kinds of error, and fastavro's have no common base
         found = f"{type(exc).__name__}: {str(exc)[:200]}"
         raise ValueError(f"data: found no Avro container of {' '.join(PACKET)}: {found}") from exc

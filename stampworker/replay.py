@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaException, TopicPartition
 
 from stampworker.config import Settings
-from stampworker.errors import ConfigError
+from stampworker.errors import BrokerUnavailable, ConfigError
 from stampworker.kafka import check_topics, committed, consumer
 from stampworker.resolve import load_resolver
 from stampworker.retries import Place
@@ -91,6 +91,8 @@ def replay(
     ConfigError
         A topic is not there, the packets would go to a topic that is in use, the range ends before it begins, or the
         resolver cannot be loaded.
+    BrokerUnavailable
+        No broker answers.
     """
     live = {topic: "the topic that is replayed", settings.worker.packet_topic: "the live packets' topic"}
     live[settings.worker.reject_topic] = "the topic of rejects"
@@ -136,7 +138,7 @@ def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[P
         if starts:
             reader.commit(offsets=starts, asynchronous=False)
     except KafkaException as exc:
-        raise ConfigError(f"kafka: the range of {topic!r} cannot be found: {exc.args[0].str()}") from exc
+        raise BrokerUnavailable(f"the range of {topic!r} cannot be found: {exc.args[0].str()}") from exc
     finally:
         reader.close()
     return ends

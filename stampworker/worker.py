@@ -169,7 +169,9 @@ class Worker:
         Raises
         ------
         ConfigError
-            A frame root, the broker or a topic is not there, or librdkafka refuses a property.
+            A frame root or a topic is not there, or librdkafka refuses a property.
+        BrokerUnavailable
+            No broker answers.
         ProducerFenced
             Another worker took this worker's slot.
         PublishError

@@ -563,6 +563,16 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: stampworker {command}" in capsys.readouterr().out
 
 
+def test_broker_that_does_not_answer_exits_1(capsys, monkeypatch, tmp_path):
+    """It may answer later: nothing is wrong with the usage or the configuration."""
+    monkeypatch.setattr("stampworker.kafka._CONTACT_S", 0.5)
+    monkeypatch.setenv("STAMPWORKER_FRAMES_FRAME_ROOTS", str(tmp_path))
+    nobody = ["--set", "kafka.bootstrap.servers=127.0.0.1:1", "--set", "kafka.log_level=0"]
+    for arguments in (["run", *nobody], ["replay", "a", "--to-topic", "b", *nobody]):
+        assert main(arguments) == 1
+        assert "BrokerUnavailable: no answer from 127.0.0.1:1 within 0.5 s" in capsys.readouterr().err
+
+
 def test_run_and_replay_need_frame_roots(capsys):
     """Before a broker is asked, it must be said where frames may lie."""
     for arguments in (["run"], ["replay", "a", "--to-topic", "b"]):

@@ -454,5 +454,5 @@ def test_configuration_that_breaks_the_promise_is_refused(
     with pytest.raises(stampworker.ConfigError, match="found no topic 'nowhere'"):
         drain(chain, worker__packet_topic="nowhere")
     monkeypatch.setattr(stampworker.kafka, "_CONTACT_S", 1.0)
-    with pytest.raises(stampworker.ConfigError, match=r"no answer from 127\.0\.0\.1:1 within"):
+    with pytest.raises(stampworker.BrokerUnavailable, match=r"no answer from 127\.0\.0\.1:1 within"):
         Worker(load(flags={"kafka.bootstrap.servers": "127.0.0.1:1", "kafka.log_level": "0"}), drained=True).run()
