@@ -37,9 +37,9 @@ typedef void Correlate(const double *, Index, const double *, Index, Index, Inde
 
 /* The constants of adjust.py and search.py. */
 static const double HUGE_VALUE = 1e50, FLAT = 1e-6, CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9;
-static const double TOLERANCE = 1e-7, ROUNDING = 1e-13, NEGLIGIBLE = 1e-20;
-enum { FILL_LAYERS = 3, MOST_STEPS = 50, LARGEST_SHIFT = 16, MOST_PLANES = 2 * LARGEST_SHIFT + 3, POINTS = 7 };
-enum { TOGETHER = 9, MOST_HALVINGS = 10, MOST_SINGLE = 4, MOST_MINIMA = 64 }; /* halves, where search.py divides by four */
+static const double TOLERANCE = 1e-7, ROUNDING = 1e-13, NEGLIGIBLE = 1e-20, SAME = 1e-4;
+enum { FILL_LAYERS = 3, MOST_STEPS = 200, LARGEST_SHIFT = 16, LARGEST_SCALE = 1000, MOST_PLANES = 2 * LARGEST_SHIFT + 3, POINTS = 7 };
+enum { TOGETHER = 9, MOST_HALVINGS = 10, MOST_SINGLE = 4, REMEMBERED = 64 }; /* halves, where search.py divides by four */
 enum { LANES = 8, BLOCK = 24, HORIZON = 32 }; /* BLOCK columns of a product and its weights are near the first-level cache */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
 
@@ -84,7 +84,7 @@ typedef struct {
 typedef struct {
     double negligible, limit; /* below the limit lies what is of interest */
     int count;
-    Value best, minima[MOST_MINIMA];
+    Value best, minima[REMEMBERED];
 } Search;
 
 typedef struct {
@@ -630,7 +630,7 @@ static Value polish(const Work *s, double u, double v)
             there = evaluate(s, within(here.u + du, s->max_shift), within(here.v + dv, s->max_shift));
             if (there.chi2 <= limit)
                 break;
-            is_last = 0;
+            is_last = 0, limit = here.chi2;
         }
         here = there;
         if (is_last)
@@ -817,7 +817,10 @@ static void polish_from(const Work *s, double u, double v, Search *found)
         found->best = value;
         found->limit = value.chi2 * (1 - TOLERANCE) - ROUNDING * s->image_square;
     }
-    found->minima[found->count++ % MOST_MINIMA] = value;
+    for (int i = 0; i < REMEMBERED && i < found->count; i++)
+        if (fabs(found->minima[i].u - value.u) < SAME && fabs(found->minima[i].v - value.v) < SAME)
+            return;
+    found->minima[found->count++ % REMEMBERED] = value;
 }
 
 /* Slopes along a box, by the place in it, and as of a polynomial of the same degree. */
@@ -891,7 +894,12 @@ static int holds(const Grid *grid, const Value *one)
 static int is_settled(const Work *s, const Grid *grid, const Value *best)
 {
     const double gain = s->image_square - best->chi2, low = 1 / s->max_scale, high = s->max_scale;
-    if (!(gain > 0) || !holds(grid, best))
+    const double rounding = ROUNDING * (s->image_square + best->scale * best->scale * best->square);
+    double du, dv;
+    if (!step(best, s->max_shift, &du, &dv) || !holds(grid, best))
+        return 0;
+    double fall = -(best->gu * du + best->gv * dv) / 2; /* to where Newton's method would end */
+    if (!(fall <= TOLERANCE * best->chi2 + rounding && TOLERANCE * best->chi2 + rounding < gain))
         return 0;
     double held_u = fabs(best->u) >= s->max_shift && best->gu * best->u < 0 ? best->u : 0;
     double held_v = fabs(best->v) >= s->max_shift && best->gv * best->v < 0 ? best->v : 0;
@@ -938,7 +946,7 @@ static Grid what_is_left(Grid grid, const Search *found)
 /* Whether a box touches a minimum that was found, or nearly, with the scale free, or at one bound, in all of it and there. */
 static int belongs(const Work *s, const Box *box, const Search *found)
 {
-    for (int i = 0; i < MOST_MINIMA && i < found->count; i++) {
+    for (int i = 0; i < REMEMBERED && i < found->count; i++) {
         const Value *value = &found->minima[i];
         if (fabs(value->u - box->u - box->width / 2) > 1.5 * box->width || fabs(value->v - box->v - box->height / 2) > 1.5 * box->height)
             continue;
@@ -989,16 +997,20 @@ static void look(const Work *s, Grid grid, int halvings, Box *next, Search *foun
             look(s, quarter(left, next), halvings + 1, next + 4 * TOGETHER, found);
         return;
     }
-    for (int row = 0; row < grid.rows; row++)
-        for (int column = 0; column < grid.columns; column++) {
-            Grid box = {&grid.boxes[row * grid.stride + column], 1, 1, grid.stride};
-            if (!(box.boxes->bound < found->limit))
-                continue;
-            if (halvings < MOST_SINGLE)
-                look(s, quarter(box, next), halvings + 1, next + 4 * TOGETHER, found);
-            else if (found->count < MOST_MINIMA && !belongs(s, box.boxes, found))
-                polish_from(s, box.boxes->corner_u, box.boxes->corner_v, found);
-        }
+    for (;;) { /* box by box, the lowest bound first */
+        Grid box = {grid.boxes, 1, 1, grid.stride};
+        for (int row = 0; row < grid.rows; row++)
+            for (int column = 0; column < grid.columns; column++)
+                if (grid.boxes[row * grid.stride + column].bound < box.boxes->bound)
+                    box.boxes = &grid.boxes[row * grid.stride + column];
+        if (!(box.boxes->bound < found->limit))
+            return;
+        box.boxes->bound = INFINITY;
+        if (halvings < MOST_SINGLE)
+            look(s, quarter(box, next), halvings + 1, next + 4 * TOGETHER, found);
+        else if (!belongs(s, box.boxes, found))
+            polish_from(s, box.boxes->corner_u, box.boxes->corner_v, found);
+    }
 }
 
 /* The global minimum; see search.py. */
@@ -1255,7 +1267,7 @@ static PyObject *adjust_fit(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOdddppO|i", &objects[IMAGE], &objects[TEMPLATE], &objects[ERR], &objects[MASK], &inner,
                           &work.max_shift, &work.max_scale, &work.fit_bg, &work.normalize, &objects[ADJUSTED], &at_once))
         return NULL;
-    if (!(work.max_shift >= 0 && work.max_shift <= LARGEST_SHIFT && work.max_scale >= 1 && inner >= 0))
+    if (!(work.max_shift >= 0 && work.max_shift <= LARGEST_SHIFT && work.max_scale >= 1 && work.max_scale <= LARGEST_SCALE && inner >= 0))
         PyErr_SetString(PyExc_ValueError, "max_shift, max_scale or inner is out of range");
     else if (!(work.correlate = choose_correlate(at_once)))
         PyErr_SetString(PyExc_ValueError, "this machine has no vectors of that width");

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter, spline_filter1d
+from scipy.ndimage import maximum_filter
 from scipy.special import chdtrc
 
 from stampworker.cutouts.search import Form, Value, lowest, reach_of, taps
@@ -38,6 +38,7 @@ Floats = NDArray[np.float64]
 
 NATIVE = (np.dtype(np.float32), np.dtype(np.float64))
 LARGEST_SHIFT = 16  # the Gram matrix grows with the fourth power: 1225² at 16 pixels
+LARGEST_SCALE = 1000  # the template's square is rounded, and chi2 to that times the square of the scale
 HUGE = 1e50  # float64 values beyond it, and errors below its inverse, would overflow when squared; no float32 is
 FLAT = 1e-6  # a template that varies by less than this part of its values is constant: 16 times the rounding of float32
 FILL_LAYERS = (
@@ -95,7 +96,7 @@ def adjust_cutout(
     max_shift : float, optional
         Bound of ``|dx|`` and of ``|dy|``, pixels, 0 to 16.
     max_scale : float, optional
-        ``scale`` is kept within ``1 / max_scale`` and ``max_scale``; at least 1.
+        ``scale`` is kept within ``1 / max_scale`` and ``max_scale``, 1 to 1000.
     inner : float, optional
         Fit only the pixels of a central box of this width, pixels: those with ``|x - nx/2 + 0.5| <= inner / 2`` and
         the same in y. None or 0: the whole stamp. The backgrounds are always estimated from the whole stamp.
@@ -222,7 +223,7 @@ def check_arguments(max_shift: float, max_scale: float, inner: float | None) -> 
     """Raise the ValueError that names an argument out of its range."""
     for name, value, least, most, wanted in (
         ("max_shift", max_shift, 0, LARGEST_SHIFT, f"0 to {LARGEST_SHIFT}"),
-        ("max_scale", max_scale, 1, HUGE, "at least 1"),
+        ("max_scale", max_scale, 1, LARGEST_SCALE, f"1 to {LARGEST_SCALE}"),
         ("inner", inner or 0, 0, inf, "None or at least 0"),
     ):
         try:
@@ -431,8 +432,12 @@ def _prefilter(size: int, reach: int) -> Floats:
 
     Ends are mirrored about the outermost pixels' outer edges.
     """
+    spline = (4 * np.eye(size) + np.eye(size, k=1) + np.eye(size, k=-1)) / 6
+    spline[0, 0] += 1 / 6
+    spline[-1, -1] += 1 / 6
     index = np.arange(-reach, size + reach) % (2 * size)
-    return spline_filter1d(np.eye(size), 3, 0, np.float64, "reflect")[np.minimum(index, 2 * size - 1 - index)]
+    inverse = np.asarray(np.linalg.inv(spline), np.float64)
+    return inverse[np.minimum(index, 2 * size - 1 - index)]
 
 
 def _quadratic_form(

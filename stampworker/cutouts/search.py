@@ -23,11 +23,12 @@ from stampworker.cutouts.boxes import DEGREE, POINTS, Expansion, Floats, Grid, b
 CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short ends at 1e-10
 LONGEST_STEP = 0.5  # pixels, half of a cell
 SHORTEST_STEP = 1e-9  # pixels
-MOST_STEPS = 50
+MOST_STEPS = 200
+SAME = 1e-4  # pixels: minima closer than this are one
 TOGETHER = 9  # boxes that are divided as one rectangle; where more remain, each is by itself
 MOST_DIVISIONS = 5  # of a rectangle: to a thousandth of a pixel
 MOST_SINGLE = 2  # of boxes by themselves
-MOST_MINIMA = 64  # of a valley without end
+REMEMBERED = 64  # of the minima found, the last ones
 TOLERANCE = 1e-7  # of chi2; a difference that no one can see is not looked for
 NEGLIGIBLE = 1e-20  # of the template's largest square
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
@@ -110,10 +111,11 @@ def lowest(form: Form, max_shift: float, max_scale: float) -> Value:
 
     Notes
     -----
-    The minimum is proved to be the lowest, but for rounding and 1e-7 of chi2, unless chi2 hardly changes with the
-    shift: boxes of a thousandth of a pixel, and of a sixteenth where more than nine are left, are not divided.
-    One that touches a minimum that was found, has its scale in the same range, and is no lower at its corners, is then
-    taken for that minimum's own neighbourhood.
+    The minimum is proved to be the lowest, but for rounding and 1e-7 of chi2, where the search ends by itself, as it
+    does on stars. Where chi2 is nearly the same along a line, or small beside the squares of image and template and
+    has many minima, it ends at boxes of a thousandth of a pixel, and of a sixteenth where more than nine are left: one
+    that touches a minimum that was found, has its scale in the same range, and is no lower at its corners, is taken for
+    that minimum's own neighbourhood; from all others Newton's method begins once more.
     """
     search = _Search(form, max_shift, max_scale)
     if not max_shift:
@@ -157,7 +159,7 @@ class _Search:
                 box = grid.part(row, row + 1, column, column + 1)
                 if divisions < MOST_SINGLE:
                     self.look(box.divided(), divisions + 1)
-                elif len(self.minima) < MOST_MINIMA and not self.knows(box, by_box(scale)[row, :, column]):
+                elif not self.knows(box, by_box(scale)[row, :, column]):
                     lowest = by_box(chi2)[row, ::DEGREE, column, ::DEGREE].argmin()
                     self.polish(*box.corner(int(lowest)))
 
@@ -200,7 +202,12 @@ class _Search:
         Splines and their slopes go on from cell to cell: what is convex in each cell is so in all.
         """
         one = self.best
-        if not grid.holds(one.u, one.v) or not one.chi2 < self.image_square:
+        du, dv, is_newtons = _step(one, self.max_shift)
+        fall = -(one.gradient[0] * du + one.gradient[1] * dv) / 2  # to where Newton's method would end
+        rounding = ROUNDING * (self.image_square + one.scale * one.scale * one.square)
+        if not (is_newtons and fall <= TOLERANCE * one.chi2 + rounding < self.image_square - one.chi2):
+            return False
+        if not grid.holds(one.u, one.v):
             return False
         u, v, uu, uv, vv = self.derivatives(grid.forms, one)
         held_u = abs(one.u) >= self.max_shift and one.gradient[0] * one.u < 0
@@ -240,7 +247,7 @@ class _Search:
         (v, top), (u, right) = box.v, box.u
         least, most = scale.min(), scale.max()
         free = 1 / self.max_scale < least and most < self.max_scale
-        for one in self.minima:
+        for one in self.minima[-REMEMBERED:]:
             near = abs(2 * one.v - v - top) <= 3 * (top - v) and abs(2 * one.u - u - right) <= 3 * (right - u)
             if near and (least == most == one.scale if one.scale_at_bound else free):
                 return True
@@ -263,19 +270,22 @@ class _Search:
             else:
                 break
             here = there
-        self.minima.append(here)
-        if len(self.minima) == 1 or here.chi2 < self.best.chi2:
+        if not any(abs(one.u - here.u) < SAME and abs(one.v - here.v) < SAME for one in self.minima[-REMEMBERED:]):
+            self.minima.append(here)
+        if here.chi2 * (1 - TOLERANCE) - ROUNDING * self.image_square < self.limit:
             self.best = here
             self.limit = here.chi2 * (1 - TOLERANCE) - ROUNDING * self.image_square
 
     def after(self, here: Value, du: float, dv: float) -> Value:
-        """Return what a step so short leads to, as its parabola has it; curvatures are as they were."""
+        """Return what a step so short leads to, as its parabola has it; what scale and curvatures bend is left out."""
         u, v = _within(here.u + du, self.max_shift), _within(here.v + dv, self.max_shift)
         scale = here.scale + here.scale_slope[0] * du + here.scale_slope[1] * dv
         if not (here.scale_at_bound or 1 / self.max_scale < scale < self.max_scale):
             return self.evaluate(u, v)
-        chi2 = here.chi2 + (here.gradient[0] * du + here.gradient[1] * dv) / 2
-        return Value(u, v, chi2, scale, *here[4:])
+        (gu, gv), (huu, huv, hvv) = here.gradient, here.hessian
+        chi2 = here.chi2 + (gu * du + gv * dv) / 2
+        gradient = (gu + huu * du + huv * dv, gv + huv * du + hvv * dv)
+        return Value(u, v, chi2, scale, here.scale_at_bound, gradient, *here[6:])
 
     def evaluate(self, u: float, v: float) -> Value:
         """chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""

@@ -419,6 +419,7 @@ def test_a_plane_that_is_none_is_named(plane: NDArray[Any]) -> None:
         ("max_shift", 17),
         ("max_shift", np.nan),
         ("max_scale", 0.9),
+        ("max_scale", 1000.5),
         ("max_scale", np.inf),
         ("inner", -3),
     ],
