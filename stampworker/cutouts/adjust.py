@@ -426,7 +426,7 @@ def _filled(template: Floats, good: NDArray[np.bool_], value: float) -> Floats:
     return np.where(known > 0, values, value)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _prefilter(size: int, reach: int) -> Floats:
     """Return what turns an axis of pixels into coefficients, with ``reach`` more at either end: (size + 2 reach, size).
 
