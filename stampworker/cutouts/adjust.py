@@ -44,7 +44,7 @@ FLAT = 1e-6  # a template that varies by less than this part of its values is co
 FILL_LAYERS = (
     3  # rings of pixels around good ones that are filled; the spline forgets a factor 0.27 a pixel, 0.27³ = 2 %
 )
-BLOCK = 1 << 20  # bytes of weighted planes at a time: few enough to stay in a cache, enough for few calls
+BLOCK = 1 << 21  # bytes of weighted planes at a time: few enough to stay in a cache, enough for few calls
 
 NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"
 PARAMETERS = ("dx", "dy", "scale", "bg")
