@@ -8,6 +8,7 @@
  *   of the weights with one product plane, c[y][x] c[y + a][x + b].
  * - Sums run in eight lanes in a fixed order, and the compiler may not fuse multiplication and addition (-ffp-contract=off):
  *   every clone below, SSE2 to AVX-512, gives the same bits, so the same input gives the same packet on any x86-64 machine.
+ * - Boxes are divided into halves along each axis, not quarters, and the last step of Newton's method is evaluated.
  *
  * No state is kept between calls, and the interpreter's lock is released during the fit.
  */
@@ -1147,7 +1148,8 @@ static void *allocate(Work *s)
     Index size = s->ny * s->nx, cells = 2 * (Index)ceil(s->max_shift), squared = (Index)s->count * s->count;
     Index h = s->h > 0 ? s->h : 0, w = s->w > 0 ? s->w : 0, rows = s->slab + s->count, line = s->nx + 2 * s->reach;
     const Index planes = rows * (w + s->count) * LANES, weights = (s->slab + 1) * w * LANES, product = rows * (BLOCK + s->count) * LANES;
-    const Index boxes = (cells * cells + (MOST_HALVINGS + 1) * 4 * TOGETHER) * (Index)(sizeof(Box) / sizeof(double)), padded = (s->ny + 2 * s->reach) * s->stride;
+    const Index boxes = (cells * cells + MOST_HALVINGS * 4 * TOGETHER) * (Index)(sizeof(Box) / sizeof(double));
+    const Index padded = (s->ny + 2 * s->reach) * s->stride;
     struct {
         double **place;
         Index size;
@@ -1267,7 +1269,8 @@ static PyObject *adjust_fit(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOdddppO|i", &objects[IMAGE], &objects[TEMPLATE], &objects[ERR], &objects[MASK], &inner,
                           &work.max_shift, &work.max_scale, &work.fit_bg, &work.normalize, &objects[ADJUSTED], &at_once))
         return NULL;
-    if (!(work.max_shift >= 0 && work.max_shift <= LARGEST_SHIFT && work.max_scale >= 1 && work.max_scale <= LARGEST_SCALE && inner >= 0))
+    if (!(work.max_shift >= 0 && work.max_shift <= LARGEST_SHIFT && work.max_scale >= 1 && work.max_scale <= LARGEST_SCALE &&
+          inner >= 0))
         PyErr_SetString(PyExc_ValueError, "max_shift, max_scale or inner is out of range");
     else if (!(work.correlate = choose_correlate(at_once)))
         PyErr_SetString(PyExc_ValueError, "this machine has no vectors of that width");

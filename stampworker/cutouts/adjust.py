@@ -543,7 +543,7 @@ def _moved(padded: Floats, u: float, v: float, reach: int, scale: float) -> Floa
 
 
 def fit_compiled(*args: Any) -> Fit:
-    """Fit as ``fit_numpy`` does, in C: the same arguments, and the same answer to rounding."""
+    """Fit as ``fit_numpy`` does, in C: the same arguments, the same answer to rounding, and errors to 1e-5 of them."""
     if _compiled is None:
         raise ImportError("stampworker.cutouts._adjust was not compiled")
     return Fit(*_compiled(*args))

@@ -272,9 +272,9 @@ class _Search:
             here = there
         if not any(abs(one.u - here.u) < SAME and abs(one.v - here.v) < SAME for one in self.minima[-REMEMBERED:]):
             self.minima.append(here)
-        if here.chi2 * (1 - TOLERANCE) - ROUNDING * self.image_square < self.limit:
-            self.best = here
-            self.limit = here.chi2 * (1 - TOLERANCE) - ROUNDING * self.image_square
+        limit = here.chi2 * (1 - TOLERANCE) - ROUNDING * self.image_square
+        if limit < self.limit:
+            self.best, self.limit = here, limit
 
     def after(self, here: Value, du: float, dv: float) -> Value:
         """Return what a step so short leads to, as its parabola has it; what scale and curvatures bend is left out."""
