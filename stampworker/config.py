@@ -34,6 +34,8 @@ PREFIX = "STAMPWORKER_"
 PLANES = ("science", "template", "difference", "convolved", "error", "variance", "mask")
 """The planes that an alert may name."""
 
+# Settings that were renamed, where the old name is not near the new one.
+_RENAMED = {"verdict.needed": "min_delta_chi2", "verdict.point_gain": "max_point_delta_chi2"}
 _KAFKA_ABOUT = "librdkafka's properties, shared by consumer and producer."
 _SECRET = re.compile(r"password|passphrase|secret|jaas|token|\.pem$|oauthbearer\.config", re.IGNORECASE)
 
@@ -83,7 +85,7 @@ class EnrichSettings(_Section):
     """Half-size of a stamp, pixels; a stamp is 2·ceil(radius) + 1 square."""
     required_planes: Planes = ()
     """Planes without which an alert is rejected: science, template, difference, convolved, error, variance, mask."""
-    mask_ignore: int = Field(0, ge=0, lt=1 << 63)
+    mask_ignore_flags: int = Field(0, ge=0, lt=1 << 63)
     """Bits of the mask that do not make a pixel bad, as a sum, for fit, noise and verdict; the mask's stamp keeps them.
     ZTF's masks want 2050: two of their bits mark detected sources."""
     gzip: bool = True
@@ -116,9 +118,9 @@ class VerdictSettings(_Section):
     """Smallest scale of an artefact."""
     max_scale: float = Field(1.2, ge=1)
     """Largest scale of an artefact."""
-    needed: float = Field(16.3, ge=0)
+    min_delta_chi2: float = Field(16.3, ge=0)
     """The adjustment was needed where chi2_0 − chi2 is above this (three parameters at 1e-3)."""
-    point_gain: float = Field(12.0, ge=0)
+    max_point_delta_chi2: float = Field(12.0, ge=0)
     """No artefact where a point source lowers chi2 by more than this below a shift and scale of the template."""
 
 
@@ -154,11 +156,11 @@ class FrameSettings(_Section):
     total_s: float = Field(30.0, gt=0, le=3600)
     """Longest time that opening a frame, decompressing it included, or reading one section of a remote one may take,
     and all frames of one alert together, seconds."""
-    failure_age_s: float = Field(5.0, ge=0, le=3600)
+    failure_ttl_s: float = Field(5.0, ge=0, le=3600)
     """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other of a
     server that cannot be connected to, or left three frames unanswered and answered nothing meanwhile. A server's own
     Retry-After may make it longer."""
-    remote_age_s: float = Field(300.0, ge=0)
+    remote_ttl_s: float = Field(300.0, ge=0)
     """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
     prefetch_threads: int = Field(8, ge=1, le=64)
     """Remote frames of a batch that are opened, then sections of them that are fetched, at a time."""
@@ -223,9 +225,9 @@ class WorkerSettings(_Section):
     one they are rejected at once."""
     retry_delay_s: float = Field(30.0, gt=0, le=86_400)
     """Time between two attempts at an alert, seconds."""
-    retry_missing_s: float = Field(600.0, ge=0)
+    retry_missing_for_s: float = Field(600.0, ge=0)
     """A missing frame may only be late: an alert is tried again for so long after its first attempt, seconds."""
-    retry_unavailable_s: float = Field(3600.0, ge=0)
+    retry_unavailable_for_s: float = Field(3600.0, ge=0)
     """The same for a frame that cannot be read now: a server that is down, busy or wants other credentials."""
     group: str = Field("stampworker", min_length=1)
     """Kafka consumer group."""
@@ -414,7 +416,9 @@ def _environment_key(name: str) -> tuple[str, str]:
         return section, key.replace("_", ".")
     known = [f"{PREFIX}{s}_{k}".upper() for s, model in _sections().items() for k in model.model_fields]
     if name not in known:
-        raise ConfigError(f"environment: {name} is not a setting{nearest(name, known)}")
+        current = _RENAMED.get(f"{section}.{key}")
+        hint = nearest(f"{PREFIX}{section}_{current}".upper() if current else name, known)
+        raise ConfigError(f"environment: {name} is not a setting{hint}")
     return section, key
 
 
@@ -434,4 +438,5 @@ def _complaint(error: Any, sources: Mapping[str, str]) -> str:
         return f"{prefix}: {found}{problem[0].lower()}{problem[1:]}"
     section, *rest = error["loc"]
     known = _sections()[section].model_fields if rest else Settings.model_fields
-    return f"{prefix} is not a setting{nearest(str(error['loc'][-1]), known)}"
+    name = _RENAMED.get(where, str(error["loc"][-1]))
+    return f"{prefix} is not a setting{nearest(name, known)}"

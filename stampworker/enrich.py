@@ -34,9 +34,9 @@ from pydantic import ValidationError
 
 from stampworker.alerts import Alert, from_table, masked_column
 from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
-from stampworker.cutouts import adjust_cutout, get_cutout, is_artefact, weigh_point_source
+from stampworker.cutouts import adjust_cutout, compare_point_source, get_cutout, is_artefact
 from stampworker.errors import AlertError, FrameError, FrameMismatch
-from stampworker.frames import Frame, FrameStore, Kind, celestial_frame, on_grid
+from stampworker.frames import Frame, FrameStore, PlaneKind, celestial_frame, on_grid
 from stampworker.frames.address import scheme_of
 from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _Ready = Mapping[tuple[str, bool], Future[Frame]]
 _NONE_READY: _Ready = {}
-_KINDS: dict[str, Kind] = {"mask": "mask", "error": "error", "variance": "variance"}
+_KINDS: dict[str, PlaneKind] = {"mask": "mask", "error": "error", "variance": "variance"}
 _VERSION = version("stampworker")
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 # The normal approximation to a position is lost far outside any detector; and a section's corner must be an integer.
@@ -340,8 +340,8 @@ def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
     if "mask" in cutout:
         _mask_off_frame(cutout["mask"], x1, y1, frames.science.shape)
     every_bit = cutout.get("mask")
-    if every_bit is not None and settings.enrich.mask_ignore:
-        cutout["mask"] = (every_bit.astype("i8") & ~settings.enrich.mask_ignore) != 0
+    if every_bit is not None and settings.enrich.mask_ignore_flags:
+        cutout["mask"] = (every_bit.astype("i8") & ~settings.enrich.mask_ignore_flags) != 0
     origins = _derive_planes(cutout, alert.gain or frames.header_gain)
     fit = _fit_settings(alert, settings.fit, 2 * radius + 1)
     status = _adjust(cutout, fit, (x1, y1), frames.science.shape)
@@ -517,7 +517,7 @@ def _verdict(cutout: dict[str, Any], fit: FitSettings, verdict: VerdictSettings,
         return False
     # The template may be scaled as far as an artefact may be, not only as far as the fit: else a star whose scale is
     # off by more than the fit allows would leave a point source.
-    weigh_point_source(cutout, fwhm, max_shift=fit.max_shift, max_scale=verdict.max_scale, inner=fit.inner)
+    compare_point_source(cutout, fwhm, max_shift=fit.max_shift, max_scale=verdict.max_scale, inner=fit.inner)
     return is_artefact(cutout["meta"], **thresholds)
 
 

@@ -103,7 +103,7 @@ def attempt_of(message: Message, retry_topic: str | None) -> Attempt:
 
 def next_attempt(attempt: Attempt, error: Exception, settings: WorkerSettings, now_s: float) -> Attempt | None:
     """Return the try that follows a failed one; None where the failure cannot heal, or no time is left for it to."""
-    patience = {FrameMissing: settings.retry_missing_s, FrameUnavailable: settings.retry_unavailable_s}
+    patience = {FrameMissing: settings.retry_missing_for_s, FrameUnavailable: settings.retry_unavailable_for_s}
     limit = next((limit for kind, limit in patience.items() if isinstance(error, kind)), 0.0)
     # A first attempt that lies in the future is another clock's: it must not make the patience longer for ever.
     since, due = min(attempt.since_s or now_s, now_s), now_s + settings.retry_delay_s

@@ -46,7 +46,7 @@ METRICS = (
     "adjust_scale_err",
     "adjust_bg_err",
     "adjust_bound",
-    "adjust_point_gain",
+    "adjust_point_delta_chi2",
 )
 
 _BITPIX = {"u1": 8, "i2": 16, "i4": 32, "i8": 64, "f4": -32, "f8": -64}

@@ -118,7 +118,7 @@ class Layout:
 LAYOUTS = {
     "template": Layout(),
     # The reference is a co-add on its own grid. Bits 1 and 11 of mskimg mark detected sources (ZTF Science Data System
-    # Explanatory Supplement): who names it among the planes sets enrich.mask_ignore to 2050, the sum of their values.
+    # Explanatory Supplement): to use it, name it among the planes and set enrich.mask_ignore_flags to 2050, their sum.
     "ztf": Layout(
         {
             "science": _ZTF_EXPOSURE + "sciimg.fits",

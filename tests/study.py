@@ -1,6 +1,6 @@
 """Verdicts on a simulated night against its truth.
 
-``python tests/study.py [--candidates 2600] [--seed 11] [--set verdict.point_gain=6]`` prints them.
+``python tests/study.py [--candidates 2600] [--seed 11] [--set verdict.max_point_delta_chi2=6]`` prints them.
 """
 
 from __future__ import annotations

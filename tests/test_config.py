@@ -44,7 +44,7 @@ def test_defaults_are_those_of_the_interface():
         False,
     )
     verdict = settings.verdict
-    assert (verdict.p_value, verdict.chi2_ratio, verdict.needed) == (0.01, 0.33, 16.3)
+    assert (verdict.p_value, verdict.chi2_ratio, verdict.min_delta_chi2) == (0.01, 0.33, 16.3)
     assert (verdict.min_scale, verdict.max_scale) == (0.8, 1.2)
     assert settings.frames.frame_roots == ()
     assert settings.kafka == {"bootstrap.servers": "localhost:9092"}
@@ -140,8 +140,8 @@ def test_unknown_names_in_the_environment_and_in_flags_name_the_nearest():
 @pytest.mark.parametrize(
     "flag",
     [
-        ("enrich.mask_ignore", "-1"),
-        ("enrich.mask_ignore", str(1 << 63)),
+        ("enrich.mask_ignore_flags", "-1"),
+        ("enrich.mask_ignore_flags", str(1 << 63)),
         ("enrich.radius", "0"),
         ("enrich.radius", "501"),
         ("enrich.radius", "nan"),
@@ -151,7 +151,7 @@ def test_unknown_names_in_the_environment_and_in_flags_name_the_nearest():
         ("fit.inner", "2"),
         ("fit.fit_bg", "perhaps"),
         ("fit.fwhm", "-1"),
-        ("verdict.needed", "inf"),
+        ("verdict.min_delta_chi2", "inf"),
         ("verdict.p_value", "1.5"),
         ("frames.max_open_frames", "0"),
         ("worker.batch_count", "0"),
@@ -230,7 +230,7 @@ def test_description_is_a_configuration(toml):
         {},
         {
             "enrich.required_planes": "mask",
-            "verdict.needed": "1e-7",
+            "verdict.min_delta_chi2": "1e-7",
             "kafka.client.id": 'π "quoted" \\',
             "fit.inner": "9",
             "resolve.templates": '{"science": "{root}/\\"π\\".fits#1", "mask": "m"}',
@@ -283,3 +283,25 @@ def test_section_that_is_unknown_names_its_file(tmp_path):
     path.write_text("[fitt]\nmax_shift = 2\n")
     with pytest.raises(ConfigError, match=r"worker\.toml: fitt is not a setting; the nearest known is 'fit'"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("verdict.needed", "min_delta_chi2"),
+        ("verdict.point_gain", "max_point_delta_chi2"),
+        ("enrich.mask_ignore", "mask_ignore_flags"),
+        ("frames.failure_age_s", "failure_ttl_s"),
+        ("frames.remote_age_s", "remote_ttl_s"),
+        ("worker.retry_missing_s", "retry_missing_for_s"),
+        ("worker.retry_unavailable_s", "retry_unavailable_for_s"),
+    ],
+)
+def test_a_setting_by_its_old_name_names_the_new_one(old, new):
+    """Whoever still has an old name, in a flag or in the environment, is given the present one."""
+    with pytest.raises(ConfigError, match=f"{old} is not a setting; the nearest known is '{new}'"):
+        load(flags={old: "1"})
+    section = old.partition(".")[0].upper()
+    name = f"STAMPWORKER_{old.replace('.', '_').upper()}"
+    with pytest.raises(ConfigError, match=f"{name} is not a setting; .* 'STAMPWORKER_{section}_{new.upper()}'"):
+        load(environ={name: "1"})

@@ -315,7 +315,9 @@ def test_inner_follows_the_psf(night, fwhm, default, inner):
 
 def test_settings_of_fit_and_verdict_are_kept(night):
     """The packet has what was used; the settings' box is over the PSF's."""
-    wanted = settings(fit=FitSettings(inner=11, fit_bg=True, max_scale=1.3), verdict=VerdictSettings(needed=1e9))
+    wanted = settings(
+        fit=FitSettings(inner=11, fit_bg=True, max_scale=1.3), verdict=VerdictSettings(min_delta_chi2=1e9)
+    )
     packet = one(some(night, "convolved", "error"), wanted, fwhm=3.0)
     assert packet.adjust_settings == {
         **{"max_shift": 1.0, "max_scale": 1.3, "inner": 11, "fit_bg": True},

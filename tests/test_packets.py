@@ -259,7 +259,7 @@ packets = st.builds(
         {"max_shift": 1.0, "max_scale": 1.1, "inner": 7, "fit_bg": False}
         | {
             f"artefact_{name}": 0.5
-            for name in ("p_value", "chi2_ratio", "min_scale", "max_scale", "needed", "point_gain")
+            for name in ("p_value", "chi2_ratio", "min_scale", "max_scale", "min_delta_chi2", "max_point_delta_chi2")
         }
     ),
     convolved_origin=st.none() | text,

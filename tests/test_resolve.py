@@ -658,7 +658,7 @@ def test_ztf_masks_with_bits_to_ignore(archive: Path) -> None:
     resolve = ResolveSettings(resolver="ztf", planes=tuple(ZTF_PATHS))
 
     def made(ignore: int) -> Packet:
-        (packet,) = run([alert], archive, resolve=resolve, enrich=EnrichSettings(radius=9, mask_ignore=ignore))
+        (packet,) = run([alert], archive, resolve=resolve, enrich=EnrichSettings(radius=9, mask_ignore_flags=ignore))
         assert isinstance(packet, Packet), packet
         return packet
 
@@ -682,7 +682,7 @@ def test_bits_are_ignored_in_masks_of_every_type(tmp_path: Path, kind: str) -> N
     alerts = [Alert("a", x=x, y=STAR[1], gain=1.5, frames=frames) for x in (STAR[0], 2.0)]
     masked = [Alert("a", x=a.x, y=a.y, gain=1.5, frames=frames | {"mask": str(tmp_path / "mask.fits")}) for a in alerts]
     bare = run(alerts, tmp_path)
-    ignored = run(masked, tmp_path, enrich=EnrichSettings(radius=9, mask_ignore=65))
+    ignored = run(masked, tmp_path, enrich=EnrichSettings(radius=9, mask_ignore_flags=65))
     for one, other in zip(bare, ignored, strict=True):
         assert isinstance(one, Packet)
         assert isinstance(other, Packet)

@@ -152,7 +152,7 @@ def test_attempts_are_apart_by_the_delay(
     cluster: MockCluster, settings: MakeSettings, frames: dict[str, str], tmp_path: Path
 ) -> None:
     """Each attempt comes no sooner than the delay says; none comes when the patience is at its end: then a reject."""
-    made = settings(worker__retry_missing_s=1.7)
+    made = settings(worker__retry_missing_for_s=1.7)
     cluster.produce(made.worker.input_topic[0], [encode(alert("waits", late(frames, tmp_path / "there")))])
     with running(made) as worker:
         wait_until(lambda: worker.totals.rejects == 1)
@@ -305,7 +305,7 @@ def test_without_a_retry_topic_a_missing_frame_is_a_reject_at_once(
 )
 def test_what_can_heal_is_tried_for_as_long_as_the_settings_say(error: Exception, tried_for: int) -> None:
     """A missing frame and an unavailable one have their own patience; nothing else is tried again."""
-    settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_s=60, retry_unavailable_s=120)
+    settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_for_s=60, retry_unavailable_for_s=120)
     attempt, now = Attempt("t", 1, 2, 3), 1000.0
     while (following := next_attempt(attempt, error, settings, now)) is not None:
         assert following == replace(attempt, number=attempt.number + 1, since_s=1000.0, due_s=now + 10)
@@ -315,7 +315,7 @@ def test_what_can_heal_is_tried_for_as_long_as_the_settings_say(error: Exception
 
 def test_first_attempt_in_the_future_is_now() -> None:
     """The clock of the worker that tried first may be ahead: an alert is not tried for longer on that account."""
-    settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_s=60)
+    settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_for_s=60)
     following = next_attempt(Attempt("t", 1, 2, 3, 2, since_s=9000.0), FrameMissing("u", "gone"), settings, 1000.0)
     assert following is not None
     assert following.since_s == 1000.0

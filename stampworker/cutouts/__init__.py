@@ -3,16 +3,16 @@
 from stampworker.cutouts.adjust import adjust_cutout
 from stampworker.cutouts.crop import crop_image, crop_image_centered, downscale_image, get_cutout
 from stampworker.cutouts.files import load_cutout, write_cutout
-from stampworker.cutouts.verdict import is_artefact, weigh_point_source
+from stampworker.cutouts.verdict import compare_point_source, is_artefact
 
 __all__ = [
     "adjust_cutout",
+    "compare_point_source",
     "crop_image",
     "crop_image_centered",
     "downscale_image",
     "get_cutout",
     "is_artefact",
     "load_cutout",
-    "weigh_point_source",
     "write_cutout",
 ]

@@ -21,17 +21,20 @@ def is_artefact(
     chi2_ratio: float = 0.33,
     min_scale: float = 0.8,
     max_scale: float = 1.2,
-    needed: float = 16.3,
-    point_gain: float = 12.0,
+    min_delta_chi2: float = 16.3,
+    max_point_delta_chi2: float = 12.0,
 ) -> bool:
     """Tell whether a small shift and scale of the template explain the candidate, so that it is an artefact.
 
-    Three things are asked. The adjustment explains the residual: ``adjust_pval > p_value`` or
-    ``adjust_chi2 < chi2_ratio * adjust_chi2_0``, with the scale within ``min_scale`` and ``max_scale``. It was needed:
-    ``adjust_chi2_0 - adjust_chi2 > needed``, else a faint transient on empty sky would be called an artefact for being
-    faint. And a point source does not explain it better: ``adjust_point_gain <= point_gain``, where
-    ``weigh_point_source`` has been asked, else a transient on a galaxy would be called an artefact whenever moving and
-    brightening the galaxy imitates it.
+    An artefact meets three conditions:
+
+    - The adjustment explains the residual: ``adjust_pval > p_value`` or ``adjust_chi2 < chi2_ratio * adjust_chi2_0``,
+      and the scale is between ``min_scale`` and ``max_scale``.
+    - The adjustment was needed: ``adjust_chi2_0 - adjust_chi2 > min_delta_chi2``. Without this condition a faint
+      transient on empty sky would be an artefact because it is faint.
+    - A point source does not explain it better: ``adjust_point_delta_chi2 <= max_point_delta_chi2``, where
+      ``compare_point_source`` has set it. Without this condition a transient on a galaxy would be an artefact whenever
+      a galaxy that moves and brightens imitates it.
 
     Parameters
     ----------
@@ -43,12 +46,12 @@ def is_artefact(
         So does one whose chi2 is below this part of the chi2 before.
     min_scale, max_scale : float, optional
         With a scale at or beyond these, the candidate is no artefact.
-    needed : float, optional
+    min_delta_chi2 : float, optional
         Least fall of chi2: three parameters of pure noise make 16.3 once in a thousand.
-    point_gain : float, optional
+    max_point_delta_chi2 : float, optional
         A point source that lowers chi2 by more than this below the adjustment's speaks for a transient. The default is
         the least even number that costs none of the 3 328 dipoles and scale errors among 10 400 simulated candidates
-        (``python tests/study.py --set verdict.point_gain=…``, seeds 11 to 13, of 2 600, 2 600 and 5 200).
+        (``python tests/study.py --set verdict.max_point_delta_chi2=…``, seeds 11 to 13, of 2 600, 2 600 and 5 200).
 
     Returns
     -------
@@ -68,12 +71,14 @@ def is_artefact(
     """
     chi2, chi2_0 = meta["adjust_chi2"], meta["adjust_chi2_0"]
     explained = meta["adjust_pval"] > p_value or chi2 < chi2_ratio * chi2_0
-    gain = meta.get("adjust_point_gain")
-    point = gain is not None and gain > point_gain
-    return bool(explained and min_scale < meta["adjust_scale"] < max_scale and chi2_0 - chi2 > needed and not point)
+    delta_chi2 = meta.get("adjust_point_delta_chi2")
+    point = delta_chi2 is not None and delta_chi2 > max_point_delta_chi2
+    return bool(
+        explained and min_scale < meta["adjust_scale"] < max_scale and chi2_0 - chi2 > min_delta_chi2 and not point
+    )
 
 
-def weigh_point_source(
+def compare_point_source(
     cutout: dict[str, Any],
     fwhm: float,
     *,
@@ -91,8 +96,8 @@ def weigh_point_source(
     ----------
     cutout : dict
         As for ``adjust_cutout``. The source is a Gaussian in the pixel ``(nx // 2, ny // 2)``, at the fraction of a
-        pixel that ``x`` and ``y`` of ``meta`` give. ``meta["adjust_point_gain"]`` is set, or removed where there is
-        none.
+        pixel that ``x`` and ``y`` of ``meta`` give. ``meta["adjust_point_delta_chi2"]`` is set, or removed where the
+        template cannot be fitted.
     fwhm : float
         Of the star's profile on the science frame, pixels. An error of 40 % costs little.
     max_shift, max_scale, inner
@@ -114,7 +119,7 @@ def weigh_point_source(
     check_arguments(max_shift, max_scale, inner)
     image, template, err, mask = planes_of(cutout)
     meta = cutout.setdefault("meta", {})
-    meta.pop("adjust_point_gain", None)
+    meta.pop("adjust_point_delta_chi2", None)
     fit = core(image, template, err, mask, inner or 0.0, max_shift, max_scale, True, False, np.empty(image.shape))
     if fit.failure:
         return None
@@ -129,9 +134,9 @@ def weigh_point_source(
     residual, profile = (plane - np.average(plane, weights=weight) for plane in (residual, profile))
     square = float((weight * profile**2).sum())
     fall = float((weight * profile * residual).sum()) ** 2 / square if square > 0 else 0.0
-    gain = fit.chi2 - (float((weight * residual**2).sum()) - fall)
-    meta["adjust_point_gain"] = gain
-    return gain
+    delta_chi2 = fit.chi2 - (float((weight * residual**2).sum()) - fall)
+    meta["adjust_point_delta_chi2"] = delta_chi2
+    return delta_chi2
 
 
 def _fraction(position: Any) -> float:

@@ -5,8 +5,8 @@ reads only what is sliced; `on_grid` brings a frame onto the grid of another.
 """
 
 from stampworker.frames.frame import Frame
-from stampworker.frames.grid import Kind, Regridded, on_grid
+from stampworker.frames.grid import PlaneKind, Regridded, on_grid
 from stampworker.frames.sky import celestial_frame
 from stampworker.frames.store import FrameStore
 
-__all__ = ["Frame", "FrameStore", "Kind", "Regridded", "celestial_frame", "on_grid"]
+__all__ = ["Frame", "FrameStore", "PlaneKind", "Regridded", "celestial_frame", "on_grid"]

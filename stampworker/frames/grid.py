@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from stampworker.frames.remote import Box
 
-Kind = Literal["image", "mask", "error", "variance"]
+PlaneKind = Literal["image", "mask", "error", "variance"]
 
 TOLERANCE = 0.01
 """Pixels to which two grids agree that are one."""
@@ -50,7 +50,7 @@ _one_grid: weakref.WeakKeyDictionary[Frame, weakref.WeakKeyDictionary[Frame, boo
 _lock = threading.Lock()
 
 
-def on_grid(frame: Frame, science: Frame, kind: Kind = "image") -> Frame:
+def on_grid(frame: Frame, science: Frame, kind: PlaneKind = "image") -> Frame:
     """Return the frame on the science frame's grid.
 
     Parameters
@@ -95,7 +95,7 @@ class Regridded(Frame):
 
     resampled = True
 
-    def __init__(self, frame: Frame, science: Frame, kind: Kind) -> None:
+    def __init__(self, frame: Frame, science: Frame, kind: PlaneKind) -> None:
         here, there = science.wcs, frame.wcs
         if here is None or there is None:
             raise ValueError(f"{frame.url} and {science.url} both need a WCS")

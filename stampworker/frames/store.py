@@ -120,7 +120,7 @@ class FrameStore:
     -----
     Threads may share a store. ``with`` closes it. What was opened is kept by last use: at most ``max_open_frames``
     files, one descriptor each, and ``cache_bytes`` of data that was decompressed or came from a server. A local file
-    that was replaced or rewritten is opened again; a remote one when ``remote_age_s`` have passed, or a range shows
+    that was replaced or rewritten is opened again; a remote one when ``remote_ttl_s`` have passed, or a range shows
     that it is another one.
     """
 
@@ -133,7 +133,7 @@ class FrameStore:
         self._urls += [parse(url) for url in named if scheme_of(url) in REMOTE]
         first = settings.frame_roots[0] if settings.frame_roots else ""
         self._base_url = first if base is None and scheme_of(first) in REMOTE else None
-        self._failures = Memory(settings.failure_age_s)
+        self._failures = Memory(settings.failure_ttl_s)
         self._web = WebClient(settings, self._urls, self._failures)
         self._buckets = BucketClient(settings, self._urls, self._failures)
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
@@ -322,7 +322,7 @@ class FrameStore:
             roots = ", ".join(root.shown for root in self._urls) or "no URL configured"
             raise FrameRefused(masked(given), f"outside the frame roots; frame_roots: {roots}")
         remote = self._protocol(address)
-        opened, age = time.monotonic(), self._settings.remote_age_s
+        opened, age = time.monotonic(), self._settings.remote_ttl_s
         file = self._file(
             _File(
                 given,

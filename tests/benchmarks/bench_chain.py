@@ -233,7 +233,7 @@ OUR_STAGES = {
     "open frames": (FrameStore, "open"),
     "read and crop": (enrich, "get_cutout"),
     "fit": (enrich, "adjust_cutout"),
-    "weigh a point": (enrich, "weigh_point_source"),
+    "weigh a point": (enrich, "compare_point_source"),
     "write FITS": (packets.StampWriter, "write"),
     "gzip": (packets.igzip, "compress"),
     "encode the packet": (packets, "encode"),

@@ -81,7 +81,7 @@ def test_alerts_read_are_packets_retries_and_rejects(
     """What never comes is rejected when its time is over, and the totals add up."""
     chain, retries = late_chain(make_chain, night, tmp_path / "never")
     settings = chain.settings(
-        worker__retry_topic=retries, worker__retry_delay_s=1, worker__retry_missing_s=2.5, worker__batch_s=0.1
+        worker__retry_topic=retries, worker__retry_delay_s=1, worker__retry_missing_for_s=2.5, worker__batch_s=0.1
     )
     worker = Worker(settings)
     thread = threading.Thread(target=worker.run)
@@ -134,9 +134,9 @@ def test_frame_server_that_is_down_costs_no_alert(
     options = {
         "worker__retry_topic": retries,
         "worker__retry_delay_s": 1.5,
-        "frames__failure_age_s": 0.5,
+        "frames__failure_ttl_s": 0.5,
         "frames__connect_s": 1,
-        "frames__remote_age_s": 0.2,
+        "frames__remote_ttl_s": 0.2,
     }
     started = time.monotonic()
     worker = start_worker(chain.options(**options))

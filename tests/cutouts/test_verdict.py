@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stampworker.cutouts import adjust_cutout, is_artefact, weigh_point_source
+from stampworker.cutouts import adjust_cutout, compare_point_source, is_artefact
 
 
 def fitted(**changes: float) -> dict[str, Any]:
@@ -48,14 +48,14 @@ def test_thresholds_are_arguments() -> None:
     assert not is_artefact(fitted(), p_value=0.6, chi2_ratio=0.05)
     assert not is_artefact(fitted(), min_scale=1.03)
     assert not is_artefact(fitted(), max_scale=1.01)
-    assert not is_artefact(fitted(), needed=460.0)
+    assert not is_artefact(fitted(), min_delta_chi2=460.0)
 
 
 def test_point_source_that_explains_it_better_is_no_artefact() -> None:
     """Where a point source beats the adjustment clearly, the candidate is a transient."""
-    assert not is_artefact(fitted(point_gain=13.0))
-    assert is_artefact(fitted(point_gain=11.0))
-    assert is_artefact(fitted(point_gain=13.0), point_gain=15.0)
+    assert not is_artefact(fitted(point_delta_chi2=13.0))
+    assert is_artefact(fitted(point_delta_chi2=11.0))
+    assert is_artefact(fitted(point_delta_chi2=13.0), max_point_delta_chi2=15.0)
 
 
 def disc(x: float, y: float, width: float) -> Any:
@@ -76,19 +76,19 @@ def test_transient_on_a_galaxy_is_a_point_source() -> None:
     cutout = cutout_of(galaxy + 12 * disc(16.4, 14.8, 1.3), galaxy, x=716.4, y=14.8)
     assert adjust_cutout(cutout, max_shift=1, inner=9)
     assert is_artefact(cutout["meta"], chi2_ratio=0.99)
-    gain = weigh_point_source(cutout, 3.06, max_shift=1, inner=9)
+    gain = compare_point_source(cutout, 3.06, max_shift=1, inner=9)
     assert gain is not None
     assert gain > 6
-    assert cutout["meta"]["adjust_point_gain"] == gain
+    assert cutout["meta"]["adjust_point_delta_chi2"] == gain
     assert not is_artefact(cutout["meta"], chi2_ratio=0.99)
-    assert gain > (weigh_point_source({**cutout, "meta": {"x": 16.0, "y": 15.0}}, 3.06, max_shift=1, inner=9) or 0)
+    assert gain > (compare_point_source({**cutout, "meta": {"x": 16.0, "y": 15.0}}, 3.06, max_shift=1, inner=9) or 0)
 
 
 def test_dipole_is_no_point_source() -> None:
     """The shift of a star is explained by the shift, and stays an artefact."""
     cutout = cutout_of(300 * disc(16.3, 15.2, 1.5), 300 * disc(16.0, 15.0, 1.5), x=16.0, y=15.0)
     assert adjust_cutout(cutout, max_shift=1, inner=9)
-    gain = weigh_point_source(cutout, 3.5, max_shift=1, inner=9)
+    gain = compare_point_source(cutout, 3.5, max_shift=1, inner=9)
     assert gain is not None
     assert gain < -100
     assert is_artefact(cutout["meta"])
@@ -96,11 +96,11 @@ def test_dipole_is_no_point_source() -> None:
 
 def test_no_comparison_without_a_fit() -> None:
     """A constant template cannot be weighed: None, and nothing stays in meta."""
-    cutout = cutout_of(300 * disc(16.0, 15.0, 1.5), np.zeros((31, 33)), adjust_point_gain=3.0)
-    assert weigh_point_source(cutout, 3.5) is None
-    assert "adjust_point_gain" not in cutout["meta"]
+    cutout = cutout_of(300 * disc(16.0, 15.0, 1.5), np.zeros((31, 33)), adjust_point_delta_chi2=3.0)
+    assert compare_point_source(cutout, 3.5) is None
+    assert "adjust_point_delta_chi2" not in cutout["meta"]
     with pytest.raises(ValueError, match=r"fwhm is nan"):
-        weigh_point_source(cutout, float("nan"))
+        compare_point_source(cutout, float("nan"))
 
 
 def test_no_fit_is_said() -> None:
@@ -114,9 +114,9 @@ def test_weighing_wants_what_the_fit_wants() -> None:
     cutout = cutout_of(300 * disc(16.3, 15.2, 1.5), 300 * disc(16.0, 15.0, 1.5))
     for name, value in (("max_shift", 99), ("max_shift", -1), ("max_scale", 0.5), ("inner", -3), ("max_scale", np.nan)):
         with pytest.raises(ValueError, match=rf"{name} is {value}, wanted"):
-            weigh_point_source(cutout, 3.0, **{name: value})  # type: ignore[arg-type]
+            compare_point_source(cutout, 3.0, **{name: value})  # type: ignore[arg-type]
     for fwhm in ("3", 0, np.inf, None):
         with pytest.raises(ValueError, match=r"fwhm is .*, wanted more than 0 pixels"):
-            weigh_point_source(cutout, fwhm)  # type: ignore[arg-type]
+            compare_point_source(cutout, fwhm)  # type: ignore[arg-type]
     del cutout["meta"]
-    assert weigh_point_source(cutout, 3.0) == cutout["meta"]["adjust_point_gain"]
+    assert compare_point_source(cutout, 3.0) == cutout["meta"]["adjust_point_delta_chi2"]

@@ -108,7 +108,7 @@ def test_a_compressed_mask_is_set_up_once(server: WebServer, tmp_path: Path, mon
 def test_what_fails_while_the_others_open_is_not_asked_again(server: WebServer) -> None:
     """Also where failures are not remembered for so long."""
     server.behaviours["/1-difference.fits"] = web.status(503)
-    settings = settings_of(server, failure_age_s=0.0)
+    settings = settings_of(server, failure_ttl_s=0.0)
     with FrameStore(settings.frames) as store:
         make_packets(batch(0) + batch(1), store, settings)
     assert [path for path, _ in server.requests].count("/1-difference.fits") == 1
@@ -214,7 +214,7 @@ def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most
     while alerts and len(attempts) < most:
         attempts.append(make_packets(alerts, store, settings))
         alerts = [alert for alert, result in zip(alerts, attempts[-1], strict=True) if isinstance(result, Reject)]
-        time.sleep(settings.frames.failure_age_s)
+        time.sleep(settings.frames.failure_ttl_s)
     return attempts
 
 
@@ -233,7 +233,7 @@ def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most
 )
 def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
     """Every other request fails: each alert is a packet or to be tried again, and before long all are packets."""
-    settings = settings_of(server, read_s=0.1, total_s=0.15, failure_age_s=0.05)
+    settings = settings_of(server, read_s=0.1, total_s=0.15, failure_ttl_s=0.05)
     server.behaviours |= dict.fromkeys(server.files, web.in_turn(fault, web.serve))
     alerts = [alert for number in range(2) for alert in batch(number)]
     with FrameStore(settings.frames) as store:
@@ -261,7 +261,7 @@ def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
         other.behaviours = dict.fromkeys(server.files, web.silence)
         if how == "down":
             running.close()
-        settings = settings_of(other, read_s=0.2, failure_age_s=0.3, prefetch_threads=2)
+        settings = settings_of(other, read_s=0.2, failure_ttl_s=0.3, prefetch_threads=2)
         store = running.enter_context(FrameStore(settings.frames))
         start = time.monotonic()
         for _ in range(10):

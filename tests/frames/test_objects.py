@@ -56,7 +56,7 @@ def open_store(server: WebServer, scheme: str) -> Iterator[Open]:
     stores: list[FrameStore] = []
 
     def open_store(**settings: Any) -> FrameStore:
-        given = {"connect_s": 0.5, "read_s": 0.4, "total_s": 0.6, "failure_age_s": 0.0, f"{scheme}_anonymous": True}
+        given = {"connect_s": 0.5, "read_s": 0.4, "total_s": 0.6, "failure_ttl_s": 0.0, f"{scheme}_anonymous": True}
         given |= {f"{scheme}_endpoint": server.url.rstrip("/"), "frame_roots": (f"{scheme}://bucket/night/",)}
         given |= {"abfs_account": "survey"} if scheme == "abfs" else {}
         stores.append(FrameStore(FrameSettings(**given | settings)))
@@ -199,7 +199,7 @@ def test_redirects_to_other_hosts(
     with WebServer() as other:
         other.files["/secret.fits"] = server.files[KEY]
         server.behaviours[KEY] = web.redirect(f"http://localhost:{other.server_port}/secret.fits", code)
-        store = open_store(failure_age_s=5.0)
+        store = open_store(failure_ttl_s=5.0)
         for _ in range(3):
             with pytest.raises(FrameRefused, match=r"://bucket/night/a\.fits: the endpoint redirects to another host"):
                 store.open("a.fits")
@@ -209,7 +209,7 @@ def test_redirects_to_other_hosts(
 
 def test_missing(server: WebServer, open_store: Open) -> None:
     """A key that is not there is missing; a burst asks once, later it is found."""
-    store = open_store(failure_age_s=0.2)
+    store = open_store(failure_ttl_s=0.2)
     for _ in range(20):
         with pytest.raises(FrameMissing, match=r"://bucket/night/b\.fits: no such bucket or key"):
             store.open("b.fits")
@@ -250,7 +250,7 @@ def test_no_credentials_is_loud(
     with WebServer() as metadata:  # of a cloud machine, as obstore believes
         place = metadata.url.rstrip("/")
         monkeypatch.setenv(METADATA[scheme], place.removeprefix("http://") if scheme == "gs" else place)
-        store = open_store(**{f"{scheme}_anonymous": False, "failure_age_s": 5.0})
+        store = open_store(**{f"{scheme}_anonymous": False, "failure_ttl_s": 5.0})
         for name in ("a.fits", "b.fits"):
             with pytest.raises(FrameUnavailable, match=rf"{name}: access denied"):
                 store.open(name)
@@ -275,7 +275,7 @@ def test_failing_server(server: WebServer, open_store: Open, behaviour: web.Beha
     """Failures, silence, drips, resets and nonsense are unavailable in time; the next alerts do not wait."""
     server.behaviours[KEY] = behaviour
     server.files[KEY] += bytes(100_000)
-    store = open_store(failure_age_s=5.0)
+    store = open_store(failure_ttl_s=5.0)
     start = time.monotonic()
     for _ in range(30):
         with pytest.raises(FrameUnavailable, match=r"^\w+://bucket/night/a\.fits: "):
@@ -288,7 +288,7 @@ def test_server_that_is_down(server: WebServer, open_store: Open, scheme: str) -
     """No server at the endpoint: unavailable, for every key."""
     with WebServer() as other:
         url = other.url
-    store = open_store(**{f"{scheme}_endpoint": url.rstrip("/"), "failure_age_s": 5.0})
+    store = open_store(**{f"{scheme}_endpoint": url.rstrip("/"), "failure_ttl_s": 5.0})
     with pytest.raises(FrameUnavailable, match="error sending request"):
         store.open("a.fits")
     with pytest.raises(FrameUnavailable, match=r"b\.fits: .*asked again in"):

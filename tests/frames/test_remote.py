@@ -57,7 +57,7 @@ def open_store(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stores: list[FrameStore] = []
 
     def open_store(*roots: str, **settings: Any) -> FrameStore:
-        given = {"connect_s": 0.5, "read_s": 0.3, "total_s": 0.6, "failure_age_s": 0.0} | settings
+        given = {"connect_s": 0.5, "read_s": 0.3, "total_s": 0.6, "failure_ttl_s": 0.0} | settings
         stores.append(FrameStore(FrameSettings(frame_roots=roots or (f"{server.url}data/",), **given)))
         return stores[-1]
 
@@ -157,7 +157,7 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
     for name in names:
         server.files[f"/data/{name}"] = server.files["/data/a.fits"]
         server.behaviours[f"/data/{name}"] = meet
-    store = open_store(failure_age_s=5.0, prefetch_threads=8, total_s=10.0, read_s=10.0)
+    store = open_store(failure_ttl_s=5.0, prefetch_threads=8, total_s=10.0, read_s=10.0)
     bad = ["none.fits", "../secret.fits"]
     ready = store.prefetch((name, False) for name in [*names, *names, *bad, "/etc/hostname"])
     assert list(ready) == [(name, False) for name in names + bad]
@@ -351,7 +351,7 @@ def test_redirects(server: WebServer, open_store: Open, pixels: np.ndarray) -> N
 def test_redirects_to_nonsense(server: WebServer, open_store: Open, to: str) -> None:
     """What is no URL is refused like what lies elsewhere, and a burst asks once."""
     server.behaviours["/data/1.fits"] = web.redirect(to)
-    store = open_store(failure_age_s=5.0)
+    store = open_store(failure_ttl_s=5.0)
     for _ in range(3):
         with pytest.raises(
             FrameRefused, match=r"/data/1\.fits: redirects to .*(not a URL|outside the frame|wanted http:)"
@@ -429,7 +429,7 @@ def test_the_checked_address_is_connected_to(
 def test_missing(server: WebServer, open_store: Open, code: int) -> None:
     """404 and 410 are missing; a burst asks once, and a later alert asks again and finds the frame."""
     server.behaviours["/data/a.fits"] = web.first(web.status(code))
-    store = open_store(failure_age_s=0.2)
+    store = open_store(failure_ttl_s=0.2)
     for _ in range(30):
         with pytest.raises(FrameMissing, match=f"a.fits: the server says {code}"):
             store.open("a.fits")
@@ -454,7 +454,7 @@ def test_access_denied_is_loud(
 def test_failing_server(server: WebServer, open_store: Open, code: int) -> None:
     """Any other status is unavailable, and the next frame of the server is asked for."""
     server.behaviours["/data/bad.fits"] = web.status(code)
-    store = open_store(failure_age_s=5.0)
+    store = open_store(failure_ttl_s=5.0)
     with pytest.raises(FrameUnavailable, match=f"the server says {code}"):
         store.open("bad.fits")
     assert store.open("a.fits").shape == (61, 83)
@@ -465,7 +465,7 @@ def test_busy_server_is_left_alone(server: WebServer, open_store: Open, code: in
     """After 429, or 503 with Retry-After, nothing at all is asked of the server until the time is over."""
     server.behaviours["/data/a.fits"] = web.first(web.status(code, **header))
     server.files["/data/b.fits"] = server.files["/data/a.fits"]
-    store = open_store(failure_age_s=0.3)
+    store = open_store(failure_ttl_s=0.3)
     for name in ("a.fits", "b.fits", "a.fits"):
         with pytest.raises(FrameUnavailable, match=f"{name}: the server says {code}"):
             store.open(name)
@@ -509,7 +509,7 @@ def test_slow_server_costs_the_alert(
     """Silence, a byte now and then, a header without end: unavailable in time, and the next 50 alerts at once."""
     server.behaviours["/data/a.fits"] = behaviour
     server.files["/data/a.fits"] += bytes(100_000)
-    store = open_store(failure_age_s=5.0)
+    store = open_store(failure_ttl_s=5.0)
     start = time.monotonic()
     for i in range(50):
         with pytest.raises(FrameUnavailable, match=problem):
@@ -527,7 +527,7 @@ def test_a_slow_frame_is_not_a_slow_server(server: WebServer, open_store: Open, 
     for name in (*names, "ok.fits", "ok2.fits", "other.fits"):
         server.files[f"{folder}/{name}"] = server.files["/data/a.fits"]
     server.behaviours |= {f"{folder}/{name}": web.silence for name in names}
-    store = open_store(root, failure_age_s=0.6, read_s=0.1, **given)
+    store = open_store(root, failure_ttl_s=0.6, read_s=0.1, **given)
     for name in (names[0], names[0], names[1]):
         with pytest.raises(FrameUnavailable, match=f"{name}: no"):
             store.open(name)
@@ -819,8 +819,8 @@ def test_ranges_that_cease(server: WebServer, open_store: Open, tmp_path: Path) 
 def test_old_frames_are_opened_anew(
     server: WebServer, open_store: Open, write: Callable[..., Path], pixels: np.ndarray
 ) -> None:
-    """After remote_age_s nothing that is kept is used."""
-    store = open_store(remote_age_s=0.2)
+    """After remote_ttl_s nothing that is kept is used."""
+    store = open_store(remote_ttl_s=0.2)
     np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)
     server.files["/data/a.fits"] = write("b.fits", pixels + 1).read_bytes()
     np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)
@@ -912,7 +912,7 @@ def test_netrc(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Credentials for a host come from the netrc file; one that cannot be read is said in the log."""
-    store = open_store(remote_age_s=0.0)
+    store = open_store(remote_ttl_s=0.0)
     store.open("a.fits")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login jane password hunter2\n")
     store.open("a.fits")
@@ -930,7 +930,7 @@ def test_no_connection_is_leaked(server: WebServer, open_store: Open) -> None:
         "/data/e.fits": web.status(500),
         "/data/x.fits": web.redirect("/x"),
     }
-    store = open_store(remote_age_s=0.0)
+    store = open_store(remote_ttl_s=0.0)
     for _ in range(50):
         store.open("a.fits")
         for name in ("r.fits", "e.fits", "x.fits"):
@@ -999,7 +999,7 @@ def test_failures_do_not_hold_bodies(server: WebServer, scheme: str, age: float)
 
     root = f"{server.url}data/" if scheme == "http" else "s3://bucket/data/"
     endpoint = server.url.rstrip("/")
-    frames = FrameSettings(frame_roots=(root,), s3_endpoint=endpoint, s3_anonymous=True, failure_age_s=age)
+    frames = FrameSettings(frame_roots=(root,), s3_endpoint=endpoint, s3_anonymous=True, failure_ttl_s=age)
     for i in range(3):
         server.behaviours[f"/{'bucket/' if scheme == 's3' else ''}data/{i}.fits"] = break_off
     alerts = [Alert(str(i), x=5.0, y=5.0, frames={"science": f"{i}.fits"}) for i in range(3)]

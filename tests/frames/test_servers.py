@@ -204,7 +204,7 @@ def test_without_ranges_the_file_moves_once(nginx: Nginx, tree: Path) -> None:
 @pytest.mark.parametrize("fault", ["stopped", "frozen"])
 def test_server_that_goes_away(tree: Path, tmp_path: Path, fault: str) -> None:
     """A server stopped or frozen for a while: unavailable in time; when it is back, the pixels, by the same frame."""
-    settings: dict[str, Any] = {"connect_s": 0.3, "read_s": 0.3, "total_s": 0.5, "failure_age_s": 0.2}
+    settings: dict[str, Any] = {"connect_s": 0.3, "read_s": 0.3, "total_s": 0.5, "failure_ttl_s": 0.2}
     with Nginx(tree, tmp_path) as server, FrameStore(FrameSettings(frame_roots=(server.url,), **settings)) as store:
         frame = store.open("wide.fits")
         wanted = frame[100:163, 5:68]

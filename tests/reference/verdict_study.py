@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter, shift
 
-from stampworker.cutouts import adjust_cutout, is_artefact, weigh_point_source
+from stampworker.cutouts import adjust_cutout, compare_point_source, is_artefact
 
 SIZE = 63
 MIDDLE = SIZE // 2
 YY, XX = np.mgrid[0:SIZE, 0:SIZE].astype(float)
 RULES = {
-    "STDWeb's alone": {"needed": -np.inf, "point_gain": np.inf},
-    "two conditions": {"point_gain": np.inf},
+    "STDWeb's alone": {"min_delta_chi2": -np.inf, "max_point_delta_chi2": np.inf},
+    "two conditions": {"max_point_delta_chi2": np.inf},
     "is_artefact": {},
 }
 
@@ -118,7 +118,7 @@ def main() -> None:
                 box = max(7, ceil(2 * cutout["meta"]["fwhm"]) // 2 * 2 + 1)
                 if adjust_cutout(cutout, max_shift=1, max_scale=1.1, inner=box):
                     fitted += 1
-                    weigh_point_source(cutout, cutout["meta"]["fwhm"], max_shift=1, max_scale=1.1, inner=box)
+                    compare_point_source(cutout, cutout["meta"]["fwhm"], max_shift=1, max_scale=1.1, inner=box)
                     for name, thresholds in RULES.items():
                         called[name] += is_artefact(cutout["meta"], **thresholds)
             span = f"{low}" if low == high else f"{low}-{high}"
