@@ -7,7 +7,7 @@ IMAGE ?= stampworker
 venv := .venv
 bin := $(venv)/bin
 bench := $(venv)/bench
-sources := pyproject.toml constraints.txt $(wildcard setup.py stampworker/*.c stampworker/*/*.c)
+sources := pyproject.toml constraints.txt $(wildcard setup.py stampworker/*/*.c stampworker/*/*/*.[ch])
 install = $(1)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-unit lint bench image clean
@@ -22,9 +22,9 @@ demo: $(venv)/.viewer ## install, and run a small simulated survey night through
 	$(bin)/stampworker demo
 
 test: lint ## environment, ruff, mypy and every test, with a real Kafka broker in a container, real servers of frames
-	deploy/servers.sh
+	tests/servers/frame_servers.sh
 	deploy/engine.sh
-	deploy/kafka/image.sh
+	tests/servers/kafka/image.sh
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
 test-unit: $(venv)/.test ## the tests that need no Docker and no other servers

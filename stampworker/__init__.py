@@ -12,7 +12,6 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 from importlib.metadata import version
 
-from stampworker.alerts import Alert
 from stampworker.config import Settings
 from stampworker.enrich import Reject, enrich_table, make_packets
 from stampworker.errors import (
@@ -31,10 +30,11 @@ from stampworker.errors import (
     TransactionAborted,
     UnknownSchema,
 )
+from stampworker.formats.alerts import Alert
+from stampworker.formats.packets import Packet, Stamp
 from stampworker.frames import Frame, FrameStore
-from stampworker.packets import Packet, Stamp
 from stampworker.resolve import Resolver, load_resolver
-from stampworker.worker import Worker
+from stampworker.stream.worker import Worker
 
 __version__ = version("stampworker")
 

@@ -26,20 +26,24 @@ from astropy.units import Quantity
 from tqdm import tqdm
 
 import stampworker
-from stampworker import archive, config, demo, simulate, viewer
-from stampworker.alerts import Alert, encode, masked_column
+from stampworker import config
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
 from stampworker.enrich import Prepared, Reject, check_frames, complete, file_url, prepare, results_table
 from stampworker.errors import AlertError, ConfigError, StampworkerError
+from stampworker.formats import files
+from stampworker.formats.alerts import Alert, encode, masked_column
+from stampworker.formats.packets import Packet
+from stampworker.formats.packets import encode as encode_packet
 from stampworker.frames import FrameStore
-from stampworker.kafka import Record, check_topics, publish_all
-from stampworker.packets import Packet
-from stampworker.packets import encode as encode_packet
-from stampworker.replay import parse_bound, replay
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
-from stampworker.worker import Totals, Worker
+from stampworker.simulation import demo
+from stampworker.simulation.night import simulate
+from stampworker.stream.kafka import Record, check_topics, publish_all
+from stampworker.stream.replay import parse_bound, replay
+from stampworker.stream.worker import Totals, Worker
+from stampworker.viewer import picture
 
 log = logging.getLogger("stampworker")
 
@@ -114,20 +118,20 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     _check_table(args.table, args.to)
     resolver = load_resolver(settings.resolve)
-    files = [Path(name) for name in args.alerts]
-    flags = _table_frames(args, files, resolver)
+    paths = [Path(name) for name in args.alerts]
+    flags = _table_frames(args, paths, resolver)
     urls = {plane: file_url(path) for plane, path in flags.items()}
     if urls:
         # What is wrong with a file of a flag is wrong for every row: say so before anything is written.
         with FrameStore(settings.frames, allowed=urls.values()) as store:
             check_frames(urls, store)
-    options = archive.TableOptions(urls, _columns(args.columns), args.pixel_origin)
-    read = [archive.read_alerts(path, options, settings.alerts.schema_folder) for path in files]
+    options = files.TableOptions(urls, _columns(args.columns), args.pixel_origin)
+    read = [files.read_alerts(path, options, settings.alerts.schema_folder) for path in paths]
     to = _empty_folder(args.to)
     total = sum(len(alerts) for alerts, _ in read)
     results: list[Packet | Reject] = []
     with tqdm(total=total, unit="alert", disable=None, leave=False) as bar:
-        for roots, alerts in _by_roots(files, [alerts for alerts, _ in read], settings):
+        for roots, alerts in _by_roots(paths, [alerts for alerts, _ in read], settings):
             frames = settings.frames.model_copy(update={"frame_roots": roots})
             with FrameStore(frames, allowed=urls.values()) as store:
                 for made in _batches(alerts, store, settings, resolver):
@@ -154,10 +158,10 @@ def _batches(
             yield complete(before.result(), store, settings)
 
 
-def _table_frames(args: argparse.Namespace, files: Sequence[Path], resolver: Resolver) -> dict[str, str]:
+def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Resolver) -> dict[str, str]:
     """Return the frames that flags name for the rows of tables."""
     flags = {plane: str(getattr(args, plane)) for plane in PLANES if getattr(args, plane)}
-    tables = [path for path in files if archive.is_table(path)]
+    tables = [path for path in paths if files.is_table(path)]
     if flags and not tables:
         raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
     if tables and "science" not in flags and resolver is ALERT_ONLY:
@@ -168,14 +172,14 @@ def _table_frames(args: argparse.Namespace, files: Sequence[Path], resolver: Res
 
 
 def _by_roots(
-    files: Sequence[Path], alerts: Sequence[Sequence[Alert | AlertError]], settings: Settings
+    paths: Sequence[Path], alerts: Sequence[Sequence[Alert | AlertError]], settings: Settings
 ) -> Iterator[tuple[tuple[str, ...], list[Alert | AlertError]]]:
     """Put together the alerts of neighbouring files whose frames lie under the same roots."""
 
     def roots(pair: tuple[Path, object]) -> tuple[str, ...]:
         return settings.frames.frame_roots or (str(pair[0].resolve().parent),)
 
-    for found, pairs in itertools.groupby(zip(files, alerts, strict=True), roots):
+    for found, pairs in itertools.groupby(zip(paths, alerts, strict=True), roots):
         yield found, [alert for _, part in pairs for alert in part]
 
 
@@ -312,9 +316,9 @@ def _publish(args: argparse.Namespace, settings: Settings) -> int:
     topic = args.topic or settings.worker.input_topic[0]
     alerts = []
     for name in args.alerts:
-        if archive.is_table(Path(name)):
+        if files.is_table(Path(name)):
             raise ConfigError(f"{name}: a table of candidates names no frames, wanted alerts")
-        for alert in archive.read_alerts(Path(name), None, settings.alerts.schema_folder)[0]:
+        for alert in files.read_alerts(Path(name), None, settings.alerts.schema_folder)[0]:
             if isinstance(alert, AlertError):
                 raise AlertError(f"{name}: {alert}", alert.alert_id) from alert
             alerts.append(alert)
@@ -333,9 +337,9 @@ def _show(args: argparse.Namespace, _settings: Settings) -> int:
         kept = {k: v for k, v in record.items() if not k.startswith("cutout")}
         print(json.dumps(_finite({**kept, "stamps": stamps}), ensure_ascii=False, allow_nan=False))
     else:
-        print(viewer.describe(packet))
+        print(picture.describe(packet))
     if args.png:
-        viewer.picture([packet], args.png)
+        picture.picture([packet], args.png)
     return 0
 
 
@@ -347,7 +351,7 @@ def _finite(value: Any) -> Any:
 
 
 def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
-    night = simulate.simulate(
+    night = simulate(
         args.directory,
         frames=args.frames,
         size=args.size,
@@ -355,7 +359,7 @@ def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
         seed=args.seed,
         progress=not args.json,
     )
-    count = len(archive.read_alerts(night.alerts)[0])
+    count = len(files.read_alerts(night.alerts)[0])
     counts = {"directory": str(night.directory), "alerts": count}
     print(json.dumps(counts) if args.json else f"{count} alerts in {night.directory}")
     return 0

@@ -32,13 +32,13 @@ from astropy.wcs import WCS, NoConvergence
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from stampworker.alerts import Alert, from_table, masked_column
 from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
 from stampworker.cutouts import adjust_cutout, compare_point_source, get_cutout, is_artefact
 from stampworker.errors import AlertError, FrameError, FrameMismatch
+from stampworker.formats.alerts import Alert, from_table, masked_column
+from stampworker.formats.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
 from stampworker.frames import Frame, FrameStore, PlaneKind, celestial_frame, on_grid
-from stampworker.frames.address import scheme_of
-from stampworker.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
+from stampworker.frames.urls import scheme_of
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 
 log = logging.getLogger(__name__)
@@ -580,7 +580,7 @@ def enrich_table(
     ----------
     table : astropy.table.Table
         One row a candidate, with ``x, y`` (pixels, 0-based) or ``ra, dec`` (degrees, ICRS); see
-        `stampworker.alerts.from_table`.
+        `stampworker.formats.alerts.from_table`.
     frames : mapping, optional
         Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file,
         relative to the working directory, or URL (``https:``, ``s3:``, ``memory:``, ...), with an optional ``#HDU``.
@@ -604,7 +604,8 @@ def enrich_table(
     Raises
     ------
     AlertError
-        The table has no positions, or the frames are not those of an alert; see `stampworker.alerts.from_table`.
+        The table has no positions, or the frames are not those of an alert; see
+        `stampworker.formats.alerts.from_table`.
     ConfigError
         The settings' resolver cannot be loaded.
     FrameError

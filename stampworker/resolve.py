@@ -47,10 +47,10 @@ from urllib.parse import quote
 
 from astropy.time import Time
 
-from stampworker.alerts import FIELDS, Alert, Scalar, is_text
 from stampworker.config import PLANES, ResolveSettings, nearest
 from stampworker.errors import AlertError, ConfigError
-from stampworker.frames.address import REMOTE, WEB, scheme_of, without_credentials
+from stampworker.formats.alerts import FIELDS, Alert, Scalar, is_text
+from stampworker.frames.urls import REMOTE, WEB, scheme_of, without_credentials
 
 GROUP = "stampworker.resolvers"
 """Entry points of other packages' resolvers."""

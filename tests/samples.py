@@ -14,15 +14,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from night import alert_record, write_night
+from helpers.night import alert_record, write_night
 
-from stampworker.alerts import encode as encode_alert
-from stampworker.alerts import from_record
 from stampworker.config import EnrichSettings, FrameSettings, Settings
 from stampworker.enrich import make_packets
+from stampworker.formats.alerts import encode as encode_alert
+from stampworker.formats.alerts import from_record
+from stampworker.formats.packets import Packet
+from stampworker.formats.packets import encode as encode_packet
 from stampworker.frames import FrameStore
-from stampworker.packets import Packet
-from stampworker.packets import encode as encode_packet
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
 ALERT_FOLDER = SCHEMAS / "stampworker.alert" / "1.0"

@@ -13,10 +13,10 @@ from pathlib import Path
 from astropy.table import Table
 
 from stampworker import FrameStore, Packet, make_packets
-from stampworker.archive import read_alerts
 from stampworker.config import load
-from stampworker.confusion import confusion, format_confusion, recovery
-from stampworker.simulate import simulate
+from stampworker.formats.files import read_alerts
+from stampworker.simulation.confusion import confusion, format_confusion, recovery
+from stampworker.simulation.night import simulate
 
 
 def study(

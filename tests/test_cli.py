@@ -14,16 +14,16 @@ from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import MaskedColumn, QTable, Table
 from astropy.time import Time
-from night import NOISE, STAR, alert_record, night_planes, write_night
+from helpers.night import NOISE, STAR, alert_record, night_planes, write_night
 
 import stampworker
-from stampworker.alerts import encode as encode_alert
-from stampworker.alerts import from_record
 from stampworker.cli import main
 from stampworker.cutouts import load_cutout
-from stampworker.packets import METRICS, Packet
-from stampworker.packets import encode as encode_packet
-from stampworker.schema import ALERT, parsed_schema
+from stampworker.formats.alerts import encode as encode_alert
+from stampworker.formats.alerts import from_record
+from stampworker.formats.packets import METRICS, Packet
+from stampworker.formats.packets import encode as encode_packet
+from stampworker.formats.schema import ALERT, parsed_schema
 
 PLANES = ("science", "template", "difference", "mask")
 
@@ -565,7 +565,7 @@ def test_every_command_has_help(command, capsys):
 
 def test_broker_that_does_not_answer_exits_1(capsys, monkeypatch, tmp_path):
     """It may answer later: nothing is wrong with the usage or the configuration."""
-    monkeypatch.setattr("stampworker.kafka._CONTACT_S", 0.5)
+    monkeypatch.setattr("stampworker.stream.kafka._CONTACT_S", 0.5)
     monkeypatch.setenv("STAMPWORKER_FRAMES_FRAME_ROOTS", str(tmp_path))
     nobody = ["--set", "kafka.bootstrap.servers=127.0.0.1:1", "--set", "kafka.log_level=0"]
     for arguments in (["run", *nobody], ["replay", "a", "--to-topic", "b", *nobody]):

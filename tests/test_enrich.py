@@ -11,17 +11,17 @@ import pytest
 from astropy.io import fits
 from astropy.table import QTable, Table
 from astropy.wcs import WCS
-from night import NOISE, SHAPE, SKY, STAR, alert_record, night_header, night_planes, star, write_night
+from helpers.night import NOISE, SHAPE, SKY, STAR, alert_record, night_header, night_planes, star, write_night
 
 from stampworker import enrich
-from stampworker.alerts import Alert, from_record
 from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings, VerdictSettings
 from stampworker.cutouts import is_artefact
 from stampworker.enrich import Reject, enrich_table, file_url, make_packets, results_table
 from stampworker.errors import AlertError, FrameCorrupt, FrameMismatch, FrameMissing, FrameRefused
+from stampworker.formats.alerts import Alert, from_record
+from stampworker.formats.packets import METRICS, Packet, encode
 from stampworker.frames import Frame, FrameStore, Regridded
 from stampworker.frames import store as frame_store
-from stampworker.packets import METRICS, Packet, encode
 
 RADIUS = 9
 ALWAYS = tuple(f"adjust_{name}" for name in ("chi2_0", "chi2", "df", "pval", "dx", "dy", "scale", "bg", "tbg"))

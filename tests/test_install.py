@@ -33,7 +33,10 @@ def test_wheel_without_a_compiler(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(installed)
-    code = "from stampworker import schema; from stampworker.cutouts import adjust; print(adjust.__file__, adjust.CORE)"
+    code = (
+        "from stampworker.formats import schema; from stampworker.cutouts import adjust;"
+        "print(adjust.__file__, adjust.CORE)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from astropy.table import Table
 
-from stampworker.simulate import simulate
+from stampworker.simulation.night import simulate
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -70,7 +70,7 @@ def test_python_examples(enriched: Path, number: int) -> None:
 
 def test_alert_example_is_an_alert() -> None:
     """The JSON example is accepted."""
-    from stampworker.alerts import decode
+    from stampworker.formats.alerts import decode
 
     (text,) = blocks("json")
     assert decode(text.encode()).frames["science"] == "night/science.fits"

@@ -17,19 +17,19 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS
+from helpers.night import NOISE, SHAPE, STAR, alert_record, night_header, night_planes, write_night
 from hypothesis import example, given
 from hypothesis import strategies as st
-from night import NOISE, SHAPE, STAR, alert_record, night_header, night_planes, write_night
 
 import stampworker
-from stampworker.alerts import Alert, decode, encode, from_record
 from stampworker.config import EnrichSettings, FrameSettings, ResolveSettings, Settings
 from stampworker.enrich import Reject, enrich_table, make_packets
 from stampworker.errors import AlertError, ConfigError, FrameError, FrameMissing, FrameRefused
+from stampworker.formats.alerts import Alert, decode, encode, from_record
+from stampworker.formats.packets import Packet
 from stampworker.frames import FrameStore
-from stampworker.frames.address import parse, parse_root
 from stampworker.frames.store import split_fragment
-from stampworker.packets import Packet
+from stampworker.frames.urls import parse, parse_root
 from stampworker.resolve import ALERT_ONLY, LAYOUTS, Resolver, load_resolver
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from astropy.io import fits
 
-from stampworker.frames.allowance import charge
-from stampworker.frames.header import CARD, Hdu, parse_text, split_cards
-from stampworker.frames.remote import Box, RangedFile
-from stampworker.frames.sky import lookup_cards, make_wcs, wcs_cards
-from stampworker.frames.sources import Fetch, Kept, Source
+from stampworker.frames.fits.header import CARD, Hdu, parse_text, split_cards
+from stampworker.frames.fits.section import Box
+from stampworker.frames.io.ranges import RangedFile
+from stampworker.frames.io.sources import Fetch, Kept, Source
+from stampworker.frames.limits import charge
+from stampworker.frames.wcs import lookup_cards, make_wcs, wcs_cards
 
 if TYPE_CHECKING:
     from astropy.wcs import WCS
@@ -188,7 +189,8 @@ class Frame:
     def header(self) -> fits.Header:
         """The image's header; what is not printable in it reads as ``?``.
 
-        Last in it stands what an extension inherits, see `stampworker.frames.inherit`. Shared: copy before a change.
+        The cards that an extension inherits come last, see `stampworker.frames.fits.inherit`. Shared: copy before a
+        change.
         """
         return self._image.header()
 

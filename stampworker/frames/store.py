@@ -19,20 +19,23 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import quote, unquote
 
 from stampworker.errors import FrameCorrupt, FrameRefused
-from stampworker.frames.address import BUCKETS, REMOTE, WEB, Address, masked, parse, parse_root, scheme_of
-from stampworker.frames.allowance import byte_limit, time_limit
-from stampworker.frames.budget import Budget
-from stampworker.frames.folders import Folders, open_local, sort_error
+from stampworker.frames.cache import Budget
+from stampworker.frames.fits.gunzip import InflateLimits, inflate
+from stampworker.frames.fits.header import Hdu, find, reread, walk
+from stampworker.frames.fits.inherit import with_inherited
+from stampworker.frames.fits.plain import PlainImage
+from stampworker.frames.fits.section import Box
+from stampworker.frames.fits.tiles import TiledImage
 from stampworker.frames.frame import Frame, Image, Pixels
-from stampworker.frames.header import Hdu, find, reread, walk
-from stampworker.frames.inherit import with_inherited
-from stampworker.frames.memory import MemoryFile, open_memory
-from stampworker.frames.objects import BucketClient, BucketFile
-from stampworker.frames.plain import PlainImage
-from stampworker.frames.remote import Box, Memory, Remote, open_remote
-from stampworker.frames.sources import GZIP_MAGIC, InflateLimits, Kept, Source, inflate
-from stampworker.frames.tiles import TiledImage
-from stampworker.frames.web import WebClient, WebFile
+from stampworker.frames.io.buckets import BucketClient, BucketFile
+from stampworker.frames.io.failures import Memory
+from stampworker.frames.io.http import WebClient, WebFile
+from stampworker.frames.io.local import Folders, open_local, sort_error
+from stampworker.frames.io.memory import MemoryFile, open_memory
+from stampworker.frames.io.ranges import Remote, open_remote
+from stampworker.frames.io.sources import GZIP_MAGIC, Kept, Source
+from stampworker.frames.limits import byte_limit, time_limit
+from stampworker.frames.urls import BUCKETS, REMOTE, WEB, Address, masked, parse, parse_root, scheme_of
 
 if TYPE_CHECKING:
     from stampworker.config import FrameSettings

@@ -40,12 +40,13 @@ import numpy as np
 from astropy.io import fits
 from stdpipe import cutouts as stdpipe
 
-from stampworker import alerts, enrich, packets
+from stampworker import enrich
 from stampworker.config import FrameSettings, Settings, VerdictSettings
 from stampworker.cutouts import adjust
+from stampworker.formats import alerts, packets
+from stampworker.formats.schema import PACKET, parsed_schema
 from stampworker.frames import FrameStore
-from stampworker.schema import PACKET, parsed_schema
-from stampworker.simulate import simulate
+from stampworker.simulation.night import simulate
 
 RADIUS = 31
 STAMPS = {

@@ -33,8 +33,8 @@ from astropy.io import fits
 from stampworker.config import FrameSettings
 from stampworker.frames import FrameStore
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "frames"))
-import resident
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import resident
 
 try:
     import fitsio

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from chain import Chain, MakeChain
-from kafka_broker import KafkaBroker, find_image, sweep
-from worker_process import WorkerProcess
+from helpers.chain import Chain, MakeChain
+from helpers.worker_process import WorkerProcess
+from servers.kafka_broker import KafkaBroker, find_image, sweep
 
-from stampworker.alerts import Alert
-from stampworker.archive import read_alerts
-from stampworker.simulate import simulate
+from stampworker.formats.alerts import Alert
+from stampworker.formats.files import read_alerts
+from stampworker.simulation.night import simulate
 
 HERE = Path(__file__).parent
 TIME_LIMIT = 180

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from confluent_kafka import KafkaException
-from kafka_broker import KafkaBroker, Record, send
+from servers.kafka_broker import KafkaBroker, Record, send
 
 
 def values(records: list[Record]) -> list[bytes | None]:

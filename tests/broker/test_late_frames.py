@@ -15,13 +15,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from chain import Chain, MakeChain
-from kafka_broker import KafkaBroker, free_port
-from worker_process import WorkerProcess
+from helpers.chain import Chain, MakeChain
+from helpers.worker_process import WorkerProcess
+from servers.kafka_broker import KafkaBroker, free_port
 
-from stampworker.alerts import Alert
-from stampworker.outcomes import HEADERS_PREFIX
-from stampworker.worker import Worker
+from stampworker.formats.alerts import Alert
+from stampworker.stream.outcomes import HEADERS_PREFIX
+from stampworker.stream.worker import Worker
 
 StartWorker = Callable[..., WorkerProcess]
 Night = tuple[list[Alert], list[Path]]

@@ -18,22 +18,22 @@ from typing import Any
 import pytest
 from astropy.io import fits
 from astropy.table import Table
-from chain import Chain, MakeChain
 from confluent_kafka import KafkaError, KafkaException, Producer
-from kafka_broker import KafkaBroker, Record
-from worker_process import WorkerProcess, environment
+from helpers.chain import Chain, MakeChain
+from helpers.worker_process import WorkerProcess, environment
+from servers.kafka_broker import KafkaBroker, Record
 
-import stampworker.kafka
-import stampworker.worker
-from stampworker.alerts import Alert, encode
+import stampworker.stream.kafka
+import stampworker.stream.worker
 from stampworker.config import load
 from stampworker.errors import ProducerFenced
-from stampworker.outcomes import ERRORS_PREFIX, HEADERS_PREFIX
-from stampworker.packets import Packet
-from stampworker.replay import Bound, replay
-from stampworker.worker import Totals, Worker
+from stampworker.formats.alerts import Alert, encode
+from stampworker.formats.packets import Packet
+from stampworker.stream.outcomes import ERRORS_PREFIX, HEADERS_PREFIX
+from stampworker.stream.replay import Bound, replay
+from stampworker.stream.worker import Totals, Worker
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 StartWorker = Callable[..., WorkerProcess]
 
 
@@ -140,7 +140,7 @@ def test_killed_at_every_step_each_alert_once(
     """One of two workers dies by SIGKILL at a step of its transaction; the other finishes: each alert once."""
     chain = make_chain(partitions=4)
     dying = subprocess.run(
-        [sys.executable, str(HERE / "dying_worker.py"), step, str(number), "run"],
+        [sys.executable, str(HELPERS / "dying_worker.py"), step, str(number), "run"],
         env=environment(chain.options(worker__slot=0)),
         capture_output=True,
         text=True,
@@ -162,7 +162,7 @@ def test_one_of_two_running_workers_is_killed_in_its_transaction(
     other = start_worker(chain.options(worker__slot=1, worker__batch_count=2))
     other.wait_for("assigned")
     dying = subprocess.Popen(
-        [sys.executable, str(HERE / "dying_worker.py"), "before-commit_transaction", "2", "run"],
+        [sys.executable, str(HELPERS / "dying_worker.py"), "before-commit_transaction", "2", "run"],
         env=environment(chain.options(worker__slot=0, worker__batch_count=2)),
         stderr=subprocess.DEVNULL,
     )
@@ -183,7 +183,7 @@ def test_killed_worker_restarted_in_its_slot_ends_its_transaction(make_chain: Ma
     """The restarted worker aborts what it left open, so readers wait for no time-out, and each alert comes once."""
     chain = make_chain()
     subprocess.run(
-        [sys.executable, str(HERE / "dying_worker.py"), "before-commit_transaction", "2", "run"],
+        [sys.executable, str(HELPERS / "dying_worker.py"), "before-commit_transaction", "2", "run"],
         env=environment(chain.options(worker__transaction_timeout_s=600)),
         capture_output=True,
         timeout=60,
@@ -329,9 +329,9 @@ def test_limit_that_was_lowered_costs_the_large_packets_only(
     """A topic that takes less than it did: the limits are learnt anew, and only what is too large is rejected."""
     chain = make_chain(night[0][:12], **{"max.message.bytes": str(median_size(broker, night))})
     limits = iter([1_000_000, 1_000_000])  # as they were at the start
-    real = stampworker.worker.message_limit
+    real = stampworker.stream.worker.message_limit
     monkeypatch.setattr(
-        "stampworker.worker.message_limit", lambda settings, topic: next(limits, None) or real(settings, topic)
+        "stampworker.stream.worker.message_limit", lambda settings, topic: next(limits, None) or real(settings, topic)
     )
     totals = drain(chain)
     assert 1 <= totals.aborts <= 3

@@ -1,12 +1,13 @@
 """Seeded frames, 61 rows by 83 columns so that swapped axes show."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from astropy.io import fits
+from helpers import Write
 
 from stampworker.config import FrameSettings
 from stampworker.frames import FrameStore
@@ -53,9 +54,6 @@ def stars() -> np.ndarray:
     for x0, y0, flux in zip(rng.uniform(5, 78, 25), rng.uniform(5, 56, 25), rng.uniform(500, 5000, 25), strict=True):
         data += flux * np.exp(-((x - x0) ** 2 + (y - y0) ** 2) / 8) / (8 * np.pi)
     return data.astype("f4")
-
-
-Write = Callable[..., Path]
 
 
 @pytest.fixture

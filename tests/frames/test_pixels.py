@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
-from conftest import Write
+from helpers import Write
 
 from stampworker.errors import FrameCorrupt, FrameRefused
 from stampworker.frames import FrameStore

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from astropy.io import fits
-from conftest import Write
+from helpers import Write
 
 from stampworker.config import FrameSettings
 from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable

@@ -1,0 +1,1 @@
+"""What records mean: alerts in, packets out, their schemas, and tables of candidates."""

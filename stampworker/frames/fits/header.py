@@ -1,0 +1,417 @@
+"""FITS structure from raw header blocks: HDUs, their axes, and where their data lie.
+
+The structural keywords are read here and not through astropy: a header of 500 cards takes 100 µs instead of
+milliseconds, its size is bounded, and a damaged card elsewhere in the header does no harm.
+Layout: FITS standard 4.0 (Pence et al. 2010, A&A 524, A42; IAU FITS Working Group 2018).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from stampworker.errors import FrameCorrupt, FrameRefused, FrameUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from stampworker.frames.io.sources import Source
+
+BLOCK = 2880
+CARD = 80
+MAX_HDUS = 10_000
+"""An HDU takes at least 2880 bytes, so a hostile file could hold millions."""
+MAX_HEADERS = 32
+"""All headers of a file together may be so many times as long as one: gzip makes 300 MB of them out of 20."""
+
+_FIRST_READ = 8 * BLOCK
+_INTEGER = re.compile(rb"\s*([+-]?\d{1,19})\s*(?:/|$)")
+_REAL = re.compile(rb"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[EeDd][+-]?\d+)?)\s*(?:/|$)")
+_TEXT = re.compile(rb"\s*'((?:[^']|'')*)'")
+_PRINTABLE = frozenset(string.printable.encode())
+_FOREIGN = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"\x1f\x9d": "compress",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Hdu:
+    """One header and data unit.
+
+    Attributes
+    ----------
+    index : int
+        0 is the primary HDU.
+    name : str
+        EXTNAME in capitals, ``PRIMARY`` for an unnamed primary HDU.
+    version : int
+        EXTVER.
+    kind : str
+        ``image``, ``tiled`` (tile-compressed image), ``table`` or ``other``.
+    axes : tuple of int
+        Of the image, as an array has them (slowest first); of the table otherwise.
+    cards : bytes
+        The header's cards, END not included; none of one that is `bare`.
+    values : dict of str to bytes
+        Keyword to the rest of its card after ``=``; the first of equals.
+    start : int
+        Where the header begins.
+    offset, size : int
+        Where the data begin and how many bytes they are, padding not included.
+    """
+
+    index: int
+    name: str
+    version: int
+    kind: Literal["image", "tiled", "table", "other"]
+    axes: tuple[int, ...]
+    cards: bytes
+    values: dict[str, bytes]
+    start: int
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"HDU {self.index} ({self.name})" if self.name else f"HDU {self.index}"
+
+    @property
+    def end(self) -> int:
+        """Where the next HDU begins."""
+        return self.offset + -(-self.size // BLOCK) * BLOCK
+
+    @property
+    def bare(self) -> Hdu:
+        """The same without its cards, of which a file may have many megabytes; `reread` has them again."""
+        return replace(self, cards=b"", values={})
+
+    @property
+    def plane(self) -> tuple[int, int] | None:
+        """(ny, nx) of the image: axes of length 1 beyond the second dropped; None where it is not 2-D."""
+        axes = list(self.axes)
+        while len(axes) > 2 and 1 in axes:
+            axes.remove(1)
+        return (axes[0], axes[1]) if len(axes) == 2 and self.kind in ("image", "tiled") else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no data."""
+        return not self.axes or 0 in self.axes
+
+
+def describe(value: bytes) -> str:
+    """Return the text of a card's value for a message."""
+    text = value.split(b"/")[0].strip()[:40].decode("latin-1")
+    return repr(text) if text.isprintable() else ascii(text)
+
+
+class Cards:
+    """Typed values of one header, with messages that say what was found and what was wanted.
+
+    Parameters
+    ----------
+    values : dict of str to bytes
+        See `Hdu`.
+    url, place : str
+        File and HDU, for messages.
+    """
+
+    def __init__(self, values: dict[str, bytes], url: str, place: str) -> None:
+        self.values, self.url, self.place = values, url, place
+
+    def corrupt(self, problem: str) -> FrameCorrupt:
+        """Return the error that says what is wrong in this HDU."""
+        return FrameCorrupt(self.url, f"{self.place}: {problem}")
+
+    def integer(self, keyword: str, default: int | None = None, low: int | None = 0, high: int | None = None) -> int:
+        """Return an integer between ``low`` and ``high``; `FrameCorrupt` where it is something else."""
+        value = self.values.get(keyword)
+        if value is None:
+            if default is None:
+                raise self.corrupt(f"{keyword} is missing, wanted an integer")
+            return default
+        match = _INTEGER.match(value)
+        if match is None:
+            real = parse_real(value)
+            if real is None or not real.is_integer():
+                raise self.corrupt(f"{keyword} is {describe(value)}, wanted an integer")
+            number = int(real)
+        else:
+            number = int(match[1])
+        if not -(1 << 63) <= number < 1 << 63:
+            raise self.corrupt(f"{keyword} is {describe(value)}, wanted an integer of 64 bits")
+        if (low is not None and number < low) or (high is not None and number > high):
+            raise self.corrupt(f"{keyword} is {number}, wanted {low} to {'any' if high is None else high}")
+        return number
+
+    def real(self, keyword: str, default: float) -> float:
+        """Return a real number; `FrameCorrupt` where it is something else."""
+        value = self.values.get(keyword)
+        if value is None:
+            return default
+        number = parse_real(value)
+        if number is None:
+            raise self.corrupt(f"{keyword} is {describe(value)}, wanted a number")
+        return number
+
+    def text(self, keyword: str, default: str = "") -> str:
+        """Return a string without trailing blanks; ``default`` where it is missing or not a string."""
+        value = self.values.get(keyword)
+        text = None if value is None else parse_text(value)
+        return default if text is None else text
+
+    def flag(self, keyword: str) -> bool:
+        """Return whether the keyword is T."""
+        return self.values.get(keyword, b"").split(b"/")[0].strip() == b"T"
+
+
+def parse_real(value: bytes) -> float | None:
+    """Return the number of a card's value, None where it is not a finite number."""
+    match = _REAL.match(value)
+    number = float(match[1].upper().replace(b"D", b"E")) if match else math.inf
+    return number if math.isfinite(number) else None
+
+
+def parse_text(value: bytes) -> str | None:
+    """Return the string of a card's value without trailing blanks, None where it is not a string."""
+    match = _TEXT.match(value)
+    return match[1].replace(b"''", b"'").rstrip().decode("latin-1") if match else None
+
+
+def split_cards(cards: bytes) -> Iterator[bytes]:
+    """Yield the 80-byte cards of a header."""
+    return (cards[i : i + CARD] for i in range(0, len(cards), CARD))
+
+
+def values_of(cards: bytes) -> dict[str, bytes]:
+    """Return keyword → the rest of its card after ``=``; the first of equals."""
+    values: dict[str, bytes] = {}
+    for card in split_cards(cards):
+        if card[8:9] == b"=":
+            values.setdefault(card[:8].rstrip().decode("latin-1"), card[9:])
+    return values
+
+
+def walk(source: Source, url: str, max_header_bytes: int, passed: Sequence[Hdu] = ()) -> Iterator[Hdu]:
+    """Yield the HDUs of a FITS file, reading headers only.
+
+    Parameters
+    ----------
+    source : Source
+        The file's bytes.
+    url : str
+        Name for messages.
+    max_header_bytes : int
+        Longest header of one HDU; all together may have `MAX_HEADERS` times as many.
+    passed : sequence of Hdu, optional
+        The first HDUs, which are known already.
+
+    Yields
+    ------
+    hdu : Hdu
+        Of those that follow.
+
+    Raises
+    ------
+    FrameCorrupt
+        Not FITS, or a header is damaged or cut off.
+    FrameRefused
+        A header, or all together, are longer than they may be, or there are more than `MAX_HDUS`.
+    """
+    last = passed[-1] if passed else None
+    headers = sum(hdu.offset - hdu.start for hdu in passed)
+    while last is None or last.end < source.size:
+        start, index = (0, 0) if last is None else (last.end, last.index + 1)
+        if index >= MAX_HDUS:
+            raise FrameRefused(url, f"more than {MAX_HDUS} HDUs")
+        cards, offset = _read_cards(source, url, index, start, max_header_bytes)
+        headers += offset - start
+        if headers > MAX_HEADERS * max_header_bytes:
+            raise FrameRefused(
+                url, f"{headers} bytes of headers up to HDU {index}, above {MAX_HEADERS} times max_header_bytes"
+            )
+        last = _parse(cards, url, index, start, offset)
+        yield last
+
+
+def reread(source: Source, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
+    """Return a bare HDU with its cards; `FrameUnavailable` where the file has another one there now."""
+    cards, offset = _read_cards(source, url, hdu.index, hdu.start, max_header_bytes)
+    again = _parse(cards, url, hdu.index, hdu.start, offset)
+    if (again.kind, again.axes, again.offset, again.size) != (hdu.kind, hdu.axes, hdu.offset, hdu.size):
+        raise FrameUnavailable(url, f"{hdu} has another header than when the file was opened")
+    return again
+
+
+class Extent:
+    """How far the HDUs go of a file whose bytes come one after another.
+
+    Parameters
+    ----------
+    max_header_bytes : int
+        See `walk`.
+    """
+
+    def __init__(self, max_header_bytes: int) -> None:
+        self._limit = max_header_bytes
+        self._next = self._index = self._headers = 0
+
+    def end(self, data: bytearray) -> int:
+        """Return where the HDUs that begin within ``data``, the file's first bytes, end: what follows is not needed.
+
+        Where a header is not there as a whole, that is where ``data`` ends. Where one is damaged or above a limit it is
+        where that begins: `walk` gets no further either, and says why.
+        """
+        while self._next + CARD <= len(data) and self._index < MAX_HDUS:
+            if not data.startswith(b"XTENSION=" if self._index else b"SIMPLE  =", self._next):
+                break
+            at = _end_card(data, self._next, self._next)
+            if at < 0:
+                return len(data) if len(data) - self._next < 2 * self._limit else self._next
+            offset = self._next + -(-(at + CARD - self._next) // BLOCK) * BLOCK
+            self._headers += offset - self._next
+            if self._headers > MAX_HEADERS * self._limit:
+                break
+            try:
+                hdu = _parse(bytes(data[self._next : at]), "", self._index, self._next, offset)
+            except FrameCorrupt:
+                break
+            self._next, self._index = hdu.end, self._index + 1
+        return self._next
+
+
+def _end_card(raw: bytes | bytearray, start: int, searched: int) -> int:
+    """Return where the END card is of a header that begins at ``start``; -1 where it is not there."""
+    at = raw.find(b"END     ", searched)
+    while at >= 0 and (at - start) % CARD:
+        at = raw.find(b"END     ", at + 1)
+    return at
+
+
+def _read_cards(source: Source, url: str, index: int, offset: int, limit: int) -> tuple[bytes, int]:
+    """Return the cards before END, and where the data begin."""
+    raw = source.read(offset, min(_FIRST_READ, source.size - offset))
+    _check_magic(raw, url, index)
+    searched = 0
+    while True:
+        at = _end_card(raw, 0, searched)
+        if at >= 0:
+            return raw[:at], offset + -(-(at + CARD) // BLOCK) * BLOCK
+        searched = len(raw) - len(raw) % CARD
+        more = min(len(raw), source.size - offset - len(raw))
+        if more == 0:
+            raise FrameCorrupt(url, f"HDU {index}: the file ends after {len(raw)} bytes of header, wanted an END card")
+        if len(raw) >= limit:
+            if _PRINTABLE.issuperset(raw[-CARD:]):
+                raise FrameRefused(url, f"HDU {index}: header above {limit} bytes (max_header_bytes)")
+            raise FrameCorrupt(url, f"HDU {index}: no END card in the first {len(raw)} bytes")
+        raw += source.read(offset + len(raw), more)
+
+
+def _check_magic(raw: bytes, url: str, index: int) -> None:
+    wanted = b"XTENSION=" if index else b"SIMPLE  ="
+    if raw.startswith(wanted):
+        return
+    if not raw:
+        raise FrameCorrupt(url, "the file is empty, wanted FITS")
+    for magic, name in _FOREIGN.items():
+        if not index and raw.startswith(magic):
+            raise FrameCorrupt(url, f"the file is {name}-compressed, wanted FITS, gzip or tile compression")
+    raise FrameCorrupt(url, f"HDU {index} begins with {raw[:20].decode('latin-1')!a}, wanted {wanted.decode()!r}")
+
+
+def _parse(raw: bytes, url: str, index: int, start: int, offset: int) -> Hdu:
+    values = values_of(raw)
+    cards = Cards(values, url, f"HDU {index}")
+    bitpix = bitpix_of(cards, "BITPIX")
+    axes = axes_of(cards, "NAXIS")
+    groups = cards.flag("GROUPS") and len(axes) > 0 and axes[-1] == 0
+    pixels = math.prod(axes[:-1] if groups else axes) if axes else 0
+    pcount, gcount = cards.integer("PCOUNT", 0), cards.integer("GCOUNT", 1)
+    size = abs(bitpix) // 8 * gcount * (pcount + pixels) if axes else 0
+    xtension = cards.text("XTENSION", "IMAGE")
+    kind: Literal["image", "tiled", "table", "other"]
+    if xtension in ("IMAGE", "IUEIMAGE"):
+        kind = "other" if groups else "image"
+    elif xtension in ("BINTABLE", "A3DTABLE"):
+        kind = "tiled" if cards.flag("ZIMAGE") else "table"
+    else:
+        kind = "table" if xtension == "TABLE" else "other"
+    if kind == "tiled":
+        axes = axes_of(cards, "ZNAXIS")
+    name = cards.text("EXTNAME").strip().upper() or ("" if index else "PRIMARY")
+    version = cards.integer("EXTVER", 1, low=None)
+    return Hdu(index, name, version, kind, axes, raw, values, start, offset, size)
+
+
+def bitpix_of(cards: Cards, keyword: str) -> int:
+    """Return BITPIX or ZBITPIX."""
+    bitpix = cards.integer(keyword, low=None)
+    if bitpix not in (8, 16, 32, 64, -32, -64):
+        raise cards.corrupt(f"{keyword} is {bitpix}, wanted 8, 16, 32, 64, -32 or -64")
+    return bitpix
+
+
+def axes_of(cards: Cards, keyword: str) -> tuple[int, ...]:
+    """Return the lengths of the axes, slowest first, of NAXIS or ZNAXIS."""
+    return tuple(cards.integer(f"{keyword}{i}") for i in range(cards.integer(keyword, high=999), 0, -1))
+
+
+def find(hdus: Iterator[Hdu], fragment: str, url: str) -> Hdu:
+    """Return the HDU that a URL's fragment names, or the first that holds a 2-D image.
+
+    Parameters
+    ----------
+    hdus : iterator of Hdu
+        In the order of the file.
+    fragment : str
+        EXTNAME in any case, ``NAME,ver``, a number, or nothing.
+    url : str
+        Name for messages.
+
+    Returns
+    -------
+    hdu : Hdu
+        Its ``plane`` is not None.
+
+    Raises
+    ------
+    FrameCorrupt
+        There is no such HDU, or it is not a 2-D image.
+    """
+    passed: list[str] = []
+    for hdu in hdus:
+        if _named(hdu, fragment):
+            if hdu.empty or hdu.kind not in ("image", "tiled") or (not fragment and len(hdu.axes) < 2):
+                if fragment:
+                    raise FrameCorrupt(url, f"{hdu} is {_what(hdu)}, wanted a 2-D image")
+            elif hdu.plane is None:
+                raise FrameCorrupt(url, f"{hdu} has shape {hdu.axes}, wanted a 2-D image")
+            else:
+                return hdu
+        passed.append(f"{hdu}: {_what(hdu)}")
+    wanted = f"no HDU {fragment!r}" if fragment else "no HDU holds a 2-D image"
+    raise FrameCorrupt(url, f"{wanted} among {len(passed)}: {'; '.join(passed[:10])}")
+
+
+def _named(hdu: Hdu, fragment: str) -> bool:
+    if not fragment:
+        return True
+    if fragment.isascii() and fragment.isdigit():
+        return str(hdu.index) == (fragment.lstrip("0") or "0")
+    name, comma, version = fragment.rpartition(",")
+    if comma and re.fullmatch(r"\s*-?\d{1,9}\s*", version):
+        return hdu.name == name.strip().upper() and hdu.version == int(version)
+    return hdu.name == fragment.strip().upper()
+
+
+def _what(hdu: Hdu) -> str:
+    if hdu.kind in ("image", "tiled"):
+        return f"an image of shape {hdu.axes}" if not hdu.empty else "empty"
+    return "a table" if hdu.kind == "table" else "neither image nor table"

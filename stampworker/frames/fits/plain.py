@@ -1,0 +1,63 @@
+"""Plain FITS images: a section is a slice of the file's bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stampworker.frames.fits.header import Cards, Hdu, bitpix_of
+from stampworker.frames.fits.scaling import STORED, converter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from stampworker.frames.fits.section import Box
+    from stampworker.frames.io.sources import Source
+
+
+class PlainImage:
+    """Pixels of an uncompressed image.
+
+    Parameters
+    ----------
+    source : Source
+        The file, or its decompressed bytes.
+    hdu : Hdu
+        An image; its ``plane`` is not None and its data lie inside the source.
+    url : str
+        Name for messages.
+    mask : bool
+        See `stampworker.frames.fits.scaling.converter`.
+    """
+
+    def __init__(self, source: Source, hdu: Hdu, url: str, *, mask: bool) -> None:
+        if hdu.plane is None:
+            raise ValueError(f"{hdu} is not a 2-D image")
+        cards = Cards(hdu.values, url, str(hdu))
+        bitpix = bitpix_of(cards, "BITPIX")
+        self.shape = hdu.plane
+        self.dtype, self._convert = converter(cards, bitpix, mask=mask)
+        self._source, self._offset, self._stored = source, hdu.offset, STORED[bitpix]
+
+    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+        """Return offset and length of the bytes that boxes, all inside the image, need."""
+        stride = self.shape[1] * self._stored.itemsize
+        return [(self._offset + y0 * stride, (y1 - y0) * stride) for y0, y1, _, _ in boxes]
+
+    def cost(self, box: Box) -> int:
+        """Return how many bytes a box inside the image needs."""
+        return (box[1] - box[0]) * self.shape[1] * self._stored.itemsize
+
+    def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
+        """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image; only these rows are read."""
+        pixels = self._source.pixels(self._offset, self.shape, self._stored, y0, y1)
+        if pixels is not None:
+            # Copied first: the processor fetches rows that lie apart ahead of a mere copy, not of a conversion, which
+            # alone takes half as long again as both.
+            return self._convert(pixels[y0:y1, x0:x1].copy())
+        stride = self.shape[1] * self._stored.itemsize
+        raw = self._source.read(self._offset + y0 * stride, (y1 - y0) * stride)
+        return self._convert(np.frombuffer(raw, self._stored).reshape(y1 - y0, self.shape[1])[:, x0:x1])

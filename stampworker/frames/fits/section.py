@@ -1,0 +1,6 @@
+"""Sections: half-open rectangles of a frame's pixels."""
+
+from __future__ import annotations
+
+Box = tuple[int, int, int, int]
+"""y0, y1, x0, x1 of a section, half-open."""

@@ -1,0 +1,85 @@
+"""Failures of remote files and servers, remembered for a while."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Hashable
+
+from stampworker.errors import FrameError, FrameMissing, FrameRefused, FrameUnavailable
+
+_MOST_REMEMBERED = 10_000
+# A server is slow, not only a file of it, when so many waited in vain and nothing was answered meanwhile.
+_SLOW_FILES = 3
+
+
+class Memory:
+    """Failures that are not asked about again for a while, so that a burst of alerts asks once.
+
+    Parameters
+    ----------
+    seconds : float
+        How long, where the server does not say.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        # Not the errors themselves: their tracebacks hold the bodies that were being read.
+        self._known: dict[Hashable, tuple[float, float, type[FrameError], str]] = {}
+        self._late: dict[Hashable, set[Hashable]] = {}
+        self._answered: dict[Hashable, float] = {}
+
+    def note(
+        self, key: Hashable, error: FrameMissing | FrameUnavailable | FrameRefused, seconds: float | None = None
+    ) -> None:
+        """Remember a failure of a URL or of a whole server, for ``seconds`` at least."""
+        now = time.monotonic()
+        until = now + max(seconds or 0.0, self._seconds)
+        with self._lock:
+            self._known.pop(key, None)
+            if len(self._known) >= _MOST_REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[key] = now, until, type(error), error.problem
+
+    def note_late(self, server: Hashable, key: Hashable, error: FrameUnavailable, since: float) -> None:
+        """Remember of a URL that no answer came in time; and of the server where others came to nobody meanwhile.
+
+        ``since`` is when it was asked, on the monotonic clock.
+        """
+        self.note(key, error)
+        with self._lock:
+            if self._answered.get(server, -math.inf) >= since:
+                return
+            late = self._late.setdefault(server, set())
+            if len(late) < _SLOW_FILES:
+                late.add(key)
+            is_slow = len(late) >= _SLOW_FILES
+        if is_slow:
+            self.note(server, error)
+
+    def note_answer(self, server: Hashable) -> None:
+        """Take note that a server gave an answer in time."""
+        with self._lock:
+            self._answered[server] = time.monotonic()
+            self._late.pop(server, None)
+
+    def sweep(self) -> None:
+        """Forget what is not remembered any longer; call it now and then."""
+        now = time.monotonic()
+        with self._lock:
+            self._known = {key: known for key, known in self._known.items() if known[1] > now}
+
+    def check(self, shown: str, *keys: Hashable) -> None:
+        """Raise the failure that is remembered under one of the keys, in the name of the URL ``shown``."""
+        now = time.monotonic()
+        for key in keys:
+            with self._lock:
+                known = self._known.get(key)
+                if known is not None and known[1] <= now:
+                    del self._known[key]
+                    known = None
+            if known is not None:
+                noted, until, kind, problem = known
+                raise kind(shown, f"{problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)")

@@ -1,0 +1,173 @@
+"""Local frames: beneath which folders they lie, and that the file which was opened does.
+
+A path is resolved, and judged, before it is opened, so that what lies outside is not touched. Between the two a folder
+may be swapped for a link: so the file that was opened is asked where it lies, and judged again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.frames.io.sources import open_file
+from stampworker.frames.urls import REMOTE, masked, scheme_of
+
+if TYPE_CHECKING:
+    from stampworker.frames.io.sources import Source
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+class Folders:
+    """What may be read of the local file system.
+
+    Parameters
+    ----------
+    roots : iterable of str
+        Folders, as paths or ``file:`` URLs.
+    allowed : iterable of str
+        Files, likewise, that may be read wherever they lie.
+    base : Path or None
+        Where relative paths start; by default at the first root.
+
+    Raises
+    ------
+    ConfigError
+        A root is no folder, or not there.
+    """
+
+    def __init__(self, roots: Iterable[str], allowed: Iterable[str], base: Path | None) -> None:
+        self._roots = [_root(root) for root in roots]
+        self._allowed = {os.path.realpath(_local(url)) for url in allowed}
+        start = base if base is not None else (self._roots[0] if self._roots else None)
+        self._base = None if start is None else Path(start).absolute()
+
+    def path(self, given: str, url: str) -> Path:
+        """Return the absolute path, as named, of a URL or path without fragment.
+
+        Raises
+        ------
+        FrameRefused
+            It is neither a path nor a ``file:`` URL of this host.
+        """
+        scheme = scheme_of(given)
+        if scheme == "file":
+            try:
+                given = _local(given)
+            except ValueError as exc:
+                raise FrameRefused(masked(url), str(exc)) from None
+        elif scheme is not None:
+            problem = f"scheme {scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
+            raise FrameRefused(masked(url), problem)
+        elif given.startswith("//"):
+            raise FrameRefused(masked(url), "a host without a scheme, wanted a path or a URL")
+        if "\0" in given or not given:
+            raise FrameRefused(ascii(url), "not a path")
+        if self._base is None and not Path(given).is_absolute():
+            raise FrameRefused(url, "a relative path, and no frame root is configured (frame_roots)")
+        # Not normpath: "link/.." is the parent of what the link points to.
+        return Path(self._base or "/", given)
+
+    def resolve(self, path: Path, url: str) -> str:
+        """Return the path with symlinks resolved; `FrameRefused` outside the roots."""
+        resolved = os.path.realpath(path)
+        self.check(resolved, "" if resolved == str(path) else f" (it resolves to {resolved})", url)
+        return resolved
+
+    def check(self, resolved: str, where: str, url: str) -> None:
+        """Raise `FrameRefused`, which says ``where`` it is, unless a path without links lies beneath a root."""
+        if resolved in self._allowed or any(_beneath(resolved, root) for root in self._roots):
+            return
+        roots = ", ".join(self._roots) or "none configured"
+        raise FrameRefused(url, f"outside the frame roots{where}; frame_roots: {roots}")
+
+
+def open_local(path: str, folders: Folders, url: str) -> Source:
+    """Return a source over a local file.
+
+    Parameters
+    ----------
+    path : str
+        See `Folders.resolve`.
+    folders : Folders
+        Where the file that is opened must lie.
+    url : str
+        Name for messages.
+
+    Raises
+    ------
+    FrameMissing, FrameUnavailable
+        It cannot be opened.
+    FrameCorrupt
+        It is a folder, or empty.
+    FrameRefused
+        It is neither file nor folder, or lies outside by now.
+    """
+    try:
+        # A pipe would block open for ever; regular files do not know O_NONBLOCK.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise sort_error(exc, url) from exc
+    try:
+        place = _place(fd, path)
+        folders.check(place, f" (what was opened lies at {place})", url)
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise FrameCorrupt(url, "a directory, wanted a FITS file")
+        if not stat.S_ISREG(found.st_mode):
+            raise FrameRefused(url, "neither file nor directory, wanted a FITS file")
+        if found.st_size == 0:
+            raise FrameCorrupt(url, "the file is empty, wanted FITS")
+        return open_file(fd, url)
+    finally:
+        os.close(fd)
+
+
+def sort_error(exc: OSError, url: str) -> FrameMissing | FrameUnavailable:
+    """Return the frame's error for one of the system's."""
+    if exc.errno in _GONE:
+        return FrameMissing(url, f"no such file ({exc.strerror})")
+    return FrameUnavailable(url, f"cannot be opened: {exc.strerror}")
+
+
+def _place(fd: int, path: str) -> str:
+    """Return where an open file lies; where the system does not tell, where its path leads now."""
+    try:
+        place = str(Path(f"/proc/self/fd/{fd}").readlink())
+        return place if os.fstat(fd).st_nlink else place.removesuffix(" (deleted)")
+    except OSError:
+        return os.path.realpath(path)
+
+
+def _root(root: str) -> str:
+    wanted = "wanted a folder that is there, or a URL prefix"
+    try:
+        folder = _local(root)
+        if not folder or not Path(folder).is_dir():
+            raise ConfigError(f"frames.frame_roots: found {masked(root)!r}, which is no folder, {wanted}")
+    except (ValueError, OSError) as exc:
+        raise ConfigError(f"frames.frame_roots: found {masked(root)!r}: {exc}, {wanted}") from None
+    return os.path.realpath(folder)
+
+
+def _local(url: str) -> str:
+    """Return a path as it is, and that of a ``file:`` URL; `ValueError` where it is another host's."""
+    if scheme_of(url) is None:
+        return url
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose text might show a piece of a password
+        raise ValueError("not a URL") from None
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise ValueError(f"file on host {parts.hostname!r}, wanted a local one")
+    return unquote(parts.path)
+
+
+def _beneath(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)

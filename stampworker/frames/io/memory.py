@@ -1,0 +1,72 @@
+"""Frames in this process's memory: in fsspec's memory filesystem, where a notebook or a test has put them."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from stampworker.errors import ConfigError, FrameMissing, FrameUnavailable
+from stampworker.frames.io.ranges import FIRST, Beginning
+
+if TYPE_CHECKING:
+    from stampworker.frames.urls import Address
+
+
+def open_memory() -> Any:
+    """Return the memory filesystem, of which a process has one; `ConfigError` where fsspec is not installed."""
+    try:
+        from fsspec.implementations.memory import MemoryFileSystem
+    except ImportError as exc:
+        raise ConfigError(
+            "memory: frames need fsspec, which is not installed: pip install 'stampworker[memory]'"
+        ) from exc
+    return MemoryFileSystem()
+
+
+class MemoryFile:
+    """One file of the memory filesystem.
+
+    Parameters
+    ----------
+    files : MemoryFileSystem
+        See `open_memory`.
+    address : Address
+        Beneath a root.
+    """
+
+    def __init__(self, files: Any, address: Address) -> None:
+        self._files, self._path, self._shown = files, "/" + address.target, address.shown
+        self._opened: object = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether another one was put there since it was opened."""
+        return self._opened is not None and self._opened != self._written()
+
+    def begin(self) -> Beginning:
+        """Return the first bytes."""
+        self._opened = self._written()
+        data = self._read(0, FIRST)
+        return Beginning(bytearray(data), self._files.size(self._path))
+
+    def range(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset`` on."""
+        data = self._read(offset, offset + length)
+        if self.changed:
+            raise FrameUnavailable(self._shown, "the file is another one than when it was opened")
+        return data
+
+    def whole(self) -> bytearray:
+        """Return all bytes."""
+        return bytearray(self.range(0, sys.maxsize))
+
+    def _written(self) -> object:
+        file = self._files.store.get(self._path)
+        return None if file is None else (id(file), file.modified)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        try:
+            data: bytes = self._files.cat_file(self._path, start, stop)
+        except FileNotFoundError:
+            raise FrameMissing(self._shown, "no such file in memory") from None
+        return data

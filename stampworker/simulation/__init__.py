@@ -1,0 +1,1 @@
+"""Practice with known truth: a simulated night, what became of it, and the demo."""

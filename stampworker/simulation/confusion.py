@@ -1,0 +1,167 @@
+"""How often each kind of candidate is called an artefact: verdicts against the truth of a simulated night."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from astropy.table import Table
+
+BINS = (0.0, 5.0, 10.0, 20.0, math.inf)
+"""Edges of the bins of S/N."""
+
+BINNED = ("transient-sky", "transient-galaxy", "dipole", "scale-error")
+"""Classes that are shown by S/N; the others are one row each."""
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def stdweb_rule(metrics: Mapping[str, Any]) -> bool:
+    """Say whether STDWeb's thresholds alone would call a candidate an artefact.
+
+    Parameters
+    ----------
+    metrics : mapping
+        ``adjust_chi2_0``, ``adjust_chi2``, ``adjust_pval``, ``adjust_scale``, where there is a fit.
+
+    Returns
+    -------
+    artefact : bool
+        p > 0.01 or chi2 < 0.33 chi2_0, and the scale within 0.8 and 1.2. False without a fit.
+    """
+    if metrics.get("adjust_chi2") is None:
+        return False
+    explained = metrics["adjust_pval"] > 0.01 or metrics["adjust_chi2"] < 0.33 * metrics["adjust_chi2_0"]
+    return bool(explained and 0.8 < metrics["adjust_scale"] < 1.2)
+
+
+def confusion(truth: Table, results: Results) -> Table:
+    """Count the verdicts by class and S/N.
+
+    Parameters
+    ----------
+    truth : Table
+        Of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``.
+    results : mapping
+        ``alertId`` → the packet's metrics (``adjust_chi2_0``, ...) and ``adjust_artefact``.
+
+    Returns
+    -------
+    table : Table
+        ``class``, ``snr`` (the bin), ``number`` of candidates, ``fitted`` of them, ``artefact`` (called so by the
+        worker) and ``stdweb`` (called so by STDWeb's thresholds alone). Rows without candidates are left out.
+
+    Raises
+    ------
+    KeyError
+        A candidate of the truth has no result.
+    """
+    rows = []
+    for kind in dict.fromkeys([*BINNED, *(str(name) for name in truth["class"])]):
+        ours = truth[np.asarray(truth["class"]) == kind]
+        for low, high in pairwise(BINS) if kind in BINNED else [(-math.inf, math.inf)]:
+            chosen = [str(row["alertId"]) for row in ours if kind not in BINNED or low <= row["snr"] < high]
+            if chosen:
+                rows.append((kind, _label(low, high), len(chosen), *_count([results[name] for name in chosen])))
+    return Table(rows=rows, names=("class", "snr", "number", "fitted", "artefact", "stdweb"))
+
+
+def _label(low: float, high: float) -> str:
+    if low == -math.inf:
+        return "all"
+    return f"{low:g} and more" if high == math.inf else f"below {high:g}" if low == 0 else f"{low:g} to {high:g}"
+
+
+def _count(results: list[Mapping[str, Any]]) -> tuple[int, int, int]:
+    fitted = sum(r.get("adjust_chi2") is not None for r in results)
+    return fitted, sum(bool(r.get("adjust_artefact")) for r in results), sum(stdweb_rule(r) for r in results)
+
+
+def format_confusion(table: Table) -> str:
+    """Write the table of `confusion` as text, shares in per cent of the candidates.
+
+    Parameters
+    ----------
+    table : Table
+        Of `confusion`.
+
+    Returns
+    -------
+    text : str
+        A Markdown table.
+    """
+    lines = [
+        "| called artefact | S/N | candidates | fitted | stampworker | STDWeb's rule alone |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in table:
+        ours, theirs = (f"{100 * row[name] / row['number']:.1f} %" for name in ("artefact", "stdweb"))
+        lines.append(f"| {row['class']} | {row['snr']} | {row['number']} | {row['fitted']} | {ours} | {theirs} |")
+    return _align(lines)
+
+
+def _align(lines: list[str]) -> str:
+    """Pad the cells of a Markdown table so that it also reads well on a terminal."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    widths = [max(len(cell) for i, cell in enumerate(column) if i != 1) for column in zip(*cells, strict=True)]
+    text = []
+    for row in cells:
+        padded = []
+        for cell, width, rule in zip(row, widths, cells[1], strict=True):
+            right = rule.endswith(":")
+            if row is cells[1]:
+                padded.append("-" * (width - right) + ":" * right)
+            else:
+                padded.append(cell.rjust(width) if right else cell.ljust(width))
+        text.append("| " + " | ".join(padded) + " |")
+    return "\n".join(text)
+
+
+def recovery(truth: Table, results: Results, min_snr: float = 10.0) -> dict[str, float]:
+    """Compare fitted shifts and scales with the truth.
+
+    Parameters
+    ----------
+    truth : Table
+        Of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``, ``dx``, ``dy``,
+        ``scale``.
+    results : mapping
+        ``alertId`` → the packet's metrics. Candidates without a fit are left out.
+    min_snr : float
+        Least S/N of the residual.
+
+    Returns
+    -------
+    figures : dict
+        ``dipoles``, ``scale_errors``: numbers compared; ``shift``: median distance of the fitted from the true shift of
+        dipoles, pixels; ``dx_bias``, ``dy_bias``: medians of fitted less true; ``scale``: median of |fitted less true|
+        scale of scale errors between 1/1.1 and 1.1, the default bounds of the fit. NaN where nothing can be compared.
+    """
+    fits = [
+        (row, results[str(row["alertId"])])
+        for row in truth
+        if row["snr"] >= min_snr and results[str(row["alertId"])].get("adjust_chi2") is not None
+    ]
+    shifts = np.array(
+        [(fit["adjust_dx"] - row["dx"], fit["adjust_dy"] - row["dy"]) for row, fit in fits if row["class"] == "dipole"]
+    ).reshape(-1, 2)
+    scales = [
+        abs(fit["adjust_scale"] - row["scale"])
+        for row, fit in fits
+        if row["class"] == "scale-error" and 1 / 1.1 < row["scale"] < 1.1
+    ]
+    return {
+        "dipoles": len(shifts),
+        "shift": _median(np.hypot(*shifts.T)),
+        "dx_bias": _median(shifts[:, 0]),
+        "dy_bias": _median(shifts[:, 1]),
+        "scale_errors": len(scales),
+        "scale": _median(np.array(scales)),
+    }
+
+
+def _median(values: np.ndarray[Any, Any]) -> float:
+    return float(np.median(values)) if values.size else math.nan

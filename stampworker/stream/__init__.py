@@ -1,0 +1,1 @@
+"""Kafka: a worker reads alerts, publishes packets and commits, exactly once."""

@@ -1,0 +1,1 @@
+"""Packets for the eye: pictures and text."""

@@ -1,0 +1,331 @@
+"""A packet for the eye: its stamps as a picture, its fields as text.
+
+Stamps are shown as they are on the frame, x to the right and y up, every pixel a square: nothing is flipped, rotated or
+smoothed. matplotlib (the extra ``viewer``) is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stampworker.errors import ConfigError
+from stampworker.formats.packets import Packet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = ("science", "template", "convolved", "difference", "adjusted")
+"""Planes of a row, from left to right."""
+MOST_PIXELS = 60_000_000
+"""Largest picture, screen pixels: some 500 packets with stamps of 63 × 63."""
+
+_STAMP, _LARGE_STAMP = 132, 252  # side of a stamp where there are many and few, screen pixels, near enough
+_LABEL = 196  # width of a row's text
+_GAP = 6
+_HEAD, _FOOT = 26, 24
+_DPI = 100
+_LINE = 15  # height of a line of text, screen pixels
+
+# Grey is data. Colours are reserved for what is none.
+_PAPER = (255, 255, 255)
+_NO_PLANE = (238, 238, 238)
+_NO_DATA = (72, 104, 168)
+_MASKED = (226, 132, 36)
+_MARK = (214, 39, 40)
+_VERDICTS = {True: ("artefact", "#b22222"), False: ("not an artefact", "#1f7a3a"), None: ("no fit", "#666666")}
+
+Floats = NDArray[np.floating[Any]]
+
+
+class _Stretch(NamedTuple):
+    """Values shown black and white; above black, asinh is linear up to about ``soft`` (None: linear throughout)."""
+
+    low: float
+    high: float
+    soft: float | None
+
+
+class _Layout(NamedTuple):
+    """Where everything goes, screen pixels from the upper left corner."""
+
+    blocks: int
+    rows: int
+    cell: int
+
+    @property
+    def block_width(self) -> int:
+        return _LABEL + len(COLUMNS) * (self.cell + _GAP) + 3 * _GAP
+
+    @property
+    def size(self) -> tuple[int, int]:
+        width = self.blocks * self.block_width + _GAP
+        return width, _HEAD + self.rows * (self.cell + _GAP) + _FOOT
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """Upper left corner of a row: left and top."""
+        block, row = divmod(number, self.rows)
+        return _GAP + block * self.block_width, _HEAD + row * (self.cell + _GAP)
+
+
+def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] | None = None) -> None:
+    """Draw the stamps of packets as a PNG, one row a packet.
+
+    Parameters
+    ----------
+    packets : sequence of Packet
+        At least one. Many rows are laid out in several blocks side by side, read downwards.
+    path : str or Path
+        File to write.
+    labels : sequence of str, optional
+        A line for each packet beside its id, such as its true class.
+
+    Raises
+    ------
+    ConfigError
+        matplotlib is not installed.
+    ValueError
+        There are no packets, more than a picture of 60 million pixels holds, or ``labels`` are not as many.
+
+    Notes
+    -----
+    Science and convolved share a stretch, the template (on its own flux scale) has its own: asinh, from 3 sigma below
+    the sky to the brightest pixels, linear over the noise. Difference and adjusted share a linear one, symmetric about
+    zero, so that what the adjustment removes is seen to go. Black is low, white is high. Pixels without data are blue,
+    masked ones tinted orange, planes that the packet lacks a light grey; ticks mark the candidate's pixel.
+    """
+    if not packets:
+        raise ValueError("packets: found none, wanted at least 1")
+    if labels is not None and len(labels) != len(packets):
+        raise ValueError(f"labels: found {len(labels)}, wanted one for each of {len(packets)} packets")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise ConfigError("pictures need matplotlib: pip install 'stampworker[viewer]'") from exc
+
+    layout = _layout(packets)
+    width, height = layout.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"packets: found {len(packets)}, a picture of {width} × {height}; wanted at most {MOST_PIXELS:.0e} pixels"
+        )
+    canvas = np.full((height, width, 3), _PAPER, np.uint8)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    for number, packet in enumerate(packets):
+        left, top = layout.corner(number)
+        _paint_row(canvas, packet, left + _LABEL, top, layout.cell)
+        _write_row(axes, packet, labels[number] if labels else None, left, top + layout.cell / 2)
+    for block in range(layout.blocks):
+        for column, name in enumerate(COLUMNS):
+            middle = layout.corner(block * layout.rows)[0] + _LABEL + column * (layout.cell + _GAP) + layout.cell / 2
+            axes.text(middle, _HEAD / 2, name, ha="center", va="center", fontsize=9, color="#333333")
+    _write_legend(axes, height - _FOOT / 2)
+    # Not imshow: a screen pixel is a pixel of the array, and nothing is resampled.
+    figure.figimage(canvas, origin="upper", zorder=-1)
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    # No date and no version of the software: the same packets give the same picture.
+    figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+def _layout(packets: Sequence[Packet]) -> _Layout:
+    """Arrange the rows so that the picture is about as high as wide, in one block where they are few."""
+    side = max((max(stamp.data.shape) for packet in packets for stamp in packet.stamps.values()), default=1)
+    cell = side * max(1, round((_LARGE_STAMP if len(packets) <= 2 else _STAMP) / side))
+    one = _Layout(1, 1, cell)
+    blocks = max(1, round(math.sqrt(len(packets) * (cell + _GAP) / one.block_width))) if len(packets) > 8 else 1
+    return _Layout(blocks, math.ceil(len(packets) / blocks), cell)
+
+
+def _paint_row(canvas: NDArray[np.uint8], packet: Packet, left: int, top: int, cell: int) -> None:
+    planes = {name: packet.stamps[name].data for name in COLUMNS if name in packet.stamps}
+    stamp = packet.stamps.get("mask")
+    mask = None if stamp is None else stamp.data != 0
+    limits = _limits(planes, mask)
+    for column, name in enumerate(COLUMNS):
+        x = left + column * (cell + _GAP)
+        if name not in planes:
+            canvas[top : top + cell, x : x + cell] = _NO_PLANE
+            continue
+        image = _colours(planes[name], mask, limits[name])
+        zoom = max(1, cell // max(image.shape[:2]))
+        image = image[::-1].repeat(zoom, axis=0).repeat(zoom, axis=1)  # rows of a picture run down, those of a frame up
+        height, width = image.shape[:2]
+        y0, x0 = top + (cell - height) // 2, x + (cell - width) // 2
+        canvas[y0 : y0 + height, x0 : x0 + width] = image
+        _mark(canvas, x0 + width // 2, y0 + height // 2, cell)
+
+
+def _limits(planes: Mapping[str, Floats], mask: NDArray[np.bool_] | None) -> dict[str, _Stretch]:
+    """Choose the stretch of each plane."""
+    found = {name: _sky_stretch(_usable(plane, mask)) for name, plane in planes.items()}
+    if "science" in found and "convolved" in found:
+        found["convolved"] = found["science"]
+    residual = planes.get("difference", planes.get("adjusted"))
+    if residual is not None:
+        values = _usable(residual, mask)
+        span = max(5 * _scatter(values), float(np.percentile(np.abs(values), 99.9))) if values.size else 1.0
+        found |= dict.fromkeys(("difference", "adjusted"), _Stretch(-span or -1.0, span or 1.0, None))
+    return found
+
+
+def _usable(plane: Floats, mask: NDArray[np.bool_] | None) -> Floats:
+    """Return the finite pixels as float64, without the masked ones where others are left."""
+    finite = np.isfinite(plane)
+    good = finite if mask is None or mask.shape != plane.shape else finite & ~mask
+    return plane[good if good.any() else finite].astype(np.float64)
+
+
+def _sky_stretch(values: Floats) -> _Stretch:
+    """Stretch from 3 sigma below the sky to the brightest thousandth, at least 10 sigma above it."""
+    if not values.size:
+        return _Stretch(0.0, 1.0, None)
+    sky, sigma = float(np.median(values)), _scatter(values)
+    sigma = sigma or float(values.std()) or 1.0
+    return _Stretch(sky - 3 * sigma, max(sky + 10 * sigma, float(np.percentile(values, 99.9))), 5 * sigma)
+
+
+def _scatter(values: Floats) -> float:
+    """Return a robust standard deviation, from the median absolute deviation."""
+    return float(1.4826 * np.median(np.abs(values - np.median(values))))
+
+
+def _colours(plane: Floats, mask: NDArray[np.bool_] | None, stretch: _Stretch) -> NDArray[np.uint8]:
+    """Turn a plane into red, green, blue, shape (ny, nx, 3), its first row still the lowest."""
+    low, high, soft = stretch
+    above = np.clip(np.nan_to_num(plane.astype(np.float64)), low, high) - low
+    share = above / (high - low) if soft is None else np.arcsinh(above / soft) / np.arcsinh((high - low) / soft)
+    grey = np.repeat((255 * share)[:, :, None], 3, axis=2)
+    if mask is not None and mask.shape == plane.shape:
+        grey[mask] = 0.6 * grey[mask] + 0.4 * np.array(_MASKED)
+    grey[~np.isfinite(plane)] = _NO_DATA
+    return np.asarray(np.rint(grey), np.uint8)
+
+
+def _mark(canvas: NDArray[np.uint8], x: int, y: int, cell: int) -> None:
+    """Point at the candidate's pixel from the left and from below, without covering it."""
+    near, far = round(0.09 * cell), round(0.17 * cell)
+    half = cell // 200  # the line is one screen pixel wide on small stamps, three on large ones
+    canvas[y - half : y + half + 1, x - far : x - near] = _MARK
+    canvas[y + near : y + far, x - half : x + half + 1] = _MARK
+
+
+def _write_row(axes: Axes, packet: Packet, label: str | None, left: float, middle: float) -> None:
+    verdict, colour = _VERDICTS[packet.adjust_artefact]
+    status = "" if packet.adjust_status == "ok" else f" ({packet.adjust_status})"
+    lines: list[tuple[str, dict[str, Any]]] = [(packet.alert_id, {"weight": "bold"})]
+    lines += [(label, {})] if label else []
+    lines.append((verdict + status, {"color": colour, "weight": "bold"}))
+    m = packet.metrics
+    if m.get("adjust_chi2") is not None:
+        lines.append((f"χ² {_short(m['adjust_chi2_0'])} → {_short(m['adjust_chi2'])}, {m['adjust_df']} d.o.f.", {}))
+        lines.append((f"p {m['adjust_pval']:.2g}   scale {m['adjust_scale']:.3f}", {}))
+        lines.append((f"dx {m['adjust_dx']:+.2f}   dy {m['adjust_dy']:+.2f} px".replace("-", "−"), {}))
+    top = middle - _LINE * (len(lines) - 1) / 2
+    for number, (text, style) in enumerate(lines):
+        axes.text(
+            left, top + _LINE * number, _fitting(text), **{"fontsize": 8, "va": "center", "parse_math": False, **style}
+        )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 99.5 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _fitting(text: str, most: int = 31) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _write_legend(axes: Axes, y: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    x = float(_GAP)
+    for colour, text, width in ((_NO_DATA, "no data", 54), (_MASKED, "masked", 54), (_NO_PLANE, "no such plane", 88)):
+        shade = tuple(c / 255 for c in colour)
+        axes.add_patch(Rectangle((x, y - 5), 10, 10, facecolor=shade, edgecolor="#999999", linewidth=0.5))
+        axes.text(x + 15, y, text, fontsize=8, va="center", color="#555555")
+        x += width + 20
+    axes.text(x, y, "x right, y up; difference and adjusted share a stretch", fontsize=8, va="center", color="#555555")
+
+
+def describe(packet: Packet) -> str:
+    """Write a packet's fields as a readable table.
+
+    Parameters
+    ----------
+    packet : Packet
+
+    Returns
+    -------
+    text : str
+        A line a field: identifiers, candidate, fit, verdict, settings, and a line for each stamp with its frame.
+    """
+    lines = [("alertId", packet.alert_id), ("objectId", packet.object_id), ("packetId", packet.packet_id)]
+    extra = packet.candidate.get("extra") or {}
+    candidate = {name: value for name, value in packet.candidate.items() if name != "extra"}
+    groups: list[tuple[str, list[tuple[str, object]]]] = [
+        ("packet", [*lines, ("workerVersion", packet.worker_version)]),
+        ("candidate", [*candidate.items(), *((f"extra.{name}", value) for name, value in sorted(extra.items()))]),
+        (
+            "adjustment",
+            [
+                ("adjust_status", packet.adjust_status),
+                ("adjust_artefact", packet.adjust_artefact),
+                *packet.metrics.items(),
+                ("convolvedOrigin", packet.convolved_origin),
+                ("errOrigin", packet.err_origin),
+                ("resampledPlanes", ", ".join(packet.resampled_planes) or None),
+            ],
+        ),
+        ("settings", list(packet.adjust_settings.items())),
+    ]
+    width = max(len(name) for _, fields in groups for name, _ in fields)
+    text = []
+    for title, fields in groups:
+        text.append(title)
+        text += [f"  {name:<{width}}  {_value(name, value)}" for name, value in fields]
+    return "\n".join([*text, *_describe_stamps(packet)])
+
+
+_UNITS = {"x": "pixel", "y": "pixel", "ra": "deg", "dec": "deg", "mjd": "d", "fwhm": "pixel"} | {
+    f"adjust_d{axis}{error}": "pixel" for axis in "xy" for error in ("", "_err")
+}
+
+
+def _value(name: str, value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        # Places and times need every digit; of a chi2 six are enough.
+        value = f"{value:.7f}".rstrip("0").rstrip(".") if name in ("x", "y", "ra", "dec", "mjd") else f"{value:.6g}"
+    return f"{value} {_UNITS[name]}" if name in _UNITS else str(value)
+
+
+def _describe_stamps(packet: Packet) -> list[str]:
+    rows = [("stamp", "pixels", "type", "unit", "no data", "frame")]
+    for name, stamp in packet.stamps.items():
+        data = stamp.data
+        missing = np.count_nonzero(data) if name == "mask" else np.count_nonzero(~np.isfinite(data))
+        rows.append(
+            (
+                name,
+                f"{data.shape[1]} × {data.shape[0]}",
+                str(data.dtype),
+                str(stamp.header.get("BUNIT", "–")),
+                f"{missing}{' masked' if name == 'mask' else ''}",
+                str(packet.frames.get(name, "–")),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

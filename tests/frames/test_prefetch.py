@@ -1,0 +1,288 @@
+"""The frames of a batch, opened and fetched while the one before is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from helpers import web_server as web
+from helpers.web_server import WebServer
+
+from stampworker.config import EnrichSettings, FrameSettings, Settings
+from stampworker.enrich import Reject, complete, make_packets, prepare
+from stampworker.errors import FrameUnavailable
+from stampworker.formats.alerts import Alert
+from stampworker.formats.packets import Packet, encode
+from stampworker.frames import FrameStore, grid
+from stampworker.frames.fits.tiles import TiledImage
+
+NIGHT = 4  # sets of frames
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[WebServer]:
+    """Serve some sets of frames, too large to come whole with the first request."""
+    rng = np.random.default_rng(5)
+    with WebServer() as running:
+        for number in range(NIGHT):
+            for plane in ("science", "difference"):
+                fits.PrimaryHDU(rng.normal(0, 3, (500, 300)).astype("f4")).writeto(tmp_path / "f.fits", overwrite=True)
+                running.files[f"/{number}-{plane}.fits"] = (tmp_path / "f.fits").read_bytes()
+        yield running
+
+
+def settings_of(server: WebServer, **frames: object) -> Settings:
+    made = {"frame_roots": (server.url,), "total_s": 10.0, "read_s": 5.0, **frames}
+    return Settings(enrich=EnrichSettings(radius=9), frames=FrameSettings.model_validate(made))
+
+
+def batch(number: int) -> list[Alert]:
+    """Return a few alerts of one set of frames."""
+    frames = {plane: f"{number}-{plane}.fits" for plane in ("science", "difference")}
+    return [Alert(f"{number}/{y}", x=150.0, y=float(y), fwhm=3.0, frames=frames) for y in (60, 240, 470)]
+
+
+def test_what_was_prepared_is_computed_without_another_request(server: WebServer) -> None:
+    """All that packets need is there before they are made, also when a batch has ended in between."""
+    settings = settings_of(server)
+    with FrameStore(settings.frames) as store:
+        first = prepare(batch(0), store, settings)
+        second = prepare(batch(1), store, settings)
+        asked = len(server.requests)
+        made = complete(first, store, settings) + complete(second, store, settings)
+        assert len(server.requests) == asked
+    with FrameStore(settings.frames) as store:
+        at_once = make_packets(batch(0) + batch(1), store, settings)
+    assert [encode(p) for p in made if isinstance(p, Packet)] == [encode(p) for p in at_once if isinstance(p, Packet)]
+    assert len(made) == len(at_once) == 6
+
+
+def meet(paths: Iterable[str], number: int) -> dict[str, web.Behaviour]:
+    """Let requests wait until there are so many at the same time."""
+    barrier = threading.Barrier(number)
+
+    def wait(handler: web.Handler) -> None:
+        barrier.wait(2)
+        web.serve(handler)
+
+    return dict.fromkeys(paths, wait)
+
+
+def test_sets_of_frames_are_opened_and_fetched_together(server: WebServer) -> None:
+    """Not one set after another: servers are waited for once for the opening, and once for what the stamps need."""
+    settings = settings_of(server)
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)[:1]]
+    server.behaviours |= meet(server.files, 2 * NIGHT)
+    with FrameStore(settings.frames) as store:
+        made = make_packets(alerts, store, settings)
+    assert len(server.requests) == 4 * NIGHT
+    assert all(isinstance(result, Packet) for result in made)
+
+
+def test_a_compressed_mask_is_set_up_once(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened ahead as the mask that it is, not as an image first."""
+    tiles = fits.CompImageHDU(np.zeros((500, 300), "i2"), compression_type="RICE_1")
+    fits.HDUList([fits.PrimaryHDU(), tiles]).writeto(tmp_path / "mask")
+    server.files["/mask.fits"] = (tmp_path / "mask").read_bytes()
+    settings = settings_of(server)
+    opened: list[bool] = []
+
+    def tiled(*args: Any, mask: bool, **kwargs: Any) -> TiledImage:
+        opened.append(mask)
+        return TiledImage(*args, mask=mask, **kwargs)
+
+    monkeypatch.setattr("stampworker.frames.store.TiledImage", tiled)
+    alert = Alert("1", x=150.0, y=60.0, fwhm=3.0, frames={"science": "0-science.fits", "mask": "mask.fits"})
+    with FrameStore(settings.frames) as store:
+        assert isinstance(make_packets([alert], store, settings)[0], Packet)
+    assert opened == [True]
+
+
+def test_what_fails_while_the_others_open_is_not_asked_again(server: WebServer) -> None:
+    """Also where failures are not remembered for so long."""
+    server.behaviours["/1-difference.fits"] = web.status(503)
+    settings = settings_of(server, failure_ttl_s=0.0)
+    with FrameStore(settings.frames) as store:
+        make_packets(batch(0) + batch(1), store, settings)
+    assert [path for path, _ in server.requests].count("/1-difference.fits") == 1
+
+
+def test_what_is_fetched_ahead_is_bounded_in_sum(server: WebServer) -> None:
+    """Half of the cache, for all frames together; the rest is read when it is sliced, and the packets are the same."""
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)]
+    settings = settings_of(server, cache_bytes=1_000_000)
+    with FrameStore(settings.frames) as store:
+        sent = len(server.files) * 65536
+        prepared = prepare(alerts, store, settings)
+        assert sent + 300_000 < server.sent < sent + 500_000
+        made = complete(prepared, store, settings)
+        assert store.cached_bytes <= 1_000_000
+    assert all(isinstance(result, Packet) for result in made)
+
+
+@pytest.mark.parametrize("how", [web.serve, web.without_ranges])
+def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServer, how: web.Behaviour) -> None:
+    """Also where the frame is from an earlier batch: it is not asked for again; when it is not used it is let go."""
+    server.behaviours |= dict.fromkeys(server.files, how)
+    settings = settings_of(server)
+    with FrameStore(settings.frames) as store:
+        for number in (0, 1):
+            make_packets(batch(number), store, settings)
+        before = prepare(batch(2), store, settings)
+        server.requests.clear()
+        again = prepare(batch(0)[1:], store, settings)
+        asked = len(server.requests)
+        complete(before, store, settings)
+        complete(again, store, settings)
+        assert len(server.requests) == asked
+        prepare(batch(3), store, settings)
+        store.trim()
+        assert store.cached_bytes > 0
+        store.trim()
+        assert store.cached_bytes == 0
+
+
+@pytest.mark.parametrize("plane", ["template", "mask"])
+def test_planes_on_another_grid_are_fetched_ahead(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plane: str
+) -> None:
+    """What the stamps need of them comes in few requests before packets are made; what cannot be mapped costs nothing.
+
+    Stamps of which the other frame shows nothing, and those that need too many of its pixels, are not fetched.
+    """
+    monkeypatch.setattr(grid, "_MAX_PIXELS", 2000)
+    sky = {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": 10.0, "CRVAL2": 5.0, "CRPIX1": 150.0}
+    grids = {"science": (1e-4, (500, 300)), plane: (1.1e-4, (400, 300)), "fine": (5e-5, (500, 300))}
+    for name, (scale, shape) in grids.items():
+        data = np.random.default_rng(7).normal(0, 3, shape).astype("i2" if name == "mask" else "f4")
+        header = fits.Header(sky | {"CD1_1": -scale, "CD2_2": scale, "CRPIX2": shape[0] / 2})
+        fits.PrimaryHDU(data, header).writeto(tmp_path / name)
+        server.files[f"/{name}.fits"] = (tmp_path / name).read_bytes()
+    settings = settings_of(server)
+    frames = {"science": "science.fits", plane: f"{plane}.fits"}
+    alerts = [Alert(str(y), x=150.0, y=float(y), fwhm=3.0, frames=frames) for y in (9, 100, 240, 380, 490)]
+    alerts.append(
+        Alert("fine", x=150.0, y=240.0, fwhm=3.0, frames={"science": "science.fits", "template": "fine.fits"})
+    )
+    with FrameStore(settings.frames) as store:
+        prepared = prepare(alerts, store, settings)
+        asked = [path for path, _ in server.requests]
+        assert asked.count(f"/{plane}.fits") <= 4
+        assert asked.count("/fine.fits") == 1
+        made = complete(prepared, store, settings)
+        assert len(server.requests) == len(asked)
+    *packets, refused = made
+    assert [packet.resampled_planes for packet in packets if isinstance(packet, Packet)] == [(plane,)] * 5
+    assert isinstance(refused, Reject)
+    assert "wanted at most" in str(refused.error)
+
+
+def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> None:
+    """The rest is opened when its turn comes, and what was computed is let go of."""
+    settings = settings_of(server, max_open_frames=4)
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)]
+    with FrameStore(settings.frames) as store:
+        prepared = prepare(alerts, store, settings)
+        assert {path[1] for path, _ in server.requests} == {"0", "1"}
+        server.behaviours |= meet(server.files, 4)
+        made = complete(prepared, store, settings)
+        assert [group.opened for group in prepared.groups] == [None] * NIGHT
+    assert [result.alert_id for result in made] == [alert.alert_id for alert in alerts]
+    assert all(isinstance(result, Packet) for result in made)
+
+
+def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) -> None:
+    """A set whose server fails is rejected with the server's words, the others are packets."""
+    server.behaviours["/1-difference.fits"] = web.status(503)
+    settings = settings_of(server)
+    with FrameStore(settings.frames) as store:
+        made = complete(prepare(batch(0) + batch(1) + batch(2), store, settings), store, settings)
+    assert [isinstance(result, Reject) for result in made] == [False] * 3 + [True] * 3 + [False] * 3
+    assert all("503" in str(result.error) for result in made if isinstance(result, Reject))
+
+
+def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most: int) -> list[list[Packet | Reject]]:
+    """Return the results of attempts, each at the alerts that the one before left and after the failure's age."""
+    attempts = []
+    while alerts and len(attempts) < most:
+        attempts.append(make_packets(alerts, store, settings))
+        alerts = [alert for alert, result in zip(alerts, attempts[-1], strict=True) if isinstance(result, Reject)]
+        time.sleep(settings.frames.failure_ttl_s)
+    return attempts
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        web.status(500),
+        web.status(503, Retry_After="0"),
+        web.reset,
+        web.refuse,
+        web.hang_up,
+        web.garbage,
+        web.silence,
+        web.drip,
+    ],
+)
+def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
+    """Every other request fails: each alert is a packet or to be tried again, and before long all are packets."""
+    settings = settings_of(server, read_s=0.1, total_s=0.15, failure_ttl_s=0.05)
+    server.behaviours |= dict.fromkeys(server.files, web.in_turn(fault, web.serve))
+    alerts = [alert for number in range(2) for alert in batch(number)]
+    with FrameStore(settings.frames) as store:
+        attempts = tried_again(alerts, store, settings, 30)
+    results = [result for attempt in attempts for result in attempt]
+    rejects = [result.error for result in results if isinstance(result, Reject)]
+    assert rejects
+    assert {type(error) for error in rejects} == {FrameUnavailable}
+    packets = [result for result in results if isinstance(result, Packet)]
+    assert sorted(packet.alert_id for packet in packets) == sorted(alert.alert_id for alert in alerts)
+    server.behaviours.clear()
+    with FrameStore(settings_of(server).frames) as store:
+        calm = {
+            packet.alert_id: packet for packet in make_packets(alerts, store, settings) if isinstance(packet, Packet)
+        }
+    assert all(encode(packet) == encode(calm[packet.alert_id]) for packet in packets)
+
+
+@pytest.mark.parametrize("how", ["down", "silent"])
+def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
+    """Batches are over at once, every alert to be tried again; when the server is back all are packets."""
+    alerts = [alert for number in range(NIGHT) for alert in batch(number)]
+    with contextlib.ExitStack() as running:
+        other = running.enter_context(WebServer())
+        other.behaviours = dict.fromkeys(server.files, web.silence)
+        if how == "down":
+            running.close()
+        settings = settings_of(other, read_s=0.2, failure_ttl_s=0.3, prefetch_threads=2)
+        store = running.enter_context(FrameStore(settings.frames))
+        start = time.monotonic()
+        for _ in range(10):
+            results = make_packets(alerts, store, settings)
+            assert [type(result.error) for result in results if isinstance(result, Reject)] == [FrameUnavailable] * 12
+        assert time.monotonic() - start < 2.5
+        if how == "down":
+            other = running.enter_context(WebServer(other.server_port))
+        other.behaviours, other.files = {}, server.files
+        time.sleep(0.3)
+        assert all(isinstance(result, Packet) for result in make_packets(alerts, store, settings))
+
+
+def test_slow_frames_cost_their_alerts_only(server: WebServer) -> None:
+    """Also when as many wait in vain at the same time as make a server slow: others were answered meanwhile."""
+    names = [f"/{i}.fits" for i in range(16)]
+    server.files |= dict.fromkeys(names, server.files["/0-science.fits"])
+    silent = names[1:15:2]
+    server.behaviours |= dict.fromkeys(silent, web.silence)
+    settings = settings_of(server, read_s=0.4)
+    alerts = [Alert(name, x=150.0, y=240.0, fwhm=3.0, frames={"science": name[1:]}) for name in names]
+    with FrameStore(settings.frames) as store:
+        made = make_packets(alerts, store, settings)
+    assert [result.alert_id for result in made if isinstance(result, Reject)] == silent

@@ -1,0 +1,1 @@
+"""Real servers for tests: a Docker engine, Kafka, nginx, buckets."""

@@ -1,0 +1,348 @@
+"""The loop's shape, without a broker: what a batch is, how the loop ends, and what it does with errors.
+
+The cluster is librdkafka's, in memory and at-least-once; the promise itself is tested on a real broker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicPartition
+from helpers.mock_cluster import MockCluster, make_fatal
+from helpers.night import STAR, write_night
+
+import stampworker.enrich
+import stampworker.stream.worker
+from stampworker.config import Settings, load
+from stampworker.errors import ConfigError, PublishError, TransactionAborted
+from stampworker.formats.alerts import Alert, encode
+from stampworker.formats.packets import Packet
+from stampworker.stream.kafka import AtLeastOnce, Record
+from stampworker.stream.outcomes import ERRORS_PREFIX
+from stampworker.stream.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def cluster() -> MockCluster:
+    """Start one cluster for all tests."""
+    return MockCluster()
+
+
+@pytest.fixture(scope="module")
+def alerts(tmp_path_factory: pytest.TempPathFactory) -> list[Alert]:
+    """Return a few alerts of one tiny night."""
+    frames = write_night(tmp_path_factory.mktemp("night"), planes=("science", "template", "difference"))
+    x, y = STAR
+    return [Alert(f"a{n}", f"o{n}", x + n / 8, y, fwhm=3.0, frames=frames) for n in range(7)]
+
+
+@pytest.fixture
+def settings(cluster: MockCluster) -> Callable[..., Settings]:
+    """Return settings of topics and a group of their own."""
+
+    def make(**more: object) -> Settings:
+        topics = {f"worker.{name}_topic": cluster.topic(name) for name in ("input", "packet", "reject")}
+        flags = {
+            "kafka.bootstrap.servers": cluster.address,
+            "kafka.log_level": "0",
+            "kafka.fetch.wait.max.ms": "20",
+            "worker.guarantee": "at-least-once",
+            "worker.group": uuid.uuid4().hex,
+            "worker.deadline_s": 10,
+            "frames.frame_roots": "/",
+            "enrich.radius": 5,
+            **topics,
+            **{name.replace("__", "."): value for name, value in more.items()},
+        }
+        return load(flags=flags)
+
+    return make
+
+
+class Flaky(AtLeastOnce):
+    """Fails at its first batches, by the errors that are listed."""
+
+    errors: ClassVar[list[Exception]] = []
+
+    def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
+        """Fail, or publish."""
+        if Flaky.errors:
+            raise Flaky.errors.pop(0)
+        super().publish(records, offsets, metadata)
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """Let the worker's publisher raise the errors put in this list, one a batch."""
+    errors: ClassVar[list[Exception]] = []
+    monkeypatch.setattr(Flaky, "errors", errors)
+    monkeypatch.setattr(stampworker.stream.worker, "AtLeastOnce", Flaky)
+    return errors
+
+
+def send(cluster: MockCluster, settings: Settings, alerts: Sequence[Alert], partition: int = 0) -> None:
+    cluster.produce(settings.worker.input_topic[0], [encode(a) for a in alerts], partition)
+
+
+def packet_ids(cluster: MockCluster, settings: Settings, number: int) -> list[str]:
+    return sorted(Packet.read(m.value() or b"").alert_id for m in cluster.read(settings.worker.packet_topic, number))
+
+
+def test_drained_worker_publishes_each_alert_and_logs_each_batch(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packets and rejects add up to the alerts; a batch is closed by count; one log line each, with stage times."""
+    made = settings(worker__batch_count=3)
+    send(cluster, made, alerts)
+    cluster.produce(made.worker.input_topic[0], [b"no alert"])
+    with caplog.at_level(logging.INFO, "stampworker.stream.worker"):
+        totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets, totals.rejects, totals.batches, totals.aborts) == (8, 7, 1, 3, 0)
+    assert packet_ids(cluster, made, 7) == [a.alert_id for a in alerts]
+    (reject,) = cluster.read(made.worker.reject_topic, 1)
+    assert (reject.key(), reject.value()) == (b"key", b"no alert")
+    assert dict(reject.headers() or [])[ERRORS_PREFIX + "stage"] == b"decode"
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("batch ")]
+    assert [line.split()[1:5] for line in lines] == [
+        ["alerts=3", "packets=3", "retries=0", "rejects=0"],
+        ["alerts=3", "packets=3", "retries=0", "rejects=0"],
+        ["alerts=2", "packets=1", "retries=0", "rejects=1"],
+    ]
+    for line in lines:
+        names = [part.split("=")[0] for part in line.split()[5:]]
+        assert names == ["bytes_in", "bytes_out", "poll_s", "enrich_s", "publish_s"]
+
+
+@pytest.mark.parametrize("what", ["packet", "reject"])
+def test_header_whose_name_is_no_text(
+    cluster: MockCluster,
+    settings: Callable[..., Settings],
+    alerts: list[Alert],
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    """Any client can write one, and ours cannot read it: the alert leaves like others, without headers."""
+    made = settings()
+    value = encode(alerts[0]) if what == "packet" else b"no alert"
+    cluster.produce_with_header(made.worker.input_topic[0], value, b"\xff\xfe")
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets, totals.rejects) == (1, what == "packet", what == "reject")
+    assert "a header's name is not UTF-8" in caplog.text
+
+
+def test_worker_finds_frames_that_alerts_do_not_name(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
+) -> None:
+    """The settings' resolver serves the stream; an alert that it cannot serve is rejected with its stage."""
+    folder = alerts[0].frames["science"].rpartition("/")[0]
+    templates = {plane: f"{folder}/{{{plane}}}.fits" for plane in ("science", "difference")}
+    made = settings(resolve__resolver="template", resolve__templates=templates)
+    named = {plane: plane for plane in templates}
+    bare = [replace(alert, frames={}, extra=named) for alert in alerts[:2]] + [replace(alerts[2], frames={})]
+    send(cluster, made, bare)
+    totals = Worker(made, drained=True).run()
+    assert (totals.alerts, totals.packets, totals.rejects) == (3, 2, 1)
+    found = [Packet.read(m.value() or b"") for m in cluster.read(made.worker.packet_topic, 2)]
+    assert {packet.packet_id for packet in found} == {alert.packet_id() for alert in bare[:2]}
+    assert {packet.frames["difference"] for packet in found} == {f"file://{alerts[0].frames['difference']}"}
+    (reject,) = cluster.read(made.worker.reject_topic, 1)
+    headers = dict(reject.headers() or [])
+    assert headers[ERRORS_PREFIX + "stage"] == b"frames"
+    assert b"template of 'science': found no 'science'" in headers[ERRORS_PREFIX + "exception.message"]
+
+
+def test_frame_root_that_is_not_there_is_told_before_the_broker_is_asked(settings: Callable[..., Settings]) -> None:
+    """What is wrong here is told at once, also where no broker answers."""
+    nowhere = settings(frames__frame_roots="/nowhere", kafka__bootstrap__servers="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="'/nowhere', which is no folder"):
+        Worker(nowhere).run()
+
+
+def test_worker_that_has_no_resolver_does_not_begin(settings: Callable[..., Settings]) -> None:
+    """It is said when the worker is made, not at the first alert."""
+    with pytest.raises(ConfigError, match="no resolver is called 'absent'"):
+        Worker(settings(resolve__resolver="absent"))
+
+
+def test_aborted_batch_is_read_again_beside_partitions_at_their_end(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], flaky: list[Exception]
+) -> None:
+    """An abort sets back what was read only: partitions without alerts, at their end, do not keep it from ending."""
+    made = settings(worker__batch_count=4)
+    send(cluster, made, alerts)
+    flaky += [TransactionAborted("injected"), TransactionAborted("injected again")]
+    worker = Worker(made, drained=True)
+    watchdog = threading.Timer(20, worker.stop)
+    watchdog.start()
+    totals = worker.run()
+    assert not worker.stopping, "the worker never found the end of its input"
+    watchdog.cancel()
+    assert (totals.aborts, totals.alerts, totals.packets) == (2, 7, 7)
+    assert packet_ids(cluster, made, 7) == [a.alert_id for a in alerts]
+
+
+@pytest.mark.parametrize("limit", [{"worker__batch_bytes": 1}, {"worker__batch_s": 1e-9}])
+def test_batch_is_closed_by_bytes_and_by_time(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], limit: dict[str, object]
+) -> None:
+    """A batch is closed at its number of bytes, and at its age, whatever the count allows."""
+    made = settings(**limit)
+    send(cluster, made, alerts[:3])
+    assert Worker(made, drained=True).run().batches == 3
+
+
+def test_frames_are_opened_while_the_batch_before_is_computed(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch but the last is computed only after the frames of the next have been opened, in another thread."""
+    made = settings(worker__batch_count=2)
+    send(cluster, made, alerts)
+    opened = threading.Semaphore(0)
+    threads = set()
+
+    def prepare(*args: Any) -> Any:
+        threads.add(threading.current_thread())
+        prepared = stampworker.enrich.prepare(*args)
+        opened.release()
+        return prepared
+
+    left = [4]  # batches
+
+    def complete(*args: Any) -> Any:
+        left[0] -= 1
+        assert opened.acquire(timeout=10)  # this batch's
+        if left[0]:
+            assert opened.acquire(timeout=10), "the next batch's frames are not opened yet"
+            opened.release()
+        return stampworker.enrich.complete(*args)
+
+    monkeypatch.setattr(stampworker.stream.worker, "prepare", prepare)
+    monkeypatch.setattr(stampworker.stream.worker, "complete", complete)
+    worker = Worker(made, drained=True)
+    totals = worker.run()
+    assert (totals.packets, totals.batches, left) == (7, 4, [0])
+    assert threading.current_thread() not in threads
+
+
+def test_stop_publishes_what_was_read(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
+) -> None:
+    """A worker that is told to stop within a batch publishes it, and ends without an error."""
+    made = settings(worker__batch_s=600)
+    send(cluster, made, alerts)
+    worker = Worker(made)
+    take = worker._take
+
+    def stop_at_the_fifth(message: Any) -> bool:
+        if message.error() is None and message.offset() == 4:
+            worker.stop()
+        return take(message)
+
+    worker._take = stop_at_the_fifth  # type: ignore[method-assign]
+    totals = worker.run()
+    assert (totals.alerts, totals.batches) == (5, 1)
+    assert cluster.committed(made.worker.group, made.worker.input_topic[0]) == 5
+
+
+@pytest.mark.parametrize("error", [PublishError("injected"), RuntimeError("injected")])
+def test_publisher_that_cannot_go_on_ends_the_worker(
+    cluster: MockCluster,
+    settings: Callable[..., Settings],
+    alerts: list[Alert],
+    flaky: list[Exception],
+    error: Exception,
+) -> None:
+    """An error of the publisher's thread, foreseen or not, ends the worker with that error; nothing is committed."""
+    made = settings()
+    send(cluster, made, alerts)
+    flaky.append(error)
+    with pytest.raises(type(error), match="injected"):
+        Worker(made, drained=True).run()
+    assert cluster.committed(made.worker.group, made.worker.input_topic[0]) == OFFSET_INVALID
+
+
+def test_fatal_error_of_the_consumer_ends_the_worker(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer that reads no more (its static identity taken by another, say) ends the worker: it never idles."""
+    monkeypatch.setattr(stampworker.stream.worker, "_CLOSE_S", 0.5)  # such a consumer never closes
+    worker = Worker(settings())
+    on_assign = worker._on_assign
+
+    def then_fail(consumer: Any, partitions: Any) -> None:
+        on_assign(consumer, partitions)
+        make_fatal(worker._consumer)
+
+    worker._on_assign = then_fail  # type: ignore[method-assign]
+    watchdog = threading.Timer(15, worker.stop)
+    watchdog.start()
+    with pytest.raises(PublishError, match="the consumer cannot go on: Fatal error"):
+        worker.run()
+    watchdog.cancel()
+
+
+def test_error_of_the_client_is_one_of_ours(
+    cluster: MockCluster, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the client raises where nothing else is foreseen comes out as a PublishError, with its reason."""
+
+    def fail(*_: object) -> int:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no watermarks"))
+
+    worker = Worker(settings(), drained=True)
+    monkeypatch.setattr(worker, "_end", fail)
+    with pytest.raises(PublishError, match="kafka: no watermarks"):
+        worker.run()
+
+
+def test_consumer_that_never_closes_does_not_keep_the_worker(
+    cluster: MockCluster, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Closing the consumer is bounded in time."""
+    released = threading.Event()
+
+    class Hanging:
+        def close(self) -> None:
+            released.wait(30)
+
+    monkeypatch.setattr(stampworker.stream.worker, "_CLOSE_S", 0.1)
+    worker = Worker(Settings())
+    worker._consumer = Hanging()  # type: ignore[assignment]
+    began = time.monotonic()
+    worker._close_consumer()
+    released.set()
+    assert time.monotonic() - began < 5
+    assert "did not close within 0.1 s" in caplog.text
+
+
+def test_given_ends_leave_the_rest_alone(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
+) -> None:
+    """With ends given, alerts from there on and partitions that are not named are left unread."""
+    made = settings()
+    send(cluster, made, alerts, partition=0)
+    send(cluster, made, alerts, partition=1)
+    totals = Worker(made, ends={(made.worker.input_topic[0], 0): 3}).run()
+    assert totals.alerts == 3
+    assert packet_ids(cluster, made, 3) == ["a0", "a1", "a2"]
+
+
+def test_two_input_topics(cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]) -> None:
+    """A worker reads all of its input topics."""
+    made = settings(worker__input_topic=",".join(both := [cluster.topic("one"), cluster.topic("two")]))
+    for topic, part in zip(both, (alerts[:3], alerts[3:]), strict=True):
+        cluster.produce(topic, [encode(a) for a in part])
+    assert Worker(made, drained=True).run().packets == 7
+
+
+def test_pattern_of_topics_is_refused(settings: Callable[..., Settings]) -> None:
+    """A pattern, which librdkafka would take, is refused by name."""
+    with pytest.raises(ConfigError, match=r"found the pattern '\^alerts\.\*', wanted the name of a topic"):
+        Worker(settings(worker__input_topic="^alerts.*"), drained=True).run()
