@@ -37,13 +37,13 @@ from stampworker.cutouts import adjust_cutout, compare_point_source, get_cutout,
 from stampworker.errors import AlertError, FrameError, FrameMismatch
 from stampworker.formats.alerts import Alert, from_table, masked_column
 from stampworker.formats.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
-from stampworker.frames import Frame, FrameStore, PlaneKind, celestial_frame, on_grid
+from stampworker.frames import Frame, FrameKey, FrameStore, PlaneKind, celestial_frame, on_grid
 from stampworker.frames.urls import scheme_of
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 
 log = logging.getLogger(__name__)
 
-_Ready = Mapping[tuple[str, bool], Future[Frame]]
+_Ready = Mapping[FrameKey, Future[Frame]]
 _NONE_READY: _Ready = {}
 _KINDS: dict[str, PlaneKind] = {"mask": "mask", "error": "error", "variance": "variance"}
 _VERSION = version("stampworker")
@@ -193,7 +193,7 @@ def complete(prepared: Prepared, store: FrameStore, settings: Settings) -> list[
             elif isinstance(alert, Alert) and opened is not None:  # as they all are
                 with store.allowance():
                     results[i] = _packet_or_reject(alert, opened, settings)
-    store.trim()
+    store.evict_unused()
     return [results[i] for i in range(len(alerts))]
 
 
@@ -216,18 +216,18 @@ def _open_groups(groups: list[_Group], prepared: Prepared, store: FrameStore, se
     What waits for servers is done for all of them together.
     """
     chosen: list[_Group] = []
-    wanted: dict[tuple[str, bool], None] = {}
+    wanted: dict[FrameKey, None] = {}
     for group in groups:
-        more = wanted | dict.fromkeys((url, plane == "mask") for plane, url in group.urls.items())
+        more = wanted | dict.fromkeys(FrameKey(url, plane == "mask") for plane, url in group.urls.items())
         if chosen and len(more) > settings.frames.max_open_frames:
             break
         chosen.append(group)
         wanted = more
-    ready = store.prefetch(wanted)
+    ready = store.open_many(wanted)
     for group in chosen:
         _open_group(group, ready, store, settings.enrich, prepared.by_sky)
     radius = math.ceil(settings.enrich.radius)
-    store.fetch(
+    store.prefetch_sections(
         (group.opened.planes.values(), _boxes(_alerts_of(group, prepared), group.opened, radius))
         for group in chosen
         if isinstance(group.opened, _FrameSet)
@@ -291,9 +291,9 @@ def _open_planes(urls: Mapping[str, str], store: FrameStore, ready: _Ready = _NO
     """Open frames and bring them onto the science frame's grid."""
 
     def opened(plane: str) -> Frame:
-        url, is_mask = urls[plane], plane == "mask"
+        key = FrameKey(urls[plane], plane == "mask")
         # What failed a moment ago is not asked for once more.
-        return ready[url, is_mask].result() if (url, is_mask) in ready else store.open(url, mask=is_mask)
+        return ready[key].result() if key in ready else store.open(key.url, mask=key.is_mask)
 
     science = opened("science")
     planes = {"science": science}

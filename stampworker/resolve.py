@@ -385,7 +385,7 @@ class _Template:
 
     def _check(self, full: str, name: str, spec: str, conversion: str | None) -> None:
         if name == "root":
-            raise self._malformed(full, "wanted {root} at the very beginning")
+            raise self._malformed(full, "wanted {root} at the very first")
         if not name or name.isdigit() or not {".", "["}.isdisjoint(name):
             raise self._malformed(full, f"found {{{name}}}, wanted the plain name of a field")
         if name in ("extra", "frames"):

@@ -164,7 +164,7 @@ def test_what_an_alert_lacks_is_said(text: str, message: str) -> None:
         ("{ccd:0{visit}d}.fits", "found a conversion or a nested field"),
         ("{visit:%Y}.fits", "a date, which only mjd is"),
         ("{mjd:%Y%Q}.fits", "found an unknown part of a date"),
-        ("a/{root}/b.fits", r"wanted \{root\} at the very beginning"),
+        ("a/{root}/b.fits", r"wanted \{root\} at the very first"),
         ("{root}{night}.fits", r"wanted a slash after \{root\}"),
         ("{root}/../{night}.fits", r"wanted a path without the folders \. and \.\."),
         ("./{night}.fits", r"wanted a path without the folders \. and \.\."),

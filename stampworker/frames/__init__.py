@@ -28,7 +28,7 @@ Which failures are remembered, and for how long?          ``io.failures``
 
 from stampworker.frames.frame import Frame
 from stampworker.frames.regrid import PlaneKind, Regridded, on_grid
-from stampworker.frames.store import FrameStore
+from stampworker.frames.store import FrameKey, FrameStore
 from stampworker.frames.wcs import celestial_frame
 
-__all__ = ["Frame", "FrameStore", "PlaneKind", "Regridded", "celestial_frame", "on_grid"]
+__all__ = ["Frame", "FrameKey", "FrameStore", "PlaneKind", "Regridded", "celestial_frame", "on_grid"]

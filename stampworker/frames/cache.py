@@ -8,18 +8,18 @@ import weakref
 from typing import Protocol
 
 
-class Holder(Protocol):
-    """Something that keeps decompressed data: ``held`` bytes, last used, or fetched to be used, at tick ``used``."""
+class Evictable(Protocol):
+    """Something that keeps ``nbytes`` bytes of data, which were used, or fetched for use, at time ``last_used``."""
 
-    held: int
-    used: int
+    nbytes: int
+    last_used: int
 
     def release(self) -> None:
         """Forget the data; it can be decompressed again."""
         ...
 
 
-class Budget:
+class CacheBudget:
     """Keep the bytes of all holders below a limit by releasing the least recently used.
 
     The one that is being used is never released for itself, so a single frame above the limit still serves.
@@ -32,35 +32,35 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._holders: weakref.WeakSet[Evictable] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._clock = itertools.count(1)
         self._mark = 0
-        self.tick = self._clock.__next__
+        self.clock = self._clock.__next__
 
     @property
-    def held(self) -> int:
+    def nbytes(self) -> int:
         """Bytes held by all, now."""
         with self._lock:
-            return sum(holder.held for holder in self._holders)
+            return sum(holder.nbytes for holder in self._holders)
 
-    def settle(self, user: Holder) -> None:
+    def evict(self, user: Evictable) -> None:
         """Account what ``user`` holds now; release others until the limit is kept."""
         with self._lock:
             self._holders.add(user)
-            others = sorted((holder for holder in self._holders if holder is not user), key=lambda holder: holder.used)
-            total = user.held + sum(holder.held for holder in others)
+            others = sorted((one for one in self._holders if one is not user), key=lambda one: one.last_used)
+            total = user.nbytes + sum(holder.nbytes for holder in others)
             for holder in others:
                 if total <= self._limit:
                     return
-                total -= holder.held
+                total -= holder.nbytes
                 holder.release()
 
-    def room(self, user: Holder, size: int) -> bool:
+    def fits(self, user: Evictable, size: int) -> bool:
         """Say whether ``user`` may hold ``size`` bytes more without passing the limit by itself."""
-        return user.held + size <= self._limit
+        return user.nbytes + size <= self._limit
 
-    def trim(self) -> None:
+    def evict_unused(self) -> None:
         """Release what was not used, or made ready for use, since the last call.
 
         What is prepared for the batch that follows while one is computed outlasts the call that ends this one, and goes
@@ -68,6 +68,6 @@ class Budget:
         """
         with self._lock:
             for holder in self._holders:
-                if holder.used <= self._mark:
+                if holder.last_used <= self._mark:
                     holder.release()
-            self._mark = self.tick()
+            self._mark = self.clock()

@@ -12,10 +12,10 @@ import numpy as np
 from astropy.io import fits
 
 from stampworker.frames.fits.header import CARD, Hdu, parse_text, split_cards
-from stampworker.frames.fits.section import Box
+from stampworker.frames.fits.section import Section
 from stampworker.frames.io.ranges import RangedFile
-from stampworker.frames.io.sources import Fetch, Kept, Source
-from stampworker.frames.limits import charge
+from stampworker.frames.io.sources import CachedBytes, FetchTask, Source
+from stampworker.frames.limits import count
 from stampworker.frames.wcs import lookup_cards, make_wcs, wcs_cards
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class Pixels(Protocol):
         """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image."""
         ...
 
-    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+    def byte_ranges(self, boxes: Iterable[Section]) -> list[tuple[int, int]]:
         """Return offset and length of the bytes that boxes, all inside the image, need."""
         ...
 
-    def cost(self, box: Box) -> int:
+    def bytes_needed(self, box: Section) -> int:
         """Return how many bytes a box inside the image needs to be read and decompressed."""
         ...
 
@@ -123,7 +123,7 @@ class Frame:
         self.dtype = pixels.dtype
         self._ny, self._nx = pixels.shape
         self._pixels, self._source = pixels, source
-        self.is_whole = isinstance(source, Kept)
+        self.is_whole = isinstance(source, CachedBytes)
         self.is_fetched = self.is_whole or isinstance(source, RangedFile)
         # Rows of plain local files are free, and cost no time to count.
         self._is_free = image.hdu.kind == "image" and not self.is_fetched
@@ -157,10 +157,10 @@ class Frame:
 
     def _read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         if not self._is_free:
-            charge(self.url, self._pixels.cost((y0, y1, x0, x1)), self._source, self._source.whole)
+            count(self.url, self._pixels.bytes_needed((y0, y1, x0, x1)), self._source, self._source.bytes_upfront)
         return self._pixels.read(y0, y1, x0, x1)
 
-    def needs(self, box: Box) -> tuple[Frame, Box] | None:
+    def section_for(self, box: Section) -> tuple[Frame, Section] | None:
         """Return the frame that is read for a box, which may hang over the edge, and what is read of it.
 
         None where there is nothing to fetch beforehand.
@@ -170,15 +170,15 @@ class Frame:
         is_empty = inside[0] >= inside[1] or inside[2] >= inside[3]
         return None if is_empty or not self.is_fetched else (self, inside)
 
-    def fetches(self, boxes: Iterable[Box]) -> list[Fetch]:
-        """Return what `FrameStore.fetch` does so that boxes, all inside the image, are here when sliced."""
+    def fetch_tasks(self, boxes: Iterable[Section]) -> list[FetchTask]:
+        """Return what `FrameStore.prefetch_sections` does so that boxes, all inside the image, are here when sliced."""
         if isinstance(self._source, RangedFile):
-            return self._source.fetches(self._pixels.spans(boxes))
-        return self._source.fetches() if isinstance(self._source, Kept) else []
+            return self._source.fetch_tasks(self._pixels.byte_ranges(boxes))
+        return self._source.fetch_tasks() if isinstance(self._source, CachedBytes) else []
 
-    def cost(self, box: Box) -> int:
+    def bytes_needed(self, box: Section) -> int:
         """Return how many bytes a box inside the image needs to be read and decompressed."""
-        return self._source.whole + self._pixels.cost(box)
+        return self._source.bytes_upfront + self._pixels.bytes_needed(box)
 
     @property
     def bunit(self) -> str | None:

@@ -20,41 +20,41 @@ class _Limits(threading.local):
     end: float | None = None
     limit: int | None = None
     spent: int = 0
-    paid: frozenset[object] = frozenset()
+    counted: frozenset[object] = frozenset()
 
 
-_here = _Limits()
+_current = _Limits()
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """End every request of this thread inside the block within ``seconds``; of two limits the earlier one counts."""
-    before = _here.end
+    before = _current.end
     end = time.monotonic() + seconds
-    _here.end = end if before is None else min(end, before)
+    _current.end = end if before is None else min(end, before)
     try:
         yield
     finally:
-        _here.end = before
+        _current.end = before
 
 
 def end_within(seconds: float) -> float:
     """Return when a request that begins now must have ended, on the monotonic clock."""
     end = time.monotonic() + seconds
-    return end if _here.end is None else min(end, _here.end)
+    return end if _current.end is None else min(end, _current.end)
 
 
 @contextlib.contextmanager
 def byte_limit(size: int) -> Iterator[None]:
     """Refuse what this thread would read or decompress inside the block beyond ``size`` bytes."""
-    _here.limit, _here.spent, _here.paid = size, 0, frozenset()
+    _current.limit, _current.spent, _current.counted = size, 0, frozenset()
     try:
         yield
     finally:
-        _here.limit = None
+        _current.limit = None
 
 
-def charge(url: str, size: int, source: object, whole: int) -> None:
+def count(url: str, size: int, source: object, bytes_upfront: int) -> None:
     """Count a section against the limit that holds here, if any.
 
     Parameters
@@ -65,7 +65,7 @@ def charge(url: str, size: int, source: object, whole: int) -> None:
         Bytes that the section needs.
     source : object
         The file that it is of.
-    whole : int
+    bytes_upfront : int
         Bytes of the file that are needed for any section; counted once inside a limit.
 
     Raises
@@ -73,15 +73,15 @@ def charge(url: str, size: int, source: object, whole: int) -> None:
     FrameRefused
         With these the limit is passed.
     """
-    if _here.limit is None:
+    if _current.limit is None:
         return
-    if source not in _here.paid:
-        _here.paid |= {source}
-        _here.spent += whole
-    _here.spent += size
-    if _here.spent > _here.limit:
+    if source not in _current.counted:
+        _current.counted |= {source}
+        _current.spent += bytes_upfront
+    _current.spent += size
+    if _current.spent > _current.limit:
         raise FrameRefused(
             url,
-            f"with this section {_here.spent} bytes to be read and decompressed, above the {_here.limit} that one "
-            "alert may cost (frames.max_alert_bytes)",
+            f"with this section {_current.spent} bytes to be read and decompressed, above the {_current.limit} that "
+            "one alert may cost (frames.max_alert_bytes)",
         )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from astropy.wcs import WCS
     from numpy.typing import NDArray
 
-    from stampworker.frames.fits.section import Box
+    from stampworker.frames.fits.section import Section
 
 PlaneKind = Literal["image", "mask", "error", "variance"]
 
@@ -99,7 +99,7 @@ class Regridded(Frame):
         here, there = science.wcs, frame.wcs
         if here is None or there is None:
             raise ValueError(f"{frame.url} and {science.url} both need a WCS")
-        self._here, self._there = here, there
+        self._current, self._there = here, there
         self._frame, self._science, self._kind = frame, science, kind
         self.url, self.dtype = frame.url, frame.dtype
         self.shape = science.shape
@@ -131,8 +131,8 @@ class Regridded(Frame):
         """Return the science frame's."""
         return self._science.wcs_cards()
 
-    def needs(self, box: Box) -> tuple[Frame, Box] | None:
-        """Return the frame itself and the section of it that a box of the science grid is made of; see `Frame.needs`.
+    def section_for(self, box: Section) -> tuple[Frame, Section] | None:
+        """Return the frame itself and its section that a box of the science grid needs; see `Frame.section_for`.
 
         Raises
         ------
@@ -140,9 +140,9 @@ class Regridded(Frame):
             As `window`.
         """
         if self._frame.is_whole or not self._frame.is_fetched:  # which pixels it is makes no difference
-            return self._frame.needs((0, 1, 0, 1))
+            return self._frame.section_for((0, 1, 0, 1))
         mapped = self._map(*box)
-        return None if mapped is None else self._frame.needs(mapped.section)
+        return None if mapped is None else self._frame.section_for(mapped.section)
 
     def _read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         return self.window(y0, y1, x0, x1)
@@ -184,7 +184,7 @@ class Regridded(Frame):
     @np.errstate(over="ignore", invalid="ignore")  # a hostile WCS gives infinities, not warnings
     def _map(self, y0: int, y1: int, x0: int, x1: int) -> _Mapped | None:
         """Return where pixels of the science grid lie on the frame; None where all lie beyond it."""
-        py, px, area = _positions(self._here, self._there, (y0, y1, x0, x1))
+        py, px, area = _positions(self._current, self._there, (y0, y1, x0, x1))
         ny, nx = self._frame.shape
         inside = (py >= -_ALIGNED) & (py <= ny - 1 + _ALIGNED) & (px >= -_ALIGNED) & (px <= nx - 1 + _ALIGNED)
         if not inside.any():
@@ -216,7 +216,7 @@ class _Mapped:
     x: NDArray[Any]
     area: NDArray[Any]
     inside: NDArray[np.bool_]
-    section: Box
+    section: Section
 
 
 def _same(frame: Frame, science: Frame) -> bool:

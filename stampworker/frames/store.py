@@ -15,27 +15,27 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 from urllib.parse import quote, unquote
 
 from stampworker.errors import FrameCorrupt, FrameRefused
-from stampworker.frames.cache import Budget
+from stampworker.frames.cache import CacheBudget
 from stampworker.frames.fits.gunzip import InflateLimits, inflate
-from stampworker.frames.fits.header import Hdu, find, reread, walk
+from stampworker.frames.fits.header import Hdu, find, iter_hdus, reload
 from stampworker.frames.fits.inherit import with_inherited
 from stampworker.frames.fits.plain import PlainImage
-from stampworker.frames.fits.section import Box
+from stampworker.frames.fits.section import Section
 from stampworker.frames.fits.tiles import TiledImage
 from stampworker.frames.frame import Frame, Image, Pixels
 from stampworker.frames.io.buckets import BucketClient, BucketFile
 from stampworker.frames.io.failures import Memory
 from stampworker.frames.io.http import WebClient, WebFile
-from stampworker.frames.io.local import Folders, open_local, sort_error
+from stampworker.frames.io.local import LocalRoots, open_local, sort_error
 from stampworker.frames.io.memory import MemoryFile, open_memory
 from stampworker.frames.io.ranges import Remote, open_remote
-from stampworker.frames.io.sources import GZIP_MAGIC, Kept, Source
+from stampworker.frames.io.sources import GZIP_MAGIC, CachedBytes, Source
 from stampworker.frames.limits import byte_limit, time_limit
-from stampworker.frames.urls import BUCKETS, REMOTE, WEB, Address, masked, parse, parse_root, scheme_of
+from stampworker.frames.urls import BUCKETS, REMOTE, WEB, FrameURL, parse, parse_root, redact, scheme_of
 
 if TYPE_CHECKING:
     from stampworker.config import FrameSettings
@@ -43,6 +43,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class FrameKey(NamedTuple):
+    """What names a frame: its URL or path, and whether it is opened as a mask."""
+
+    url: str
+    is_mask: bool
+
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _MUCH = 4 << 20  # freed bytes that are worth a millisecond
@@ -75,7 +83,7 @@ class _File:
         self.source: Source | None = None
         self._walked: list[Hdu] = []
 
-    def load(self, url: str, settings: FrameSettings, budget: Budget) -> Source:
+    def load(self, url: str, settings: FrameSettings, budget: CacheBudget) -> Source:
         """Open the file, once."""
         if self.source is None:
             source = self._opener(url)
@@ -85,7 +93,7 @@ class _File:
                     (settings.max_alert_bytes, "max_alert_bytes"),
                 )
                 limits = InflateLimits(size, setting, settings.max_header_bytes, settings.total_s)
-                source = Kept(partial(inflate, source, url, limits), url, budget, packed=source.whole)
+                source = CachedBytes(partial(inflate, source, url, limits), url, budget, packed=source.bytes_upfront)
             self.source = source
         return self.source
 
@@ -97,8 +105,8 @@ class _File:
     def hdus(self, source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
         """Yield the HDUs, those that were passed before bare, reading headers only as far as needed."""
         yield from self._walked
-        for hdu in walk(source, url, max_header_bytes, self._walked.copy()):
-            self._walked.append(hdu.bare if hdu.index else hdu)
+        for hdu in iter_hdus(source, url, max_header_bytes, self._walked.copy()):
+            self._walked.append(hdu.without_cards() if hdu.index else hdu)
             yield hdu
 
 
@@ -131,7 +139,7 @@ class FrameStore:
         self._settings = settings
         local = [root for root in settings.frame_roots if scheme_of(root) in (None, "file")]
         named = [split_fragment(url)[0] for url in allowed]
-        self._folders = Folders(local, [url for url in named if scheme_of(url) not in REMOTE], base)
+        self._folders = LocalRoots(local, [url for url in named if scheme_of(url) not in REMOTE], base)
         self._urls = [parse_root(root) for root in settings.frame_roots if root not in local]
         self._urls += [parse(url) for url in named if scheme_of(url) in REMOTE]
         first = settings.frame_roots[0] if settings.frame_roots else ""
@@ -140,9 +148,9 @@ class FrameStore:
         self._web = WebClient(settings, self._urls, self._failures)
         self._buckets = BucketClient(settings, self._urls, self._failures)
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
-        self._budget = Budget(settings.cache_bytes)
+        self._budget = CacheBudget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._known: OrderedDict[tuple[str, bool], tuple[_File, Callable[[], bool], Frame]] = OrderedDict()
+        self._known: OrderedDict[FrameKey, tuple[_File, Callable[[], bool], Frame]] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -160,19 +168,19 @@ class FrameStore:
             self._known.clear()
         self._web.close()
 
-    def trim(self) -> None:
+    def evict_unused(self) -> None:
         """Forget data (decompressed, or from a server) that was not used since the last call; call it once a batch."""
         self._failures.sweep()
-        before = self._budget.held
-        self._budget.trim()
-        if _malloc_trim is not None and before - self._budget.held > _MUCH:
+        before = self._budget.nbytes
+        self._budget.evict_unused()
+        if _malloc_trim is not None and before - self._budget.nbytes > _MUCH:
             # glibc keeps what is freed between other things, without end where frames come and go.
             _malloc_trim(0)
 
     @property
     def cached_bytes(self) -> int:
         """Data held now, decompressed or from a server, bytes."""
-        return self._budget.held
+        return self._budget.nbytes
 
     @contextlib.contextmanager
     def allowance(self) -> Iterator[None]:
@@ -180,13 +188,13 @@ class FrameStore:
         with time_limit(self._settings.total_s), byte_limit(self._settings.max_alert_bytes):
             yield
 
-    def prefetch(self, wanted: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], Future[Frame]]:
+    def open_many(self, wanted: Iterable[FrameKey]) -> dict[FrameKey, Future[Frame]]:
         """Open remote frames, several at a time.
 
         Parameters
         ----------
-        wanted : iterable of (str, bool)
-            URL and ``mask`` as for `open`, in the order of their use: the first ``max_open_frames`` count. Local ones,
+        wanted : iterable of FrameKey
+            In the order of their use: the first ``max_open_frames`` count. Local ones,
             which open at once, are passed over.
 
         Returns
@@ -194,13 +202,13 @@ class FrameStore:
         opened : dict of Future
             What `open` returned or raised for each that was not passed over. All are done.
         """
-        listed = [pair for pair in dict.fromkeys(wanted) if self._is_remote(split_fragment(pair[0])[0])]
+        listed = [key for key in dict.fromkeys(wanted) if self._is_remote(split_fragment(key.url)[0])]
         del listed[self._settings.max_open_frames :]  # more would push each other out
-        done = self._together([partial(self.open, url, mask=mask) for url, mask in listed])
+        done = self._in_parallel([partial(self.open, key.url, mask=key.is_mask) for key in listed])
         return dict(zip(listed, done, strict=True))
 
-    def fetch(self, wanted: Iterable[tuple[Iterable[Frame], Iterable[Box]]]) -> None:
-        """Fetch what sections of remote frames need, with few requests, several at a time.
+    def prefetch_sections(self, wanted: Iterable[tuple[Iterable[Frame], Iterable[Section]]]) -> None:
+        """FetchTask what sections of remote frames need, with few requests, several at a time.
 
         Rows or tiles that sections share, or that lie close together, are asked for once. What fails, fails again when
         the section is read.
@@ -213,26 +221,26 @@ class FrameStore:
             to be refused, and so is what half of ``cache_bytes`` does not hold to be read when it is sliced: the other
             half is for what is worked on meanwhile.
         """
-        sections: dict[Frame, list[Box]] = {}
+        sections: dict[Frame, list[Section]] = {}
         for frames, boxes in wanted:
             listed = list(frames)
             for box in boxes:
                 for frame, section in self._affordable(listed, box):
                     sections.setdefault(frame, []).append(section)
-        fetches = [fetch for frame, needed in sections.items() for fetch in frame.fetches(needed)]
+        fetches = [fetch for frame, needed in sections.items() for fetch in frame.fetch_tasks(needed)]
         total = itertools.accumulate(fetch.size for fetch in fetches)
         fitting = sum(size <= self._settings.cache_bytes // 2 for size in total)
-        self._together([fetch.run for fetch in fetches[:fitting]])
+        self._in_parallel([fetch.run for fetch in fetches[:fitting]])
 
-    def _affordable(self, frames: list[Frame], box: Box) -> list[tuple[Frame, Box]]:
+    def _affordable(self, frames: list[Frame], box: Section) -> list[tuple[Frame, Section]]:
         """Return what a box needs of frames; nothing where one alert may not have it."""
         with contextlib.suppress(Exception):  # told when the section is read: a fault of ours, too, is one alert's
-            needs = [need for frame in frames if (need := frame.needs(box)) is not None]
-            if sum(frame.cost(section) for frame, section in needs) <= self._settings.max_alert_bytes:
+            needs = [need for frame in frames if (need := frame.section_for(box)) is not None]
+            if sum(frame.bytes_needed(section) for frame, section in needs) <= self._settings.max_alert_bytes:
                 return needs
         return []
 
-    def _together(self, tasks: list[Callable[[], T]]) -> list[Future[T]]:
+    def _in_parallel(self, tasks: list[Callable[[], T]]) -> list[Future[T]]:
         """Return what came of tasks that were done several at a time."""
         if not tasks:
             return []
@@ -265,7 +273,8 @@ class FrameStore:
         FrameCorrupt
             It is not FITS, is cut off, or has no such 2-D image.
         """
-        recalled = self._recall(url, mask)
+        key = FrameKey(url, mask)
+        recalled = self._recall(key)
         if recalled is not None:
             return recalled
         given, fragment = _checked(url)
@@ -281,10 +290,10 @@ class FrameStore:
             raise
         with self._lock:
             if self._files.get(file.key) is file:
-                known = self._known.get((url, mask))
+                known = self._known.get(key)
                 if known is not None and known[0] is file:  # another thread was first
                     return known[2]
-                self._known[url, mask] = file, is_fresh, frame
+                self._known[key] = file, is_fresh, frame
                 if len(self._known) > _MOST_KNOWN:
                     self._known.popitem(last=False)
         return frame
@@ -322,8 +331,8 @@ class FrameStore:
             given = self._base_url + ("" if self._base_url.endswith("/") else "/") + path
         address = parse(given)
         if not any(address.beneath(root) for root in self._urls):
-            roots = ", ".join(root.shown for root in self._urls) or "no URL configured"
-            raise FrameRefused(masked(given), f"outside the frame roots; frame_roots: {roots}")
+            roots = ", ".join(root.display_url for root in self._urls) or "no URL configured"
+            raise FrameRefused(redact(given), f"outside the frame roots; frame_roots: {roots}")
         remote = self._protocol(address)
         opened, age = time.monotonic(), self._settings.remote_ttl_s
         file = self._file(
@@ -333,26 +342,26 @@ class FrameStore:
                 is_stale=lambda: remote.changed or time.monotonic() - opened > age,
             )
         )
-        return file, address.shown, lambda: not file.is_stale()
+        return file, address.display_url, lambda: not file.is_stale()
 
-    def _protocol(self, address: Address) -> Remote:
+    def _protocol(self, address: FrameURL) -> Remote:
         if address.scheme in WEB:
             return WebFile(self._web, address)
         if address.scheme in BUCKETS:
             return BucketFile(self._buckets, address)
         return MemoryFile(self._memory, address)
 
-    def _recall(self, url: str, mask: bool) -> Frame | None:
+    def _recall(self, key: FrameKey) -> Frame | None:
         """Return a frame that is open already, unless its file has changed."""
         with self._lock:
             if self._closed:
                 raise ValueError("this FrameStore is closed")
-            known = self._known.get((url, mask))
+            known = self._known.get(key)
             if known is None:
                 return None
             file, is_fresh, frame = known
             self._files.move_to_end(file.key)
-            self._known.move_to_end((url, mask))
+            self._known.move_to_end(key)
         if is_fresh():
             return frame
         self._forget(file)
@@ -366,7 +375,7 @@ class FrameStore:
         if known is not None:
             return known
         if not hdu.cards:
-            hdu = reread(source, url, hdu, settings.max_header_bytes)
+            hdu = reload(source, url, hdu, settings.max_header_bytes)
         if max(hdu.axes) > settings.max_axis:
             raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({settings.max_axis})")
         if hdu.offset + hdu.size > source.size:
@@ -420,15 +429,15 @@ def _checked(url: str) -> tuple[str, str]:
     """Return what `split_fragment` does, of what can be a URL or path."""
     if len(url) > _LONGEST:
         raise FrameRefused(
-            ascii(masked(url)[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}"
+            ascii(redact(url)[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}"
         )
     if _SURROGATE.search(url):
-        raise FrameRefused(ascii(masked(url)), "half of a character (a surrogate), wanted text")
+        raise FrameRefused(ascii(redact(url)), "half of a character (a surrogate), wanted text")
     given, fragment = split_fragment(url)
     if len(fragment) > _LONGEST_FRAGMENT:
-        raise FrameRefused(masked(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number")
+        raise FrameRefused(redact(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number")
     if "@" in fragment and scheme_of(given) is not None:  # a password with a # in it
-        raise FrameRefused(masked(url), "an @ after the #, wanted name or number of an HDU there")
+        raise FrameRefused(redact(url), "an @ after the #, wanted name or number of an HDU there")
     return given, fragment
 
 

@@ -41,7 +41,7 @@ _SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has dec
 
 
 @dataclass(frozen=True)
-class Address:
+class FrameURL:
     """A remote URL, taken apart.
 
     Attributes
@@ -56,7 +56,7 @@ class Address:
         Path and query as they are asked for; the key.
     authorization : str or None
         Value of the header, from a name and password in the URL.
-    shown : str
+    display_url : str
         The URL without credentials, for messages and packets.
     """
 
@@ -66,14 +66,14 @@ class Address:
     folders: tuple[str, ...]
     target: str
     authorization: str | None
-    shown: str
+    display_url: str
 
     @property
     def origin(self) -> tuple[str, str, int]:
         """Scheme, host and port."""
         return self.scheme, self.host, self.port
 
-    def beneath(self, root: Address) -> bool:
+    def beneath(self, root: FrameURL) -> bool:
         """Say whether this lies beneath a root."""
         folders = root.folders[:-1] if root.folders[-1] == "" else root.folders
         return self.origin == root.origin and self.folders[: len(folders)] == folders
@@ -85,7 +85,7 @@ def scheme_of(url: str) -> str | None:
     return match[0].lower() if match else None
 
 
-def parse(url: str) -> Address:
+def parse(url: str) -> FrameURL:
     """Take a remote URL without fragment apart.
 
     Parameters
@@ -95,7 +95,7 @@ def parse(url: str) -> Address:
 
     Returns
     -------
-    address : Address
+    address : FrameURL
 
     Raises
     ------
@@ -107,7 +107,7 @@ def parse(url: str) -> Address:
         port = parts.port
     except ValueError:
         raise _unreadable() from None
-    shown = masked(url)
+    shown = redact(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if _HIDDEN.search(url if scheme in WEB else url.replace(" ", "")) or "\\" in url:
         raise FrameRefused(ascii(shown), "blanks, control characters or backslashes, wanted a URL")
@@ -125,7 +125,7 @@ def parse(url: str) -> Address:
     target = quote("/" + parts.path.removeprefix("/"), safe=_SAFE)
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
-    return Address(
+    return FrameURL(
         scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), without_credentials(url)
     )
 
@@ -134,9 +134,9 @@ def _unreadable() -> FrameRefused:
     return FrameRefused("<unreadable URL>", "not a URL")  # which might show a piece of a password
 
 
-def _keyed(url: str, scheme: str, host: str, port: int | None) -> Address:
+def _keyed(url: str, scheme: str, host: str, port: int | None) -> FrameURL:
     """Take ``scheme://bucket/key`` or ``memory://key`` apart; a question mark is a letter of a key."""
-    shown = masked(url)
+    shown = redact(url)
     key = url.partition("://")[2]
     if scheme == "memory":
         host, key = "", key.removeprefix("/")
@@ -154,10 +154,10 @@ def _keyed(url: str, scheme: str, host: str, port: int | None) -> Address:
         raise FrameRefused(shown, "an empty folder in the key")
     for segment in segments:
         _check(segment, shown)
-    return Address(scheme, host, 0, tuple(segments), key, None, without_credentials(url))
+    return FrameURL(scheme, host, 0, tuple(segments), key, None, without_credentials(url))
 
 
-def parse_root(root: str) -> Address:
+def parse_root(root: str) -> FrameURL:
     """Take a root apart.
 
     Parameters
@@ -167,14 +167,14 @@ def parse_root(root: str) -> Address:
 
     Returns
     -------
-    root : Address
+    root : FrameURL
 
     Raises
     ------
     ConfigError
         It is of an unknown scheme, no URL, or holds credentials, a query or a fragment.
     """
-    shown = masked(root)
+    shown = redact(root)
     if scheme_of(root) not in REMOTE:
         raise ConfigError(
             f"frames.frame_roots: found {shown!r}, wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
@@ -208,7 +208,7 @@ def without_credentials(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
 
 
-def masked(url: str) -> str:
+def redact(url: str) -> str:
     """Return a URL that is not known to lie beneath a root, for messages.
 
     It may not be what it looks like, so that anything before an @ might be a password: one with a slash in it, or that

@@ -215,7 +215,7 @@ class FailingProducer(Producer):
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingProducer]:
     monkeypatch.setattr(FailingProducer, "commits", 0)
-    monkeypatch.setattr(stampworker.kafka, "Producer", FailingProducer)
+    monkeypatch.setattr(stampworker.stream.kafka, "Producer", FailingProducer)
     return FailingProducer
 
 
@@ -384,7 +384,7 @@ def test_same_slot_fences_the_older_worker(make_chain: MakeChain) -> None:
     thread = threading.Thread(target=run)
     thread.start()
     time.sleep(2)
-    newer = stampworker.kafka.ExactlyOnce(settings)
+    newer = stampworker.stream.kafka.ExactlyOnce(settings)
     newer.start()
     chain.send()
     thread.join(60)
@@ -453,6 +453,6 @@ def test_configuration_that_breaks_the_promise_is_refused(
         drain(chain, **{"kafka.enable.auto.commit": "true"})
     with pytest.raises(stampworker.ConfigError, match="found no topic 'nowhere'"):
         drain(chain, worker__packet_topic="nowhere")
-    monkeypatch.setattr(stampworker.kafka, "_CONTACT_S", 1.0)
+    monkeypatch.setattr(stampworker.stream.kafka, "_CONTACT_S", 1.0)
     with pytest.raises(stampworker.BrokerUnavailable, match=r"no answer from 127\.0\.0\.1:1 within"):
         Worker(load(flags={"kafka.bootstrap.servers": "127.0.0.1:1", "kafka.log_level": "0"}), drained=True).run()

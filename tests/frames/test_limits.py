@@ -84,13 +84,13 @@ def test_refused_before_it_is_read(server: WebServer, open_store: Open) -> None:
     store = open_store(remote=True)
     frames = [store.open("a.fits"), store.open("a.fits.fz")]
     asked = len(server.requests)
-    store.fetch([(frames, [(300, 360, 0, 60), (100, 500, 0, 60)])])
+    store.prefetch_sections([(frames, [(300, 360, 0, 60), (100, 500, 0, 60)])])
     assert len(server.requests) == asked
     for frame in frames:
         with store.allowance(), pytest.raises(FrameRefused, match=TOO_MUCH):
             frame[200:400, 0:60]
     assert len(server.requests) == asked
-    store.fetch([(frames, [(300, 320, 0, 60)])])
+    store.prefetch_sections([(frames, [(300, 320, 0, 60)])])
     assert len(server.requests) == asked + 2
 
 

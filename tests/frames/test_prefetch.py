@@ -20,7 +20,7 @@ from stampworker.enrich import Reject, complete, make_packets, prepare
 from stampworker.errors import FrameUnavailable
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet, encode
-from stampworker.frames import FrameStore, grid
+from stampworker.frames import FrameStore, regrid
 from stampworker.frames.fits.tiles import TiledImage
 
 NIGHT = 4  # sets of frames
@@ -143,9 +143,9 @@ def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServe
         complete(again, store, settings)
         assert len(server.requests) == asked
         prepare(batch(3), store, settings)
-        store.trim()
+        store.evict_unused()
         assert store.cached_bytes > 0
-        store.trim()
+        store.evict_unused()
         assert store.cached_bytes == 0
 
 
@@ -157,7 +157,7 @@ def test_planes_on_another_grid_are_fetched_ahead(
 
     Stamps of which the other frame shows nothing, and those that need too many of its pixels, are not fetched.
     """
-    monkeypatch.setattr(grid, "_MAX_PIXELS", 2000)
+    monkeypatch.setattr(regrid, "_MAX_PIXELS", 2000)
     sky = {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": 10.0, "CRVAL2": 5.0, "CRPIX1": 150.0}
     grids = {"science": (1e-4, (500, 300)), plane: (1.1e-4, (400, 300)), "fine": (5e-5, (500, 300))}
     for name, (scale, shape) in grids.items():

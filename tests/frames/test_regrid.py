@@ -16,7 +16,7 @@ from scipy.ndimage import map_coordinates
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameMismatch
-from stampworker.frames import Frame, FrameStore, Regridded, grid, on_grid
+from stampworker.frames import Frame, FrameStore, Regridded, on_grid, regrid
 
 ALL = (slice(0, 61), slice(0, 83))
 FLUX = 3000.0
@@ -293,19 +293,19 @@ def test_decision_is_kept_and_let_go(
     """Two frames are compared once, and the answer does not keep them alive."""
     science, other = (store.open(str(write(f"{n}.fits", np.zeros((61, 83), "f4"), **sky))) for n in "st")
     compared: list[Frame] = []
-    compare = grid._compare
-    monkeypatch.setattr(grid, "_compare", lambda a, b: (compared.append(a), compare(a, b))[1])
+    compare = regrid._compare
+    monkeypatch.setattr(regrid, "_compare", lambda a, b: (compared.append(a), compare(a, b))[1])
     gc.collect()
-    before = len(grid._one_grid)
+    before = len(regrid._one_grid)
     for _ in range(3):
         assert on_grid(other, science) is other
     assert len(compared) == 1
-    assert len(grid._one_grid) == before + 1
+    assert len(regrid._one_grid) == before + 1
     store.close()
     compared.clear()
     del science, other
     gc.collect()
-    assert len(grid._one_grid) == before
+    assert len(regrid._one_grid) == before
 
 
 def test_example_grids(odd: Path) -> None:

@@ -18,8 +18,10 @@ from helpers import Write
 
 from stampworker.config import FrameSettings
 from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames import FrameStore, folders, sources
+from stampworker.frames import FrameStore
 from stampworker.frames import store as frame_store
+from stampworker.frames.fits import gunzip
+from stampworker.frames.io import local, sources
 
 ALL = (slice(0, 61), slice(0, 83))
 
@@ -111,7 +113,7 @@ def test_a_folder_swapped_for_a_link(
         (tree / "night").symlink_to(tree.parent)
         return opener(*given)
 
-    monkeypatch.setattr(folders.os, "open", swap)
+    monkeypatch.setattr(local.os, "open", swap)
     if not proc:
         monkeypatch.setattr(Path, "readlink", lambda self: (_ for _ in ()).throw(FileNotFoundError(2, "no /proc")))
     with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
@@ -349,8 +351,8 @@ def test_decompression_ends(
     """What is not decompressed in total_s costs the alert; where the time went elsewhere, it is tried again."""
     (tmp_path / "a.gz").write_bytes(gzip.compress(write("a.fits", pixels).read_bytes()))
     settings = FrameSettings(frame_roots=(str(tmp_path),), total_s=0.2)
-    inflated = sources.Extent.end
-    monkeypatch.setattr(sources.Extent, "end", lambda *given: (time.sleep(0.21 - elsewhere), inflated(*given))[1])
+    inflated = gunzip.Extent.end
+    monkeypatch.setattr(gunzip.Extent, "end", lambda *given: (time.sleep(0.21 - elsewhere), inflated(*given))[1])
     with FrameStore(settings) as store, store.allowance():
         time.sleep(elsewhere)
         with pytest.raises(error, match=r"a\.gz: not decompressed after .* with 0\.2 s for all \(frames\.total_s\)"):

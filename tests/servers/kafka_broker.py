@@ -155,7 +155,7 @@ class KafkaBroker(DockerContainer):
         yield producer
 
     def read_all(self, topic: str, isolation: str = "read_committed", timeout: float = 30) -> list[Record]:
-        """Read every partition of a topic from its beginning to its end, as a reader of this isolation sees it.
+        """Read every partition of a topic from its first to its end, as a reader of this isolation sees it.
 
         The end is where the broker says so (EOF events): under ``read_committed`` that is before the first transaction
         still open. Records come in the order of each partition.

@@ -57,8 +57,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
     def make(settings: Settings | None = None, **script: list[BaseException]) -> tuple[ExactlyOnce, list[str]]:
         calls: list[str] = []
-        monkeypatch.setattr(stampworker.kafka, "producer", lambda *_, **__: ScriptedProducer(calls, script))
-        monkeypatch.setattr(stampworker.kafka, "_PAUSE_S", 0.001)
+        monkeypatch.setattr(stampworker.stream.kafka, "producer", lambda *_, **__: ScriptedProducer(calls, script))
+        monkeypatch.setattr(stampworker.stream.kafka, "_PAUSE_S", 0.001)
         return ExactlyOnce(settings or Settings()), calls
 
     return make
@@ -132,7 +132,7 @@ def test_transaction_that_outlived_its_time_is_read_again(scripted: Scripted, mo
     """A broker that was away for longer than the transaction's time fences, too; the worker goes on all the same."""
     publisher, calls = scripted(commit_transaction=[error(KafkaError._FENCED, fatal=True)])
     clock = iter(range(0, 10_000, 11))
-    monkeypatch.setattr(stampworker.kafka.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(stampworker.stream.kafka.time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(TransactionAborted, match=r"over worker\.transaction_timeout_s: injected"):
         publish(publisher)
     assert calls[-2:] == ["purge", "init_transactions"]
@@ -253,7 +253,7 @@ def test_at_least_once_ends_with_its_producer(settings: Settings, monkeypatch: p
     """A producer that takes nothing any more ends the publisher by one of our errors."""
     calls: list[str] = []
     script: dict[str, list[BaseException]] = {"produce": [error(KafkaError._FATAL, fatal=True)]}
-    monkeypatch.setattr(stampworker.kafka, "producer", lambda *_, **__: ScriptedProducer(calls, script))
+    monkeypatch.setattr(stampworker.stream.kafka, "producer", lambda *_, **__: ScriptedProducer(calls, script))
     with pytest.raises(PublishError, match="the producer cannot go on: injected"):
         publish(AtLeastOnce(settings, None))  # type: ignore[arg-type]
 
@@ -305,7 +305,7 @@ def test_each_client_gets_its_own_properties(monkeypatch: pytest.MonkeyPatch) ->
     """Consumer properties don't reach the producer, nor the other way; shared ones reach both."""
     seen: list[dict[str, Any]] = []
     for name in ("Consumer", "Producer"):
-        monkeypatch.setattr(stampworker.kafka, name, lambda values, logger: seen.append(values))
+        monkeypatch.setattr(stampworker.stream.kafka, name, lambda values, logger: seen.append(values))
     names = ("session.timeout.ms", "fetch.min.bytes", "linger.ms", "compression.type", "security.protocol")
     made = load(flags={f"kafka.{name}": "7" for name in names})
     consumer(made)
@@ -337,4 +337,4 @@ def test_topics_are_checked(cluster: MockCluster, settings: Settings) -> None:
 def test_unknown_property_names_the_nearest() -> None:
     """A slip in [kafka] is a ConfigError that names what was meant."""
     with pytest.raises(ConfigError, match=r"bootstrap\.server.*the nearest known is 'bootstrap\.servers'"):
-        stampworker.kafka.admin(load(flags={"kafka.bootstrap.server": "localhost:1"}))
+        stampworker.stream.kafka.admin(load(flags={"kafka.bootstrap.server": "localhost:1"}))

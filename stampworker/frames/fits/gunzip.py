@@ -35,7 +35,7 @@ class InflateLimits:
     setting : str
         What that limit is called.
     max_header_bytes : int
-        See `stampworker.frames.fits.header.walk`.
+        See `stampworker.frames.fits.header.iter_hdus`.
     seconds : float
         Longest time; less where less is left to the alert.
     """

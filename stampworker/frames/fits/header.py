@@ -58,7 +58,7 @@ class Hdu:
     axes : tuple of int
         Of the image, as an array has them (slowest first); of the table otherwise.
     cards : bytes
-        The header's cards, END not included; none of one that is `bare`.
+        The header's cards, END not included; none after `without_cards`.
     values : dict of str to bytes
         Keyword to the rest of its card after ``=``; the first of equals.
     start : int
@@ -86,9 +86,8 @@ class Hdu:
         """Where the next HDU begins."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
-    @property
-    def bare(self) -> Hdu:
-        """The same without its cards, of which a file may have many megabytes; `reread` has them again."""
+    def without_cards(self) -> Hdu:
+        """Return the HDU without its cards, which may be many megabytes; `reload` reads them again."""
         return replace(self, cards=b"", values={})
 
     @property
@@ -198,7 +197,7 @@ def values_of(cards: bytes) -> dict[str, bytes]:
     return values
 
 
-def walk(source: Source, url: str, max_header_bytes: int, passed: Sequence[Hdu] = ()) -> Iterator[Hdu]:
+def iter_hdus(source: Source, url: str, max_header_bytes: int, passed: Sequence[Hdu] = ()) -> Iterator[Hdu]:
     """Yield the HDUs of a FITS file, reading headers only.
 
     Parameters
@@ -240,7 +239,7 @@ def walk(source: Source, url: str, max_header_bytes: int, passed: Sequence[Hdu] 
         yield last
 
 
-def reread(source: Source, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
+def reload(source: Source, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
     """Return a bare HDU with its cards; `FrameUnavailable` where the file has another one there now."""
     cards, offset = _read_cards(source, url, hdu.index, hdu.start, max_header_bytes)
     again = _parse(cards, url, hdu.index, hdu.start, offset)
@@ -255,7 +254,7 @@ class Extent:
     Parameters
     ----------
     max_header_bytes : int
-        See `walk`.
+        See `iter_hdus`.
     """
 
     def __init__(self, max_header_bytes: int) -> None:
@@ -266,7 +265,7 @@ class Extent:
         """Return where the HDUs that begin within ``data``, the file's first bytes, end: what follows is not needed.
 
         Where a header is not there as a whole, that is where ``data`` ends. Where one is damaged or above a limit it is
-        where that begins: `walk` gets no further either, and says why.
+        where that begins: `iter_hdus` gets no further either, and says why.
         """
         while self._next + CARD <= len(data) and self._index < MAX_HDUS:
             if not data.startswith(b"XTENSION=" if self._index else b"SIMPLE  =", self._next):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stampworker.frames.fits.section import Box
+    from stampworker.frames.fits.section import Section
     from stampworker.frames.io.sources import Source
 
 
@@ -42,12 +42,12 @@ class PlainImage:
         self.dtype, self._convert = converter(cards, bitpix, mask=mask)
         self._source, self._offset, self._stored = source, hdu.offset, STORED[bitpix]
 
-    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+    def byte_ranges(self, boxes: Iterable[Section]) -> list[tuple[int, int]]:
         """Return offset and length of the bytes that boxes, all inside the image, need."""
         stride = self.shape[1] * self._stored.itemsize
         return [(self._offset + y0 * stride, (y1 - y0) * stride) for y0, y1, _, _ in boxes]
 
-    def cost(self, box: Box) -> int:
+    def bytes_needed(self, box: Section) -> int:
         """Return how many bytes a box inside the image needs."""
         return (box[1] - box[0]) * self.shape[1] * self._stored.itemsize
 

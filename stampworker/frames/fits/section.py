@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-Box = tuple[int, int, int, int]
+Section = tuple[int, int, int, int]
 """y0, y1, x0, x1 of a section, half-open."""

@@ -32,8 +32,8 @@ from stampworker.frames.fits.scaling import STORED, converter
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stampworker.frames.cache import Budget
-    from stampworker.frames.fits.section import Box
+    from stampworker.frames.cache import CacheBudget
+    from stampworker.frames.fits.section import Section
     from stampworker.frames.io.sources import Source
 
 _TFORM = re.compile(r"(\d*)([LXBIJKAEDCMPQ])")
@@ -73,7 +73,7 @@ class TiledImage:
         Name for messages.
     mask : bool
         See `stampworker.frames.fits.scaling.converter`.
-    budget : Budget
+    budget : CacheBudget
         Bounds the decoded tiles that are kept.
     limit : int
         Largest tile, decoded bytes.
@@ -86,7 +86,7 @@ class TiledImage:
         A tile is larger than ``limit``.
     """
 
-    def __init__(self, source: Source, hdu: Hdu, url: str, *, mask: bool, budget: Budget, limit: int) -> None:
+    def __init__(self, source: Source, hdu: Hdu, url: str, *, mask: bool, budget: CacheBudget, limit: int) -> None:
         cards = Cards(hdu.values, url, str(hdu))
         if hdu.plane is None:
             raise ValueError(f"{hdu} is not a 2-D image")
@@ -109,13 +109,13 @@ class TiledImage:
         self.dtype, self._convert = converter(cards, self._bitpix, mask=mask)
         self._lock = threading.Lock()
         self._decoded: dict[int, NDArray[Any]] = {}
-        self.held = 0
-        self.used = 0
+        self.nbytes = 0
+        self.last_used = 0
 
     def release(self) -> None:
         """Forget the decoded tiles."""
         with self._lock:
-            self._decoded, self.held = {}, 0
+            self._decoded, self.nbytes = {}, 0
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image.
@@ -141,7 +141,7 @@ class TiledImage:
                 values[a - y0 : b - y0, c - x0 : d - x0] = next(at)[a - top : b - top, c - left : d - left]
         return values
 
-    def spans(self, boxes: Iterable[Box]) -> list[tuple[int, int]]:
+    def byte_ranges(self, boxes: Iterable[Section]) -> list[tuple[int, int]]:
         """Return offset and length of the tiles' bytes that boxes, all inside the image, need."""
         heap = self._heaps["COMPRESSED_DATA"]
         touched = {
@@ -152,7 +152,7 @@ class TiledImage:
         }
         return [(int(heap.offsets[index]), int(heap.lengths[index])) for index in sorted(touched)]
 
-    def cost(self, box: Box) -> int:
+    def bytes_needed(self, box: Section) -> int:
         """Return how many bytes a box inside the image needs: its tiles', compressed and decoded."""
         rows, columns = self._touched(box)
         packed = 0
@@ -161,14 +161,14 @@ class TiledImage:
             packed += int(lengths[rows.start : rows.stop, columns.start : columns.stop].sum())
         return packed + len(rows) * len(columns) * self._tile[0] * self._tile[1] * self.dtype.itemsize
 
-    def _touched(self, box: Box) -> tuple[range, range]:
+    def _touched(self, box: Section) -> tuple[range, range]:
         """Return the rows and columns of tiles that a box touches."""
         y0, y1, x0, x1 = box
         height, width = self._tile
         return range(y0 // height, (y1 - 1) // height + 1), range(x0 // width, (x1 - 1) // width + 1)
 
     def _tiles(self, indices: list[int]) -> list[NDArray[Any]]:
-        self.used = self._budget.tick()
+        self.last_used = self._budget.clock()
         kept = self._decoded
         found = [kept.get(index) for index in indices]
         missing = [index for index, tile in zip(indices, found, strict=True) if tile is None]
@@ -180,17 +180,17 @@ class TiledImage:
 
     def _keep(self, fresh: dict[int, NDArray[Any]]) -> None:
         size = sum(tile.nbytes for tile in fresh.values())
-        if not self._budget.room(self, size):
+        if not self._budget.fits(self, size):
             self.release()
         with self._lock:
             # Another thread may have decoded the same ones.
             new = {index: tile for index, tile in fresh.items() if index not in self._decoded}
             size = sum(tile.nbytes for tile in new.values())
-            if not self._budget.room(self, size):
+            if not self._budget.fits(self, size):
                 return
             self._decoded.update(_in_one_piece(new))
-            self.held += size
-        self._budget.settle(self)
+            self.nbytes += size
+        self._budget.evict(self)
 
     def _decode(self, indices: list[int]) -> list[NDArray[Any]]:
         """Decode tiles, with one read for those that lie together in the file."""

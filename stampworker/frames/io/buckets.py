@@ -25,9 +25,9 @@ from urllib.request import getproxies
 
 from stampworker.errors import ConfigError, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.io.failures import Memory
-from stampworker.frames.io.ranges import FIRST, Beginning, collect
+from stampworker.frames.io.ranges import FIRST, FirstRead, collect
 from stampworker.frames.limits import end_within
-from stampworker.frames.urls import BUCKETS, Address
+from stampworker.frames.urls import BUCKETS, FrameURL
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -101,7 +101,7 @@ class BucketClient:
     ----------
     settings : FrameSettings
         Endpoints, timeouts and limits.
-    roots : sequence of Address
+    roots : sequence of FrameURL
         Those of other schemes than `BUCKETS` are passed over.
     memory : Memory
         Where failures are remembered.
@@ -112,11 +112,11 @@ class BucketClient:
         obstore is not installed, an endpoint is no address, an account is missing, credentials cannot be read.
     """
 
-    def __init__(self, settings: FrameSettings, roots: Sequence[Address], memory: Memory) -> None:
+    def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL], memory: Memory) -> None:
         self.settings, self.memory = settings, memory
         self._buckets = {root.origin: self._open(root) for root in roots if root.scheme in BUCKETS}
 
-    def get(self, address: Address, options: dict[str, Any], limit: int) -> tuple[bytearray, int, str | None]:
+    def get(self, address: FrameURL, options: dict[str, Any], limit: int) -> tuple[bytearray, int, str | None]:
         """Return what is asked for of an object, the object's size and its ETag.
 
         Raises
@@ -131,7 +131,7 @@ class BucketClient:
         import obstore
 
         key = (*address.origin, address.target)
-        self.memory.check(address.shown, key, address.origin)
+        self.memory.check(address.display_url, key, address.origin)
         since, end = time.monotonic(), end_within(self.settings.total_s)
         try:
             found = obstore.get(self._buckets[address.origin], address.target, options=options)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ class BucketClient:
         except Exception as exc:
             raise self._failure(address, exc, since, end) from exc
 
-    def size(self, address: Address) -> int:
+    def size(self, address: FrameURL) -> int:
         """Return the size of an object; errors as of `get`."""
         import obstore
 
@@ -156,12 +156,12 @@ class BucketClient:
         except Exception as exc:
             raise self._failure(address, exc, since, end) from exc
 
-    def _open(self, root: Address) -> ObjectStore:
+    def _open(self, root: FrameURL) -> ObjectStore:
         try:
             import obstore.store
         except ImportError as exc:
             raise ConfigError(
-                f"frames.frame_roots: {root.shown} needs obstore, which is not installed: "
+                f"frames.frame_roots: {root.display_url} needs obstore, which is not installed: "
                 f"pip install 'stampworker[{root.scheme}]'"
             ) from exc
         vendor, endpoint = _VENDORS[root.scheme], self._endpoint(root.scheme)
@@ -186,7 +186,7 @@ class BucketClient:
                 retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=self.settings.total_s)},
             )
         except Exception as exc:
-            raise ConfigError(f"frames.frame_roots: {root.shown}: {_first_words(exc)}; {_look(root)}") from exc
+            raise ConfigError(f"frames.frame_roots: {root.display_url}: {_first_words(exc)}; {_look(root)}") from exc
         return opened
 
     def _confinement(self, scheme: str, endpoint: str | None) -> dict[str, str]:
@@ -206,24 +206,24 @@ class BucketClient:
             raise ConfigError(f"{names[0]}: not an address, wanted https://host:port, a number in its usual form")
         return endpoint
 
-    def _too_long(self, address: Address, problem: str) -> FrameRefused:
-        return FrameRefused(address.shown, problem)
+    def _too_long(self, address: FrameURL, problem: str) -> FrameRefused:
+        return FrameRefused(address.display_url, problem)
 
-    def _failure(self, address: Address, exc: Exception, since: float, end: float) -> FrameError:
+    def _failure(self, address: FrameURL, exc: Exception, since: float, end: float) -> FrameError:
         """Return the error of ours that an exception of obstore's, which is a text, stands for."""
         from obstore import exceptions as problems
 
         key = (*address.origin, address.target)
         said = _first_words(exc)
         if isinstance(exc, FileNotFoundError):
-            missing = FrameMissing(address.shown, "no such bucket or key")
+            missing = FrameMissing(address.display_url, "no such bucket or key")
             self.memory.note_answer(address.origin)
             self.memory.note(key, missing)
             return missing
         if isinstance(exc, problems.PreconditionError):
-            return _Changed(address.shown, "the object is another one than when it was opened")
+            return _Changed(address.display_url, "the object is another one than when it was opened")
         if _ASKED_NOWHERE.search(str(exc)):
-            refused = FrameRefused(address.shown, "the endpoint redirects to another host")
+            refused = FrameRefused(address.display_url, "the endpoint redirects to another host")
             self.memory.note(key, refused)
             return refused
         # Without credentials obstore asks a cloud machine's metadata service for some, and elsewhere there is none.
@@ -231,14 +231,14 @@ class BucketClient:
         nobody = _NOBODY.search(said) is not None
         if denied or nobody:
             problem = f"access denied ({said}); {_look(address)}"
-            log.error("%s: %s", address.shown, problem)
-            error = FrameUnavailable(address.shown, problem)
+            log.error("%s: %s", address.display_url, problem)
+            error = FrameUnavailable(address.display_url, problem)
             self.memory.note(address.origin if nobody else key, error)
             return error
         if "status code: 416" in said:
-            return _BeyondEnd(address.shown, f"no byte of the range: {said}")
+            return _BeyondEnd(address.display_url, f"no byte of the range: {said}")
         late = isinstance(exc, TimeoutError) or time.monotonic() >= end or _LATE.search(str(exc)) is not None
-        error = FrameUnavailable(address.shown, f"not answered in time: {said}" if late else said)
+        error = FrameUnavailable(address.display_url, f"not answered in time: {said}" if late else said)
         if late:
             self.memory.note_late(address.origin, key, error, since)
         else:
@@ -253,31 +253,31 @@ class BucketFile:
     ----------
     client : BucketClient
         The buckets.
-    address : Address
+    address : FrameURL
         Beneath a root.
     """
 
-    def __init__(self, client: BucketClient, address: Address) -> None:
+    def __init__(self, client: BucketClient, address: FrameURL) -> None:
         self.changed = False
         self._client, self._address = client, address
         self._tag: str | None = None
         self._size = 0
 
-    def begin(self) -> Beginning:
+    def open(self) -> FirstRead:
         """Ask for the first bytes."""
         try:
             data, self._size, self._tag = self._client.get(self._address, {"range": (0, FIRST)}, FIRST)
         except _BeyondEnd:
             if self._client.size(self._address) > 0:
                 raise
-            return Beginning(bytearray(), 0)
-        return Beginning(data, self._size)
+            return FirstRead(bytearray(), 0)
+        return FirstRead(data, self._size)
 
-    def range(self, offset: int, length: int) -> bytes:
+    def read_range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
         return bytes(self._same({"range": (offset, offset + length)}, length))
 
-    def whole(self) -> bytearray:
+    def read_all(self) -> bytearray:
         """Return all bytes."""
         return self._same({}, self._size)
 
@@ -285,7 +285,8 @@ class BucketFile:
         limit = self._client.settings.max_download_bytes
         if length > limit:
             raise FrameRefused(
-                self._address.shown, f"{length} bytes at once, above the {limit} allowed (frames.max_download_bytes)"
+                self._address.display_url,
+                f"{length} bytes at once, above the {limit} allowed (frames.max_download_bytes)",
             )
         if self._tag is not None:
             options["if_match"] = self._tag
@@ -296,11 +297,11 @@ class BucketFile:
             raise
         if self._tag and tag and tag != self._tag:  # a server that does not heed the condition
             self.changed = True
-            raise _Changed(self._address.shown, "the object is another one than when it was opened")
+            raise _Changed(self._address.display_url, "the object is another one than when it was opened")
         if size != self._size or len(data) != length:
             self.changed = True
             raise FrameUnavailable(
-                self._address.shown,
+                self._address.display_url,
                 f"{len(data)} of {size} bytes, wanted {length} of {self._size}, as when it was opened",
             )
         return data
@@ -321,7 +322,7 @@ def _chunks(found: Any) -> Iterator[bytes]:
     return (bytes(chunk) for chunk in found.stream(min_chunk_size=_CHUNK))
 
 
-def _look(address: Address) -> str:
+def _look(address: FrameURL) -> str:
     """Return where an operator looks when a bucket does not open."""
     vendor = _VENDORS[address.scheme]
     return f"credentials come from the environment ({vendor.credentials}), the place from {vendor.place}"

@@ -34,9 +34,9 @@ from urllib.request import getproxies, proxy_bypass
 
 from stampworker.errors import ConfigError, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.io.failures import Memory
-from stampworker.frames.io.ranges import FIRST, Beginning, collect
+from stampworker.frames.io.ranges import FIRST, FirstRead, collect
 from stampworker.frames.limits import end_within
-from stampworker.frames.urls import WEB, Address, join, masked, parse, scheme_of, without_credentials
+from stampworker.frames.urls import WEB, FrameURL, join, parse, redact, scheme_of, without_credentials
 
 if TYPE_CHECKING:
     from stampworker.config import FrameSettings
@@ -88,7 +88,7 @@ class WebClient:
     ----------
     settings : FrameSettings
         Timeouts and limits.
-    roots : sequence of Address
+    roots : sequence of FrameURL
         Where redirects may lead, and which addresses are named on purpose.
     memory : Memory
         Where failures are remembered.
@@ -99,7 +99,7 @@ class WebClient:
         A proxy of the environment is none that can be used.
     """
 
-    def __init__(self, settings: FrameSettings, roots: Sequence[Address], memory: Memory) -> None:
+    def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL], memory: Memory) -> None:
         self.settings, self.roots, self.memory = settings, roots, memory
         self._proxies = {scheme: _proxy(scheme) for scheme in WEB} if any(r.scheme in WEB for r in roots) else {}
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ class WebClient:
         for _, connection in idle:
             connection.close()
 
-    def request(self, address: Address, headers: dict[str, str], end: float) -> Answer:
+    def request(self, address: FrameURL, headers: dict[str, str], end: float) -> Answer:
         """Send a GET, follow redirects within the roots, and return the answer with its body unread.
 
         Raises
@@ -133,7 +133,7 @@ class WebClient:
         """
         first = address
         for _ in range(_MOST_REDIRECTS + 1):
-            self.memory.check(first.shown, address.origin)
+            self.memory.check(first.display_url, address.origin)
             answer = self._ask(address, headers, end, first)
             if answer.status not in _REDIRECTS:
                 return answer
@@ -142,16 +142,16 @@ class WebClient:
         raise self.failed(first, f"more than {_MOST_REDIRECTS} redirects")
 
     def failed(
-        self, address: Address, problem: str, *, server: Origin | None = None, wait: float | None = None
+        self, address: FrameURL, problem: str, *, server: Origin | None = None, wait: float | None = None
     ) -> FrameError:
         """Return the error for a failure that may pass, and remember it: of the URL, or of a whole server."""
-        error = FrameUnavailable(address.shown, problem)
+        error = FrameUnavailable(address.display_url, problem)
         self.memory.note(server or (*address.origin, address.target), error, wait)
         return error
 
-    def late(self, address: Address, problem: str, server: Origin, since: float) -> FrameError:
+    def late(self, address: FrameURL, problem: str, server: Origin, since: float) -> FrameError:
         """Return the error for an answer that did not come in time, and remember it; see `Memory.note_late`."""
-        error = FrameUnavailable(address.shown, problem)
+        error = FrameUnavailable(address.display_url, problem)
         self.memory.note_late(server, (*address.origin, address.target), error, since)
         return error
 
@@ -163,18 +163,18 @@ class WebClient:
         if spare is not None:
             spare.close()
 
-    def _redirect(self, address: Address, location: str | None, first: Address) -> Address:
+    def _redirect(self, address: FrameURL, location: str | None, first: FrameURL) -> FrameURL:
         try:
             return self._target(address, location)
         except FrameRefused as exc:
-            error = FrameRefused(first.shown, f"redirects to {exc}")
+            error = FrameRefused(first.display_url, f"redirects to {exc}")
             self.memory.note((*first.origin, first.target), error)
             raise error from exc
 
-    def _target(self, address: Address, location: str | None) -> Address:
+    def _target(self, address: FrameURL, location: str | None) -> FrameURL:
         """Return where a redirect leads, if frames may come from there."""
         target = join(f"{address.scheme}://{_netloc(address)}{address.target}", (location or "").partition("#")[0])
-        shown = masked(target)
+        shown = redact(target)
         if not location or scheme_of(target) not in WEB:
             raise FrameRefused(shown if location else "nowhere", "wanted http: or https:")
         found = parse(target)
@@ -182,7 +182,7 @@ class WebClient:
             raise FrameRefused(shown, "outside the frame roots (frames.frame_roots)")
         return found
 
-    def _ask(self, address: Address, headers: dict[str, str], end: float, first: Address) -> Answer:
+    def _ask(self, address: FrameURL, headers: dict[str, str], end: float, first: FrameURL) -> Answer:
         headers = {"Host": _host(address), "User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
         credentials = address.authorization or _from_netrc(address.host)
         if credentials:
@@ -193,7 +193,7 @@ class WebClient:
             headers |= _authorize(proxy)
         since = time.monotonic()
         if since >= end:  # which is no fault of the server's
-            raise FrameUnavailable(first.shown, f"no time is left of total_s ({self.settings.total_s:g} s)")
+            raise FrameUnavailable(first.display_url, f"no time is left of total_s ({self.settings.total_s:g} s)")
         while True:
             connection, fresh = self._connection(address, proxy, end, first)
             try:
@@ -231,12 +231,12 @@ class WebClient:
             connection.close()
             raise _Reset from None
 
-    def _proxy(self, address: Address) -> Address | None:
+    def _proxy(self, address: FrameURL) -> FrameURL | None:
         proxy = self._proxies.get(address.scheme)
         return None if proxy is None or proxy_bypass(_netloc(address)) else proxy
 
     def _connection(
-        self, address: Address, proxy: Address | None, end: float, first: Address
+        self, address: FrameURL, proxy: FrameURL | None, end: float, first: FrameURL
     ) -> tuple[http.client.HTTPConnection, bool]:
         """Return a connection, and whether it is a new one."""
         while (kept := self._take(address.origin)) is not None:
@@ -256,7 +256,7 @@ class WebClient:
                     return self._idle.pop(i)[1]
         return None
 
-    def _connect(self, address: Address, proxy: Address | None, end: float, first: Address) -> socket.socket:
+    def _connect(self, address: FrameURL, proxy: FrameURL | None, end: float, first: FrameURL) -> socket.socket:
         problem: Exception | None = None
         for family, sockaddr in self._resolve(address, proxy, end, first):
             sock = _PlainSocket(family, socket.SOCK_STREAM)
@@ -273,12 +273,12 @@ class WebClient:
                 sock.close()
                 problem = exc
         if isinstance(problem, ssl.SSLCertVerificationError):
-            log.error("%s: certificate not trusted: %s", first.shown, problem.verify_message)
+            log.error("%s: certificate not trusted: %s", first.display_url, problem.verify_message)
         via = f" through the proxy {_netloc(proxy)}" if proxy is not None else ""
         raise self._unconnected(first, f"no connection to {_netloc(address)}{via}", problem, address, end) from problem
 
     def _unconnected(
-        self, first: Address, what: str, problem: Exception | None, address: Address, end: float
+        self, first: FrameURL, what: str, problem: Exception | None, address: FrameURL, end: float
     ) -> FrameError:
         """Return the error for a server that cannot be connected to, and remember it: of it, if it had its time."""
         if not isinstance(problem, TimeoutError):
@@ -288,7 +288,7 @@ class WebClient:
             return self.failed(first, f"{what} within {within}", server=address.origin)
         return self.failed(first, f"{what} in the time left of total_s ({self.settings.total_s:g} s)")
 
-    def _tunnel(self, sock: _PlainSocket, address: Address, proxy: Address, end: float) -> None:
+    def _tunnel(self, sock: _PlainSocket, address: FrameURL, proxy: FrameURL, end: float) -> None:
         """Ask a proxy for a connection to the server itself."""
         sock.end, sock.read_s = end, self.settings.connect_s
         lines = {"Host": _netloc(address), "User-Agent": _AGENT, **_authorize(proxy)}
@@ -300,7 +300,7 @@ class WebClient:
             raise OSError(f"it says {response.status} {ascii(response.reason)[1:-1]}")
 
     def _resolve(
-        self, address: Address, proxy: Address | None, end: float, first: Address
+        self, address: FrameURL, proxy: FrameURL | None, end: float, first: FrameURL
     ) -> Iterator[tuple[int, Any]]:
         """Yield the addresses of a host that frames may come from, each checked just before it is connected to."""
         host, port = (proxy or address).host, (proxy or address).port
@@ -317,13 +317,13 @@ class WebClient:
                 refused = f"{ip}, {what}"
         if not allowed:
             raise FrameRefused(
-                first.shown,
+                first.display_url,
                 f"host {host!r} is at {refused} address: only a root in frames.frame_roots, and a URL, that name it "
                 "instead of the host lead there",
             )
         yield from allowed
 
-    def _judge(self, answer: Answer, first: Address) -> None:
+    def _judge(self, answer: Answer, first: FrameURL) -> None:
         """Raise the error that a status stands for; 200, 206, 416 and redirects are the caller's."""
         status, said = answer.status, f"the server says {answer.status} {answer.reason}".rstrip()
         if status in (200, 206, 416, *_REDIRECTS):
@@ -331,14 +331,14 @@ class WebClient:
         wait = _retry_after(answer.header("Retry-After"))
         answer.close()
         if status in (404, 410):
-            error = FrameMissing(first.shown, said)
+            error = FrameMissing(first.display_url, said)
             self.memory.note_answer(answer.origin)
             self.memory.note((*first.origin, first.target), error)
             raise error
         if status in (401, 403, 407):
             source = f"the netrc file (~/.netrc, or where NETRC points), machine {first.host}"
             problem = f"{said}; credentials come from {source if status != 407 else 'the URL in HTTP_PROXY'}"
-            log.error("%s: %s", first.shown, problem)
+            log.error("%s: %s", first.display_url, problem)
             raise self.failed(first, problem)
         if wait is not None:
             said += f", to try again after {wait:g} s"
@@ -358,11 +358,11 @@ class Answer:
     def __init__(
         self,
         client: WebClient,
-        address: Address,
+        address: FrameURL,
         connection: http.client.HTTPConnection,
         response: http.client.HTTPResponse,
         end: float,
-        first: Address,
+        first: FrameURL,
     ) -> None:
         self.status, self.reason = response.status, ascii(response.reason)[1:-1][:80]
         self.origin = address.origin
@@ -425,7 +425,7 @@ class Answer:
         return data
 
     def _too_long(self, problem: str) -> FrameRefused:
-        return FrameRefused(self._first.shown, problem)
+        return FrameRefused(self._first.display_url, problem)
 
     def _chunks(self) -> Iterator[bytes]:
         while chunk := self._response.read1(_CHUNK):
@@ -439,38 +439,38 @@ class WebFile:
     ----------
     client : WebClient
         The connections.
-    address : Address
+    address : FrameURL
         Beneath a root.
     """
 
-    def __init__(self, client: WebClient, address: Address) -> None:
+    def __init__(self, client: WebClient, address: FrameURL) -> None:
         self._client, self._address = client, address
         self.changed = False
         self._version: tuple[str | None, str | None] = None, None
         self._size = 0
 
-    def begin(self) -> Beginning:
+    def open(self) -> FirstRead:
         """Ask for the first bytes; take all where the server serves no ranges."""
         with self._answer(f"bytes=0-{FIRST - 1}") as answer:
             self._version = answer.version
             if answer.status == 416:
                 if (answer.header("Content-Range") or "").split() == ["bytes", "*/0"]:
-                    return Beginning(bytearray(), 0)
+                    return FirstRead(bytearray(), 0)
                 problem = f"status 416 with Content-Range {answer.header('Content-Range')!r}"
                 raise self._client.failed(self._address, f"{problem} to bytes 0-{FIRST - 1}")
             if answer.status == 200:
                 body = answer.body()
                 self._size = len(body)
-                return Beginning(body, len(body))
+                return FirstRead(body, len(body))
             start, stop, size = self._content_range(answer)
             if size is None or (start, stop) != (0, min(FIRST, size)):
                 raise self._client.failed(
                     self._address, f"Content-Range is {answer.header('Content-Range')!r}, wanted bytes 0-{FIRST - 1}"
                 )
             self._size = size
-            return Beginning(answer.body(stop), size)
+            return FirstRead(answer.body(stop), size)
 
-    def range(self, offset: int, length: int) -> bytes:
+    def read_range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
         self._fits(length)
         with self._answer(f"bytes={offset}-{offset + length - 1}") as answer:
@@ -484,7 +484,7 @@ class WebFile:
                 raise self._client.failed(self._address, f"bytes {start}:{stop}, wanted {offset}:{offset + length}")
             return bytes(answer.body(length))
 
-    def whole(self) -> bytearray:
+    def read_all(self) -> bytearray:
         """Return all bytes."""
         self._fits(self._size)
         with self._answer(None) as answer:
@@ -500,7 +500,7 @@ class WebFile:
     def _answer(self, ranges: str | None) -> Iterator[Answer]:
         """Ask, and leave no connection behind that is half read."""
         address = self._address
-        self._client.memory.check(address.shown, (*address.origin, address.target))
+        self._client.memory.check(address.display_url, (*address.origin, address.target))
         end = end_within(self._client.settings.total_s)
         answer = self._client.request(address, {"Range": ranges} if ranges else {}, end)
         with contextlib.closing(answer):
@@ -510,7 +510,8 @@ class WebFile:
         limit = self._client.settings.max_download_bytes
         if length > limit:
             raise FrameRefused(
-                self._address.shown, f"{length} bytes at once, above the {limit} allowed (frames.max_download_bytes)"
+                self._address.display_url,
+                f"{length} bytes at once, above the {limit} allowed (frames.max_download_bytes)",
             )
 
     def _unchanged(self, answer: Answer) -> None:
@@ -521,7 +522,7 @@ class WebFile:
 
     def _other(self, problem: str) -> FrameUnavailable:
         self.changed = True
-        return FrameUnavailable(self._address.shown, problem)
+        return FrameUnavailable(self._address.display_url, problem)
 
     def _content_range(self, answer: Answer) -> tuple[int, int, int | None]:
         """Return start, stop and size of a 206."""
@@ -579,7 +580,7 @@ def _look_up(host: str, port: int, seconds: float) -> list[Any]:
     return found.result(max(end - time.monotonic(), 0.0))
 
 
-def _proxy(scheme: str) -> Address | None:
+def _proxy(scheme: str) -> FrameURL | None:
     """Return the environment's proxy for a scheme: HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, in lower case, too."""
     found = getproxies()
     given = found.get(scheme) or found.get("all")
@@ -594,7 +595,7 @@ def _proxy(scheme: str) -> Address | None:
         raise ConfigError(f"{scheme.upper()}_PROXY: {exc}") from exc
 
 
-def _authorize(proxy: Address) -> dict[str, str]:
+def _authorize(proxy: FrameURL) -> dict[str, str]:
     return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
 
 
@@ -647,11 +648,11 @@ def _said(exc: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-def _netloc(address: Address) -> str:
+def _netloc(address: FrameURL) -> str:
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{host}:{address.port}"
 
 
-def _host(address: Address) -> str:
+def _host(address: FrameURL) -> str:
     """Return host and port as the Host header has them: without the scheme's own port."""
     return _netloc(address).removesuffix(f":{WEB[address.scheme]}")

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.frames.io.sources import open_file
-from stampworker.frames.urls import REMOTE, masked, scheme_of
+from stampworker.frames.urls import REMOTE, redact, scheme_of
 
 if TYPE_CHECKING:
     from stampworker.frames.io.sources import Source
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-class Folders:
+class LocalRoots:
     """What may be read of the local file system.
 
     Parameters
     ----------
     roots : iterable of str
-        Folders, as paths or ``file:`` URLs.
+        LocalRoots, as paths or ``file:`` URLs.
     allowed : iterable of str
         Files, likewise, that may be read wherever they lie.
     base : Path or None
@@ -61,12 +61,12 @@ class Folders:
             try:
                 given = _local(given)
             except ValueError as exc:
-                raise FrameRefused(masked(url), str(exc)) from None
+                raise FrameRefused(redact(url), str(exc)) from None
         elif scheme is not None:
             problem = f"scheme {scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
-            raise FrameRefused(masked(url), problem)
+            raise FrameRefused(redact(url), problem)
         elif given.startswith("//"):
-            raise FrameRefused(masked(url), "a host without a scheme, wanted a path or a URL")
+            raise FrameRefused(redact(url), "a host without a scheme, wanted a path or a URL")
         if "\0" in given or not given:
             raise FrameRefused(ascii(url), "not a path")
         if self._base is None and not Path(given).is_absolute():
@@ -88,14 +88,14 @@ class Folders:
         raise FrameRefused(url, f"outside the frame roots{where}; frame_roots: {roots}")
 
 
-def open_local(path: str, folders: Folders, url: str) -> Source:
+def open_local(path: str, folders: LocalRoots, url: str) -> Source:
     """Return a source over a local file.
 
     Parameters
     ----------
     path : str
-        See `Folders.resolve`.
-    folders : Folders
+        See `LocalRoots.resolve`.
+    folders : LocalRoots
         Where the file that is opened must lie.
     url : str
         Name for messages.
@@ -150,9 +150,9 @@ def _root(root: str) -> str:
     try:
         folder = _local(root)
         if not folder or not Path(folder).is_dir():
-            raise ConfigError(f"frames.frame_roots: found {masked(root)!r}, which is no folder, {wanted}")
+            raise ConfigError(f"frames.frame_roots: found {redact(root)!r}, which is no folder, {wanted}")
     except (ValueError, OSError) as exc:
-        raise ConfigError(f"frames.frame_roots: found {masked(root)!r}: {exc}, {wanted}") from None
+        raise ConfigError(f"frames.frame_roots: found {redact(root)!r}: {exc}, {wanted}") from None
     return os.path.realpath(folder)
 
 

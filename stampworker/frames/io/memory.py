@@ -6,10 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from stampworker.errors import ConfigError, FrameMissing, FrameUnavailable
-from stampworker.frames.io.ranges import FIRST, Beginning
+from stampworker.frames.io.ranges import FIRST, FirstRead
 
 if TYPE_CHECKING:
-    from stampworker.frames.urls import Address
+    from stampworker.frames.urls import FrameURL
 
 
 def open_memory() -> Any:
@@ -30,12 +30,12 @@ class MemoryFile:
     ----------
     files : MemoryFileSystem
         See `open_memory`.
-    address : Address
+    address : FrameURL
         Beneath a root.
     """
 
-    def __init__(self, files: Any, address: Address) -> None:
-        self._files, self._path, self._shown = files, "/" + address.target, address.shown
+    def __init__(self, files: Any, address: FrameURL) -> None:
+        self._files, self._path, self._shown = files, "/" + address.target, address.display_url
         self._opened: object = None
 
     @property
@@ -43,22 +43,22 @@ class MemoryFile:
         """Whether another one was put there since it was opened."""
         return self._opened is not None and self._opened != self._written()
 
-    def begin(self) -> Beginning:
+    def open(self) -> FirstRead:
         """Return the first bytes."""
         self._opened = self._written()
         data = self._read(0, FIRST)
-        return Beginning(bytearray(data), self._files.size(self._path))
+        return FirstRead(bytearray(data), self._files.size(self._path))
 
-    def range(self, offset: int, length: int) -> bytes:
+    def read_range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
         data = self._read(offset, offset + length)
         if self.changed:
             raise FrameUnavailable(self._shown, "the file is another one than when it was opened")
         return data
 
-    def whole(self) -> bytearray:
+    def read_all(self) -> bytearray:
         """Return all bytes."""
-        return bytearray(self.range(0, sys.maxsize))
+        return bytearray(self.read_range(0, sys.maxsize))
 
     def _written(self) -> object:
         file = self._files.store.get(self._path)

@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stampworker.errors import FrameCorrupt, FrameRefused
-from stampworker.frames.io.sources import GZIP_MAGIC, Fetch, Kept, Source
+from stampworker.frames.io.sources import GZIP_MAGIC, CachedBytes, FetchTask, Source
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from stampworker.frames.cache import Budget
+    from stampworker.frames.cache import CacheBudget
 
 FIRST = 1 << 16
 """Bytes asked for at first: magic, the headers of most frames."""
@@ -33,7 +33,7 @@ _RUN = 256  # blocks, 4 MiB: longer runs are fetched in pieces, at the same time
 
 
 @dataclass(frozen=True)
-class Beginning:
+class FirstRead:
     """The first answer about a file.
 
     Attributes
@@ -53,18 +53,18 @@ class Remote(Protocol):
 
     @property
     def changed(self) -> bool:
-        """Whether it was seen to be another one than at its beginning."""
+        """Whether it was seen to be another one than at its first."""
         ...
 
-    def begin(self) -> Beginning:
+    def open(self) -> FirstRead:
         """Ask for the first `FIRST` bytes."""
         ...
 
-    def range(self, offset: int, length: int) -> bytes:
-        """Return bytes of the file whose beginning was seen; `FrameUnavailable` where it is another one now."""
+    def read_range(self, offset: int, length: int) -> bytes:
+        """Return bytes of the file whose first was seen; `FrameUnavailable` where it is another one now."""
         ...
 
-    def whole(self) -> bytearray:
+    def read_all(self) -> bytearray:
         """Return all of it, likewise."""
         ...
 
@@ -76,25 +76,25 @@ class RangedFile:
     ----------
     remote : Remote
         Its protocol.
-    beginning : Beginning
-        What `Remote.begin` returned.
-    budget : Budget
+    first : FirstRead
+        What `Remote.open` returned.
+    budget : CacheBudget
         Bounds the blocks that are kept.
     """
 
-    def __init__(self, remote: Remote, beginning: Beginning, budget: Budget) -> None:
-        self.size = beginning.size
-        self.whole = 0
-        self.held = 0
-        self.used = budget.tick()
+    def __init__(self, remote: Remote, first: FirstRead, budget: CacheBudget) -> None:
+        self.size = first.size
+        self.bytes_upfront = 0
+        self.nbytes = 0
+        self.last_used = budget.clock()
         self._remote, self._budget = remote, budget
         self._lock = threading.Lock()
         self._blocks: dict[int, bytes] = {}
-        self._keep(0, bytes(beginning.data))  # whole blocks, FIRST being a multiple
+        self._keep(0, bytes(first.data))  # whole blocks, FIRST being a multiple
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on, with at most one request."""
-        self.used = self._budget.tick()
+        self.last_used = self._budget.clock()
         wanted = range(offset // _BLOCK, -(-(offset + length) // _BLOCK))
         kept = self._blocks
         blocks = {index: kept.get(index) for index in wanted}
@@ -105,7 +105,7 @@ class RangedFile:
         start = offset - wanted.start * _BLOCK
         return joined[start : start + length]
 
-    def fetches(self, spans: Iterable[tuple[int, int]]) -> list[Fetch]:
+    def fetch_tasks(self, spans: Iterable[tuple[int, int]]) -> list[FetchTask]:
         """Return what is to be done to have spans of bytes here before they are read.
 
         Parameters
@@ -115,10 +115,10 @@ class RangedFile:
 
         Returns
         -------
-        fetches : list of Fetch
+        fetches : list of FetchTask
             One a request; none where there is no room to keep the bytes.
         """
-        self.used = self._budget.tick()  # what is here already is to stay, too
+        self.last_used = self._budget.clock()  # what is here already is to stay, too
         kept = self._blocks
         spans = [span for span in spans if span[1]]
         blocks = {i for start, length in spans for i in range(start // _BLOCK, -(-(start + length) // _BLOCK))}
@@ -129,9 +129,9 @@ class RangedFile:
             else:
                 runs.append([index, index])
         sizes = [(last + 1 - first) * _BLOCK for first, last in runs]
-        if not self._budget.room(self, sum(sizes)):
+        if not self._budget.fits(self, sum(sizes)):
             return []
-        return [Fetch(size, partial(self._fetch, *run)) for size, run in zip(sizes, runs, strict=True)]
+        return [FetchTask(size, partial(self._fetch, *run)) for size, run in zip(sizes, runs, strict=True)]
 
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
@@ -142,31 +142,31 @@ class RangedFile:
     def release(self) -> None:
         """Forget the blocks."""
         with self._lock:
-            self._blocks, self.held = {}, 0
+            self._blocks, self.nbytes = {}, 0
 
     def _fetch(self, first: int, last: int) -> dict[int, bytes]:
         start = first * _BLOCK
-        data = self._remote.range(start, min((last + 1) * _BLOCK, self.size) - start)
-        self.used = self._budget.tick()
+        data = self._remote.read_range(start, min((last + 1) * _BLOCK, self.size) - start)
+        self.last_used = self._budget.clock()
         self._keep(first, data)
         return dict(enumerate(_split(data), first))
 
     def _keep(self, first: int, data: bytes) -> None:
-        if not self._budget.room(self, len(data)):
+        if not self._budget.fits(self, len(data)):
             self.release()
-        if self._budget.room(self, len(data)):
+        if self._budget.fits(self, len(data)):
             with self._lock:
                 for i, block in enumerate(_split(data), first):
-                    self.held += len(block) if i not in self._blocks else 0
+                    self.nbytes += len(block) if i not in self._blocks else 0
                     self._blocks[i] = block
-            self._budget.settle(self)
+            self._budget.evict(self)
 
 
 def _split(data: bytes) -> Iterator[bytes]:
     return (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
 
 
-def open_remote(remote: Remote, url: str, budget: Budget, limit: int) -> Source:
+def open_remote(remote: Remote, url: str, budget: CacheBudget, limit: int) -> Source:
     """Return a source over a remote file: by ranges, or whole where it is small, gzip, or the server has no ranges.
 
     Parameters
@@ -175,7 +175,7 @@ def open_remote(remote: Remote, url: str, budget: Budget, limit: int) -> Source:
         Its protocol.
     url : str
         Name for messages.
-    budget : Budget
+    budget : CacheBudget
         Bounds what is kept.
     limit : int
         Largest file that is taken whole, bytes: what one alert may cost.
@@ -189,19 +189,19 @@ def open_remote(remote: Remote, url: str, budget: Budget, limit: int) -> Source:
     FrameError
         See `stampworker.frames.FrameStore.open`.
     """
-    beginning = remote.begin()
-    if beginning.size == 0:
+    first = remote.open()
+    if first.size == 0:
         raise FrameCorrupt(url, "the file is empty, wanted FITS")
-    if len(beginning.data) == beginning.size:
-        return Kept(remote.whole, url, budget, beginning.data)
-    if beginning.data[:2] == GZIP_MAGIC:
-        if beginning.size > limit:
+    if len(first.data) == first.size:
+        return CachedBytes(remote.read_all, url, budget, first.data)
+    if first.data[:2] == GZIP_MAGIC:
+        if first.size > limit:
             raise FrameRefused(
                 url,
-                f"gzip of {beginning.size} bytes, above the {limit} that one alert may cost (frames.max_alert_bytes)",
+                f"gzip of {first.size} bytes, above the {limit} that one alert may cost (frames.max_alert_bytes)",
             )
-        return Kept(remote.whole, url, budget)
-    return RangedFile(remote, beginning, budget)
+        return CachedBytes(remote.read_all, url, budget)
+    return RangedFile(remote, first, budget)
 
 
 def collect(

@@ -1,7 +1,7 @@
 """Sources of bytes below the FITS reading: a mapped file, a file read by position, bytes made once and kept.
 
-A source has ``size``, ``whole``, ``read(offset, length)`` and, where its bytes lie in memory, ``pixels(...)``: an array
-over them without a copy. Remote files read by ranges are in `stampworker.frames.io.ranges`.
+A source has ``size``, ``bytes_upfront``, ``read(offset, length)`` and, where its bytes are in memory, ``pixels(...)``:
+an array over them without a copy. Remote files read by ranges are in `stampworker.frames.io.ranges`.
 
 Why files are mapped: a 63 × 63 stamp from a mapped frame takes 4 µs, 63 positioned reads 40 µs, one read of its rows
 60 µs and more. What speaks against a map is SIGBUS, which kills the process when a mapped page cannot be read. Hence,
@@ -28,7 +28,7 @@ from stampworker.errors import FrameUnavailable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stampworker.frames.cache import Budget
+    from stampworker.frames.cache import CacheBudget
 
 GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 16
@@ -36,7 +36,7 @@ _MADV_POPULATE_READ = 22  # absent from the mmap module
 
 
 @dataclass(frozen=True)
-class Fetch:
+class FetchTask:
     """Something to be done ahead of reading.
 
     Attributes
@@ -58,12 +58,12 @@ class Source(Protocol):
     ----------
     size : int
         How many there are.
-    whole : int
+    bytes_upfront : int
         Bytes that had to be downloaded or decompressed before any could be read.
     """
 
     size: int
-    whole: int
+    bytes_upfront: int
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on; the caller stays within ``size``."""
@@ -92,7 +92,7 @@ class MappedFile:
         The file cannot be mapped, or not without the risk of SIGBUS.
     """
 
-    whole = 0
+    bytes_upfront = 0
 
     def __init__(self, fd: int, url: str) -> None:
         self.size = os.fstat(fd).st_size
@@ -152,7 +152,7 @@ class PositionedFile:
         Name for messages.
     """
 
-    whole = 0
+    bytes_upfront = 0
 
     def __init__(self, fd: int, url: str) -> None:
         self._file = os.fdopen(os.dup(fd), "rb", buffering=0)
@@ -198,7 +198,7 @@ def open_file(fd: int, url: str) -> Source:
         return PositionedFile(fd, url)
 
 
-class Kept:
+class CachedBytes:
     """Bytes that are made as a whole, a gzip file decompressed or a body downloaded, and kept within a budget.
 
     They are made again when they were dropped.
@@ -209,7 +209,7 @@ class Kept:
         Returns the bytes; its errors are raised as they are.
     url : str
         Name for messages.
-    budget : Budget
+    budget : CacheBudget
         Where the bytes are accounted.
     data : bytearray, optional
         The bytes, where they have been made already.
@@ -218,17 +218,22 @@ class Kept:
     """
 
     def __init__(
-        self, make: Callable[[], bytearray], url: str, budget: Budget, data: bytearray | None = None, packed: int = 0
+        self,
+        make: Callable[[], bytearray],
+        url: str,
+        budget: CacheBudget,
+        data: bytearray | None = None,
+        packed: int = 0,
     ) -> None:
         self._make, self._url, self._budget = make, url, budget
         self._lock = threading.Lock()
         self._data = data
-        self.held = 0 if data is None else len(data)
-        self.used = budget.tick()
+        self.nbytes = 0 if data is None else len(data)
+        self.last_used = budget.clock()
         if data is not None:
-            budget.settle(self)
+            budget.evict(self)
         self.size = len(self._content() if data is None else data)
-        self.whole = packed + self.size
+        self.bytes_upfront = packed + self.size
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
@@ -240,17 +245,17 @@ class Kept:
         """Return the image at ``offset`` as an array over the bytes; the caller does not keep it."""
         return np.frombuffer(self._content(), dtype, shape[0] * shape[1], offset).reshape(shape)
 
-    def fetches(self) -> list[Fetch]:
+    def fetch_tasks(self) -> list[FetchTask]:
         """Return what makes the bytes again where they were dropped; those that are here are to stay for a batch."""
-        self.used = self._budget.tick()
-        return [] if self._data is not None else [Fetch(self.size, self._content)]
+        self.last_used = self._budget.clock()
+        return [] if self._data is not None else [FetchTask(self.size, self._content)]
 
     def release(self) -> None:
         """Forget the bytes."""
-        self._data, self.held = None, 0
+        self._data, self.nbytes = None, 0
 
     def _content(self) -> bytearray:
-        self.used = self._budget.tick()
+        self.last_used = self._budget.clock()
         data = self._data
         if data is None:
             with self._lock:
@@ -259,6 +264,6 @@ class Kept:
                     data = self._make()
                     if len(data) != getattr(self, "size", len(data)):
                         raise FrameUnavailable(self._url, f"{len(data)} bytes, {self.size} when it was opened")
-                    self._data, self.held = data, len(data)
-                    self._budget.settle(self)
+                    self._data, self.nbytes = data, len(data)
+                    self._budget.evict(self)
         return data

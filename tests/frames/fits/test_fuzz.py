@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameError
-from stampworker.frames import Frame, FrameStore, on_grid, plain
+from stampworker.frames import Frame, FrameStore, on_grid
+from stampworker.frames.fits import plain
 
 LONG = os.environ.get("STAMPWORKER_TEST_LONG") == "1"
 EXAMPLES = settings(

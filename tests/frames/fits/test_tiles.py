@@ -13,7 +13,8 @@ from astropy.io import fits
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameCorrupt, FrameError, FrameRefused
-from stampworker.frames import FrameStore, tiles
+from stampworker.frames import FrameStore
+from stampworker.frames.fits import tiles
 
 SECTIONS = [(slice(0, 61), slice(0, 83)), (slice(5, 36), slice(20, 51)), (slice(58, 61), slice(79, 83))]
 FLOATS = [
@@ -141,11 +142,11 @@ def test_decoded_tiles_are_kept_within_bounds(tmp_path: Path, pixels: np.ndarray
             frame[0:61, 0:83]
             assert store.cached_bytes <= limit
         np.testing.assert_array_equal(frames[0][0:61, 0:83], first)
-        store.trim()
+        store.evict_unused()
         frames[3][0:5, 0:5]
-        store.trim()
+        store.evict_unused()
         assert 0 < store.cached_bytes < pixels.nbytes + 5000
-        store.trim()
+        store.evict_unused()
         assert store.cached_bytes == 0
         np.testing.assert_array_equal(frames[0][0:61, 0:83], first)
 

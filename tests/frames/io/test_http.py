@@ -32,7 +32,7 @@ from stampworker.enrich import Reject, make_packets
 from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissing, FrameRefused, FrameUnavailable
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet
-from stampworker.frames import FrameStore
+from stampworker.frames import FrameKey, FrameStore
 from stampworker.frames.io.failures import Memory
 from stampworker.frames.io.http import _PlainSocket, forbidden
 from stampworker.frames.urls import parse, parse_root
@@ -159,7 +159,7 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
         server.behaviours[f"/data/{name}"] = meet
     store = open_store(failure_ttl_s=5.0, prefetch_threads=8, total_s=10.0, read_s=10.0)
     bad = ["none.fits", "../secret.fits"]
-    ready = store.prefetch((name, False) for name in [*names, *names, *bad, "/etc/hostname"])
+    ready = store.open_many(FrameKey(name, False) for name in [*names, *names, *bad, "/etc/hostname"])
     assert list(ready) == [(name, False) for name in names + bad]
     assert [type(future.exception()) for future in ready.values()] == [type(None)] * 6 + [FrameMissing, FrameRefused]
     assert len(server.requests) == 7
@@ -187,11 +187,11 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_
 
     server.behaviours["/data/b.fits"] = meet
     boxes = [(500, 531, 5, 36), (510, 541, 90, 121), (560, 591, 0, 31), (2000, 2031, 5, 36), (2990, 3021, -5, 26)]
-    store.fetch([([frame], boxes[:4])])
+    store.prefetch_sections([([frame], boxes[:4])])
     assert len(server.requests) == opened + 2
     server.behaviours.clear()
-    store.fetch([([frame], [*boxes, (-40, -9, 0, 31)])])
-    store.fetch([([tiles], [(100, 131, 300, 331), (90, 121, 310, 341)])])
+    store.prefetch_sections([([frame], [*boxes, (-40, -9, 0, 31)])])
+    store.prefetch_sections([([tiles], [(100, 131, 300, 331), (90, 121, 310, 341)])])
     asked = len(server.requests)
     assert asked <= opened + 6
     for y0, y1, x0, x1 in boxes:
@@ -201,7 +201,7 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, tmp_
     np.testing.assert_array_equal(tiles[90:121, 310:341], tiled[90:121, 310:341])
     assert len(server.requests) == asked
     server.behaviours["/data/b.fits"] = web.status(500)
-    store.fetch([([frame], [(1000, 1031, 0, 31)])])
+    store.prefetch_sections([([frame], [(1000, 1031, 0, 31)])])
     with pytest.raises(FrameUnavailable, match="the server says 500"):
         frame[1000:1031, 0:31]
 
@@ -212,7 +212,7 @@ def test_no_more_is_fetched_than_can_be_kept(server: WebServer, open_store: Open
     server.files["/data/b.fits"] = (tmp_path / "b.fits").read_bytes()
     store = open_store(cache_bytes=300_000, total_s=10.0)
     frame = store.open("b.fits")
-    store.fetch([([frame], [(0, 1000, 0, 400)])])
+    store.prefetch_sections([([frame], [(0, 1000, 0, 400)])])
     assert len(server.requests) == 1
     np.testing.assert_array_equal(frame[ALL], data)
 
@@ -222,7 +222,7 @@ def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
     for i in range(6):
         server.files[f"/data/{i}.fits"] = server.files["/data/a.fits"]
     store = open_store(max_open_frames=3)
-    store.prefetch((f"{i}.fits", False) for i in range(6))
+    store.open_many(FrameKey(f"{i}.fits", False) for i in range(6))
     assert {path for path, _ in server.requests} == {"/data/0.fits", "/data/1.fits", "/data/2.fits"}
 
 
@@ -230,7 +230,7 @@ def test_prefetch_leaves_room(server: WebServer, open_store: Open) -> None:
 def test_prefetch_never_fails(open_store: Open, names: list[str]) -> None:
     """Not even by what no frame should be called: it is one alert's to fail, when the frame is opened."""
     store = open_store()
-    store.prefetch((name, False) for name in names)
+    store.open_many(FrameKey(name, False) for name in names)
     with pytest.raises(FrameRefused, match=r"'\\udce9\.fits': half of a character"):
         store.open(names[0])
 
@@ -778,8 +778,8 @@ def test_what_is_kept_is_bounded(server: WebServer, open_store: Open, tmp_path: 
     for i in (0, 1, 2, 3, 0, 3):
         np.testing.assert_array_equal(store.open(f"{i}.fits")[ALL], planes[i])
         assert store.cached_bytes <= 600_000
-    store.trim()
-    store.trim()
+    store.evict_unused()
+    store.evict_unused()
     assert store.cached_bytes == 0
     np.testing.assert_array_equal(store.open("2.fits")[20:40, 5:9], planes[2][20:40, 5:9])
 
@@ -797,8 +797,8 @@ def test_file_that_changes(server: WebServer, open_store: Open, tmp_path: Path, 
     frame = store.open(name)
     server.files[f"/data/{name}"] = pack(new)
     server.behaviours[f"/data/{name}"] = lambda handler: web.serve(handler, etag='"2"')
-    store.trim()
-    store.trim()
+    store.evict_unused()
+    store.evict_unused()
     with pytest.raises(FrameUnavailable, match="another one than when it was opened"):
         frame[300:320, 5:9]
     np.testing.assert_array_equal(store.open(name)[300:320, 5:9], old[300:320, 5:9] + 1)

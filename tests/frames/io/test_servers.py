@@ -179,7 +179,7 @@ def test_what_a_stamp_moves_from_a_bucket(
 
 
 def test_twenty_stamps_need_one_open(nginx: Nginx) -> None:
-    """Twenty stamps of a frame: one beginning, and each row at most once."""
+    """Twenty stamps of a frame: one first, and each row at most once."""
     before = len(nginx.moved())
     rng = np.random.default_rng(20)
     with FrameStore(FrameSettings(frame_roots=(nginx.url,))) as store:
