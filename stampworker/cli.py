@@ -17,7 +17,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,14 @@ from stampworker import config
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
-from stampworker.enrich import Prepared, Reject, check_frames, complete, file_url, prepare, results_table
+from stampworker.enrich import Enricher, check_frames, file_url
 from stampworker.errors import AlertError, ConfigError, StampworkerError
 from stampworker.formats import files
 from stampworker.formats.alerts import Alert, encode, masked_column
 from stampworker.formats.packets import Packet
 from stampworker.formats.packets import encode as encode_packet
+from stampworker.formats.rejects import Reject
+from stampworker.formats.tables import results_table
 from stampworker.frames import FrameStore
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 from stampworker.simulation import demo
@@ -134,28 +135,14 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
         for roots, alerts in _by_roots(paths, [alerts for alerts, _ in read], settings):
             frames = settings.frames.model_copy(update={"frame_roots": roots})
             with FrameStore(frames, allowed=urls.values()) as store:
-                for made in _batches(alerts, store, settings, resolver):
+                batches = (alerts[start : start + _CHUNK] for start in range(0, len(alerts), _CHUNK))
+                for made in Enricher(settings, store, resolver).stream(batches):
                     _write_results(to, made, args.cutouts)
                     results += made if args.table else [r for r in made if isinstance(r, Reject)]
                     bar.update(len(made))
     if args.table:
         _write_table(Path(args.table), [table for _, table in read], results)
     return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
-
-
-def _batches(
-    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver
-) -> Iterator[list[Packet | Reject]]:
-    """Yield what becomes of the alerts, batch after batch; the frames of one are opened while the last is computed."""
-    with ThreadPoolExecutor(1, "ahead") as ahead:
-        before: Future[Prepared] | None = None
-        for start in range(0, len(alerts), _CHUNK):
-            following = ahead.submit(prepare, alerts[start : start + _CHUNK], store, settings, resolver)
-            if before is not None:
-                yield complete(before.result(), store, settings)
-            before = following
-        if before is not None:
-            yield complete(before.result(), store, settings)
 
 
 def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Resolver) -> dict[str, str]:

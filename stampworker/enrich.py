@@ -3,7 +3,7 @@
 For each group of alerts with the same frames::
 
     1 resolve.Resolver       which frames show the candidate
-    2 frames.open            the planes, each read by the section
+    2 frames.FrameStore      the planes, each read by the section
     3 frames.on_grid         every plane on the science frame's pixels
     4 cutouts.get_cutout     the planes around one candidate
     5 cutouts.adjust_cutout  shift and scale the convolved template
@@ -17,63 +17,38 @@ import logging
 import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from astropy.coordinates import SkyCoord
 from astropy.io import fits
+from astropy.stats import mad_std
 from astropy.table import Table
-from astropy.wcs import WCS, NoConvergence
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
 from stampworker.cutouts import adjust_cutout, compare_point_source, get_cutout, is_artefact
 from stampworker.errors import AlertError, FrameError, FrameMismatch
-from stampworker.formats.alerts import Alert, from_table, masked_column
+from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
-from stampworker.frames import Frame, FrameKey, FrameStore, PlaneKind, celestial_frame, on_grid
+from stampworker.formats.rejects import Reject
+from stampworker.formats.tables import from_table, results_table
+from stampworker.frames import Frame, FrameKey, FrameStore, PlaneKind, on_grid, sky_to_pixel
 from stampworker.frames.urls import scheme_of
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 
 log = logging.getLogger(__name__)
 
-_Ready = Mapping[FrameKey, Future[Frame]]
-_NONE_READY: _Ready = {}
+_Opened = Mapping[FrameKey, Future[Frame]]
 _KINDS: dict[str, PlaneKind] = {"mask": "mask", "error": "error", "variance": "variance"}
 _VERSION = version("stampworker")
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
-# The normal approximation to a position is lost far outside any detector; and a section's corner must be an integer.
+# A pixel position beyond this is on no detector, and the corner of a section must be an integer.
 _FARTHEST_PIXEL = 1e9
-
-
-@dataclass(frozen=True)
-class Reject:
-    """An alert that cannot become a packet.
-
-    Attributes
-    ----------
-    alert_id : str or None
-        The alert's identifier; None where it could not be decoded.
-    stage : str
-        ``decode``, ``frames`` or ``enrich``.
-    error : Exception
-        Why.
-    """
-
-    alert_id: str | None
-    stage: str
-    error: Exception
-
-    def to_record(self) -> dict[str, Any]:
-        """Return ``alertId, stage, error, message``."""
-        name = type(self.error).__name__
-        return {"alertId": self.alert_id, "stage": self.stage, "error": name, "message": str(self.error)}
 
 
 @dataclass(frozen=True)
@@ -83,224 +58,306 @@ class _FrameSet:
     planes: dict[str, Frame]
     writers: dict[str, StampWriter]
     header_gain: float | None
-    by_sky: bool
 
     @property
     def science(self) -> Frame:
         return self.planes["science"]
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """An alert with its pixel position on the science frame, and the first pixel of its stamp."""
+
+    index: int
+    alert: Alert
+    x: float
+    y: float
+    x1: int
+    y1: int
+
+
 @dataclass
 class _Group:
-    """Alerts with the same frames."""
+    """Alerts with the same frames; once these are open, the candidates whose position is known."""
 
     urls: dict[str, str]
-    members: list[int]
-    opened: _FrameSet | Exception | None = None
+    alerts: dict[int, Alert] = field(default_factory=dict)
+    is_open: bool = False
+    frames: _FrameSet | None = None
+    candidates: list[_Candidate] = field(default_factory=list)
 
 
 @dataclass
-class Prepared:
-    """A batch whose frames are open as far as there is room for them; made by `prepare`, for `complete`."""
+class Prefetched:
+    """A batch whose frames are open as far as there is room for them; `Enricher.prefetch` makes it.
 
-    alerts: Sequence[Alert | AlertError]
+    Attributes
+    ----------
+    groups : list
+        The alerts by their frames.
+    results : dict of int to Packet or Reject
+        What became of each alert so far, by its index in the batch.
+    """
+
     groups: list[_Group]
     results: dict[int, Packet | Reject]
-    by_sky: bool
 
 
-def make_packets(
-    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
-) -> list[Packet | Reject]:
-    """Make a packet, or a reject, of each alert.
+class Enricher:
+    """Makes packets of alerts.
 
     Parameters
     ----------
-    alerts : sequence of Alert or AlertError
-        A batch; alerts with the same frames are worked on together. An error stands for an alert that could not be
-        decoded.
-    store : FrameStore
-        Where frames are opened.
     settings : Settings
-        ``enrich``, ``fit``, ``verdict`` and, where no resolver is given, ``resolve``.
+        ``enrich``, ``fit``, ``verdict``, ``frames`` and, where no resolver is given, ``resolve``.
+    store : FrameStore
+        Opens the frames.
     resolver : Resolver, optional
-        Gives the frames that alerts do not name; who makes many batches loads it once.
-
-    Returns
-    -------
-    results : list of Packet or Reject
-        In the order of the alerts.
+        Finds the frames that alerts do not name; by default the one that the settings name.
 
     Raises
     ------
     ConfigError
-        The settings' resolver cannot be loaded.
+        The resolver that the settings name cannot be loaded.
     """
-    return complete(prepare(alerts, store, settings, resolver), store, settings)
 
+    def __init__(self, settings: Settings, store: FrameStore, resolver: Resolver | None = None) -> None:
+        self._settings, self._store = settings, store
+        self._resolver = resolver or load_resolver(settings.resolve)
+        self._radius = math.ceil(settings.enrich.radius)
 
-def prepare(
-    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
-) -> Prepared:
-    """Do what waits for disks and servers: find and open the frames of a batch, and fetch what its stamps need.
+    def packets(self, alerts: Sequence[Alert | AlertError]) -> list[Packet | Reject]:
+        """Make a packet, or a reject, of each alert.
 
-    It may run in another thread while `complete` works on the batch before.
+        Parameters
+        ----------
+        alerts : sequence of Alert or AlertError
+            A batch: alerts with the same frames are enriched together. An error is an alert that could not be decoded.
 
-    Parameters
-    ----------
-    alerts, store, settings, resolver
-        As for `make_packets`.
+        Returns
+        -------
+        results : list of Packet or Reject
+            In the order of the alerts.
+        """
+        return self.enrich(self.prefetch(alerts))
 
-    Returns
-    -------
-    prepared : Prepared
+    def stream(self, batches: Iterable[Sequence[Alert | AlertError]]) -> Iterator[list[Packet | Reject]]:
+        """Make the packets of batches; the frames of one batch are opened while the one before is enriched.
 
-    Raises
-    ------
-    ConfigError
-        The settings' resolver cannot be loaded.
-    """
-    resolver = resolver or load_resolver(settings.resolve)
-    prepared = _grouped(alerts, resolver)
-    _open_groups(prepared.groups, prepared, store, settings)  # the others when their turn comes
-    return prepared
+        Parameters
+        ----------
+        batches : iterable of sequence
+            See `packets`.
 
+        Yields
+        ------
+        results : list of Packet or Reject
+            One list a batch.
+        """
+        with ThreadPoolExecutor(1, "prefetch") as thread:
+            current: Future[Prefetched] | None = None
+            for batch in batches:
+                upcoming = thread.submit(self.prefetch, batch)
+                if current is not None:
+                    yield self.enrich(current.result())
+                current = upcoming
+            if current is not None:
+                yield self.enrich(current.result())
 
-def complete(prepared: Prepared, store: FrameStore, settings: Settings) -> list[Packet | Reject]:
-    """Make the packets and rejects of a batch.
+    def prefetch(self, alerts: Sequence[Alert | AlertError]) -> Prefetched:
+        """Do what waits for disks and servers: find and open the frames of a batch, and fetch what its stamps need.
 
-    Parameters
-    ----------
-    prepared : Prepared
-        What `prepare` returned; its frames are let go of one after another.
-    store, settings
-        As for `make_packets`.
+        It may run in another thread while `enrich` works on the batch before.
 
-    Returns
-    -------
-    results : list of Packet or Reject
-        In the order of the alerts.
-    """
-    results, alerts = prepared.results, prepared.alerts
-    for place, group in enumerate(prepared.groups):
-        if group.opened is None:
-            _open_groups(prepared.groups[place:], prepared, store, settings)
-        opened, group.opened = group.opened, None
-        for i in group.members:
-            alert = alerts[i]
-            if isinstance(opened, Exception):
-                results[i] = Reject(alert.alert_id, "frames", opened)
-            elif isinstance(alert, Alert) and opened is not None:  # as they all are
-                with store.allowance():
-                    results[i] = _packet_or_reject(alert, opened, settings)
-    store.evict_unused()
-    return [results[i] for i in range(len(alerts))]
+        Parameters
+        ----------
+        alerts : sequence of Alert or AlertError
+            See `packets`.
 
+        Returns
+        -------
+        prefetched : Prefetched
+        """
+        groups: dict[tuple[tuple[str, str], ...], _Group] = {}
+        results: dict[int, Packet | Reject] = {}
+        for index, alert in enumerate(alerts):
+            if isinstance(alert, AlertError):
+                results[index] = Reject(alert.alert_id, "decode", alert)
+                continue
+            fault = f"alert {alert.alert_id}: unexpected error of the resolver {self._resolver.name!r}"
+            with _rejecting({index: alert}, "frames", fault, results):
+                urls = tuple(sorted(self._resolver.frames(alert).items()))
+                groups.setdefault(urls, _Group(dict(urls))).alerts[index] = alert
+        prefetched = Prefetched(list(groups.values()), results)
+        self._open_groups(prefetched.groups, results)
+        return prefetched
 
-def _grouped(alerts: Sequence[Alert | AlertError], resolver: Resolver) -> Prepared:
-    groups: dict[tuple[tuple[str, str], ...], _Group] = {}
-    results: dict[int, Packet | Reject] = {}
-    for i, alert in enumerate(alerts):
-        found = _frames_or_reject(alert, resolver)
-        if isinstance(found, Reject):
-            results[i] = found
+    def enrich(self, prefetched: Prefetched) -> list[Packet | Reject]:
+        """Make the packets and rejects of a batch.
+
+        Parameters
+        ----------
+        prefetched : Prefetched
+            What `prefetch` returned; its frames are released one group after another.
+
+        Returns
+        -------
+        results : list of Packet or Reject
+            In the order of the alerts.
+        """
+        results = prefetched.results
+        for number, group in enumerate(prefetched.groups):
+            if not group.is_open:
+                self._open_groups(prefetched.groups[number:], results)
+            frames, group.frames = group.frames, None
+            if frames is None:  # every alert of the group is a reject
+                continue
+            for candidate in group.candidates:
+                index, alert = candidate.index, candidate.alert
+                fault = f"alert {alert.alert_id}: unexpected error"
+                with self._store.allowance(), _rejecting({index: alert}, "enrich", fault, results):
+                    results[index] = self._packet(candidate, frames)
+        self._store.evict_unused()
+        return [results[index] for index in sorted(results)]
+
+    def _open_groups(self, groups: list[_Group], results: dict[int, Packet | Reject]) -> None:
+        """Open the frames of the first groups, as many as may be open but at least one, and fetch what stamps need.
+
+        Waiting for servers is shared: all of these frames are opened, then fetched, at the same time.
+        """
+        chosen: list[_Group] = []
+        wanted: dict[FrameKey, None] = {}
+        for group in groups:
+            more = wanted | dict.fromkeys(FrameKey(url, plane == "mask") for plane, url in group.urls.items())
+            if chosen and len(more) > self._settings.frames.max_open_frames:
+                break
+            chosen.append(group)
+            wanted = more
+        opened = self._store.open_many(wanted)
+        for group in chosen:
+            self._open_group(group, opened, results)
+        side = 2 * self._radius + 1
+        self._store.prefetch_sections(
+            (group.frames.planes.values(), [(c.y1, c.y1 + side, c.x1, c.x1 + side) for c in group.candidates])
+            for group in chosen
+            if group.frames is not None
+        )
+
+    def _open_group(self, group: _Group, opened: _Opened, results: dict[int, Packet | Reject]) -> None:
+        """Open the frames of a group and locate its candidates; what fails is a reject."""
+        group.is_open = True
+        with _rejecting(group.alerts, "frames", f"frames {', '.join(group.urls)}: unexpected error", results):
+            planes = _open_planes(group.urls, self._store, opened)
+            group.frames = _FrameSet(planes, _writers(planes, self._settings.enrich.gzip), _gain(planes["science"]))
+        if group.frames is None:
+            return
+        for index, alert in group.alerts.items():
+            with _rejecting({index: alert}, "enrich", f"alert {alert.alert_id}: unexpected error", results):
+                x, y = self._position(alert, group.frames.science)
+                # Halves round up.
+                x1, y1 = math.floor(x + 0.5) - self._radius, math.floor(y + 0.5) - self._radius
+                group.candidates.append(_Candidate(index, alert, x, y, x1, y1))
+
+    def _position(self, alert: Alert, science: Frame) -> tuple[float, float]:
+        """Return x, y of the candidate on the science frame, pixels, 0-based."""
+        by_sky = self._resolver.by_sky and alert.ra is not None and science.wcs is not None
+        if alert.x is not None and alert.y is not None and not by_sky:
+            (x, y), found = (alert.x, alert.y), f"x {alert.x}, y {alert.y}"
+        elif alert.ra is None or alert.dec is None:
+            raise AlertError("found no position, wanted x and y, or ra and dec")
+        elif science.wcs is None:
+            why = f"no usable WCS ({science.wcs_problem}), and alert {alert.alert_id!r} gives ra, dec only"
+            raise FrameMismatch(science.url, why)
         else:
-            key = tuple(sorted(found.items()))
-            groups.setdefault(key, _Group(dict(key), [])).members.append(i)
-    return Prepared(alerts, list(groups.values()), results, resolver.by_sky)
+            (x, y), found = (
+                sky_to_pixel(science.wcs, alert.ra, alert.dec, science.url),
+                f"ra {alert.ra}, dec {alert.dec}",
+            )
+        if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
+            raise AlertError(f"position: found {found}, wanted one that the science frame's pixel grid can hold")
+        return x, y
+
+    def _packet(self, candidate: _Candidate, frames: _FrameSet) -> Packet:
+        """Cut, derive, fit, assemble."""
+        alert, settings = candidate.alert, self._settings
+        for plane in settings.enrich.required_planes:
+            if plane not in frames.planes:
+                raise AlertError(f"frames: found no {plane!r}, which enrich.required_planes wants")
+        cutout = _cut(candidate, frames, self._radius)
+        every_flag = cutout.get("mask")
+        if every_flag is not None and settings.enrich.mask_ignore_flags:
+            cutout["mask"] = (every_flag.astype("i8") & ~settings.enrich.mask_ignore_flags) != 0
+        origins = _derive(cutout, alert.gain or frames.header_gain)
+        fit = _fit_settings(alert, settings.fit, 2 * self._radius + 1)
+        status = _fit(cutout, fit, candidate, frames.science.shape)
+        is_fitted = status in ("ok", "at_bound")
+        artefact = _verdict(cutout, fit, settings.verdict, alert.fwhm or settings.fit.fwhm) if is_fitted else None
+        meta = cutout["meta"]
+        return Packet(
+            packet_id=alert.packet_id(),
+            alert_id=alert.alert_id,
+            object_id=alert.object_id,
+            candidate={
+                "x": candidate.x,
+                "y": candidate.y,
+                "ra": alert.ra,
+                "dec": alert.dec,
+                "mjd": alert.mjd,
+                "mjdScale": alert.mjd_scale,
+                "fwhm": alert.fwhm,
+                "extra": alert.extra,
+            },
+            frames={plane: frame.url for plane, frame in frames.planes.items()},
+            stamps=_stamps(cutout | {"mask": every_flag}, frames, candidate, is_fitted),
+            metrics={name: meta[name] for name in METRICS if is_fitted and meta.get(name) is not None},
+            adjust_status=status,
+            adjust_artefact=artefact,
+            adjust_settings={
+                **fit.model_dump(exclude={"fwhm"}),
+                **{f"artefact_{name}": value for name, value in settings.verdict},
+            },
+            convolved_origin=origins.get("convolved"),
+            err_origin=origins.get("err"),
+            resampled_planes=tuple(sorted(plane for plane, frame in frames.planes.items() if frame.resampled)),
+            worker_version=_VERSION,
+        )
 
 
-def _open_groups(groups: list[_Group], prepared: Prepared, store: FrameStore, settings: Settings) -> None:
-    """Open the frames of the first groups, as many as may be open but one group at least, and fetch what stamps need.
+@contextlib.contextmanager
+def _rejecting(
+    alerts: Mapping[int, Alert], stage: str, fault: str, results: dict[int, Packet | Reject]
+) -> Iterator[None]:
+    """Reject alerts for an exception of the block, of whatever kind: no alert may stop the stream.
 
-    What waits for servers is done for all of them together.
+    ``fault`` is the log's line where the exception is a fault of the code or of another package's resolver.
     """
-    chosen: list[_Group] = []
-    wanted: dict[FrameKey, None] = {}
-    for group in groups:
-        more = wanted | dict.fromkeys(FrameKey(url, plane == "mask") for plane, url in group.urls.items())
-        if chosen and len(more) > settings.frames.max_open_frames:
-            break
-        chosen.append(group)
-        wanted = more
-    ready = store.open_many(wanted)
-    for group in chosen:
-        _open_group(group, ready, store, settings.enrich, prepared.by_sky)
-    radius = math.ceil(settings.enrich.radius)
-    store.prefetch_sections(
-        (group.opened.planes.values(), _boxes(_alerts_of(group, prepared), group.opened, radius))
-        for group in chosen
-        if isinstance(group.opened, _FrameSet)
-    )
-
-
-def _open_group(group: _Group, ready: _Ready, store: FrameStore, settings: EnrichSettings, by_sky: bool) -> None:
     try:
-        group.opened = _open(group.urls, store, settings, by_sky, ready)
+        yield
     except Exception as exc:
-        if not isinstance(exc, FrameError):  # a fault of ours; see _packet_or_reject
-            log.exception("frames %s: unexpected error", ", ".join(group.urls))
-        group.opened = _without_locals(exc)
+        if isinstance(exc, FrameError):
+            stage = "frames"
+        elif not isinstance(exc, AlertError):
+            log.exception(fault)
+        # A reject is kept for a while. The local variables of its traceback, bodies and decompressed frames, are not.
+        chained: BaseException | None = exc
+        while chained is not None:
+            traceback.clear_frames(chained.__traceback__)
+            chained = chained.__cause__ or chained.__context__
+        results |= {index: Reject(alert.alert_id, stage, exc) for index, alert in alerts.items()}
 
 
-def _alerts_of(group: _Group, prepared: Prepared) -> list[Alert]:
-    return [alert for i in group.members if isinstance(alert := prepared.alerts[i], Alert)]
-
-
-def _frames_or_reject(alert: Alert | AlertError, resolver: Resolver) -> Mapping[str, str] | Reject:
-    if isinstance(alert, AlertError):
-        return Reject(alert.alert_id, "decode", alert)
-    try:
-        return resolver.frames(alert)
-    except Exception as exc:
-        if not isinstance(exc, AlertError | FrameError):  # a fault of the resolver, perhaps of another package's
-            log.exception("alert %s: unexpected error of the resolver %r", alert.alert_id, resolver.name)
-        return Reject(alert.alert_id, "frames", exc)
-
-
-def _packet_or_reject(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet | Reject:
-    try:
-        return _make_packet(alert, frames, settings)
-    except FrameError as exc:
-        return Reject(alert.alert_id, "frames", _without_locals(exc))
-    except AlertError as exc:
-        return Reject(alert.alert_id, "enrich", exc)
-    except Exception as exc:
-        # A fault of ours must cost one alert, which is kept with its traceback, not stop the stream again and again.
-        log.exception("alert %s: unexpected error", alert.alert_id)
-        return Reject(alert.alert_id, "enrich", exc)
-
-
-def _without_locals(exc: Exception) -> Exception:
-    """Return an error that is kept: its traceback refers to no body, or decompressed frame, that came in part."""
-    chained: BaseException | None = exc
-    while chained is not None:
-        traceback.clear_frames(chained.__traceback__)
-        chained = chained.__cause__ or chained.__context__
-    return exc
-
-
-def _open(
-    urls: Mapping[str, str], store: FrameStore, settings: EnrichSettings, by_sky: bool, ready: _Ready
-) -> _FrameSet:
-    planes = _open_planes(urls, store, ready)
-    return _FrameSet(planes, _writers(planes, settings.gzip), _gain(planes["science"]), by_sky)
-
-
-def _open_planes(urls: Mapping[str, str], store: FrameStore, ready: _Ready = _NONE_READY) -> dict[str, Frame]:
+def _open_planes(urls: Mapping[str, str], store: FrameStore, opened: _Opened | None = None) -> dict[str, Frame]:
     """Open frames and bring them onto the science frame's grid."""
 
-    def opened(plane: str) -> Frame:
+    def frame(plane: str) -> Frame:
         key = FrameKey(urls[plane], plane == "mask")
-        # What failed a moment ago is not asked for once more.
-        return ready[key].result() if key in ready else store.open(key.url, mask=key.is_mask)
+        if opened is not None and key in opened:
+            return opened[key].result()  # raises what opening it raised, without asking a server again
+        return store.open(key.url, mask=key.is_mask)
 
-    science = opened("science")
-    planes = {"science": science}
-    for plane in urls:
-        if plane != "science":
-            planes[plane] = on_grid(opened(plane), science, kind=_KINDS.get(plane, "image"))
-    return planes
+    science = frame("science")
+    others = (plane for plane in urls if plane != "science")
+    return {"science": science} | {p: on_grid(frame(p), science, kind=_KINDS.get(p, "image")) for p in others}
 
 
 def _writers(planes: Mapping[str, Frame], gzip: bool) -> dict[str, StampWriter]:
@@ -315,6 +372,7 @@ def _writers(planes: Mapping[str, Frame], gzip: bool) -> dict[str, StampWriter]:
 
 
 def _gain(science: Frame) -> float | None:
+    """Return GAIN of the header, electrons per unit; None where it is no number above 0."""
     try:
         gain = science.header.get("GAIN")
     except fits.VerifyError:  # a card that is not FITS
@@ -323,139 +381,26 @@ def _gain(science: Frame) -> float | None:
     return float(gain) if usable else None
 
 
-def _make_packet(alert: Alert, frames: _FrameSet, settings: Settings) -> Packet:
-    for plane in settings.enrich.required_planes:
-        if plane not in frames.planes:
-            raise AlertError(f"frames: found no {plane!r}, which enrich.required_planes wants")
-    x, y = _position(alert, frames)
-    radius = math.ceil(settings.enrich.radius)
-    x1, y1 = _corner(x, y, radius)
+def _cut(candidate: _Candidate, frames: _FrameSet, radius: int) -> dict[str, Any]:
+    """Cut the planes around a candidate; off the frame they are NaN and the mask is 1."""
+    x1, y1, side = candidate.x1, candidate.y1, 2 * radius + 1
     others: dict[str, Any] = {CUTOUT_KEYS.get(p, p): frame for p, frame in frames.planes.items() if p != "science"}
     on_one_grid = {plane: frame for plane, frame in others.items() if not frame.resampled}
-    cutout = get_cutout(frames.science, {"x": x, "y": y}, radius, **on_one_grid)
-    side = 2 * radius + 1
+    cutout = get_cutout(frames.science, {"x": candidate.x, "y": candidate.y}, radius, **on_one_grid)
     for plane, frame in others.items():
-        if frame.resampled:  # it may have data where the stamp hangs over the science frame's edge
+        if frame.resampled:  # it may have data where the stamp extends beyond the science frame
             cutout[plane] = frame.window(y1, y1 + side, x1, x1 + side)
     if "mask" in cutout:
-        _mask_off_frame(cutout["mask"], x1, y1, frames.science.shape)
-    every_bit = cutout.get("mask")
-    if every_bit is not None and settings.enrich.mask_ignore_flags:
-        cutout["mask"] = (every_bit.astype("i8") & ~settings.enrich.mask_ignore_flags) != 0
-    origins = _derive_planes(cutout, alert.gain or frames.header_gain)
-    fit = _fit_settings(alert, settings.fit, 2 * radius + 1)
-    status = _adjust(cutout, fit, (x1, y1), frames.science.shape)
-    fitted = status in ("ok", "at_bound")
-    artefact = _verdict(cutout, fit, settings.verdict, alert.fwhm or settings.fit.fwhm) if fitted else None
-    metrics = {name: cutout["meta"][name] for name in METRICS if fitted and cutout["meta"].get(name) is not None}
-    return Packet(
-        packet_id=alert.packet_id(),
-        alert_id=alert.alert_id,
-        object_id=alert.object_id,
-        candidate={
-            "x": x,
-            "y": y,
-            "ra": alert.ra,
-            "dec": alert.dec,
-            "mjd": alert.mjd,
-            "mjdScale": alert.mjd_scale,
-            "fwhm": alert.fwhm,
-            "extra": alert.extra,
-        },
-        frames={plane: frame.url for plane, frame in frames.planes.items()},
-        stamps=_stamps(cutout | {"mask": every_bit}, frames, alert.alert_id, (x1, y1), fitted),
-        metrics=metrics,
-        adjust_status=status,
-        adjust_artefact=artefact,
-        adjust_settings={
-            **fit.model_dump(exclude={"fwhm"}),
-            **{f"artefact_{name}": value for name, value in settings.verdict},
-        },
-        convolved_origin=origins.get("convolved"),
-        err_origin=origins.get("err"),
-        resampled_planes=tuple(sorted(plane for plane, frame in frames.planes.items() if frame.resampled)),
-        worker_version=_VERSION,
-    )
+        mask, (ny, nx) = cutout["mask"], frames.science.shape
+        mask[: max(-y1, 0)] = 1
+        mask[:, : max(-x1, 0)] = 1
+        mask[max(ny - y1, 0) :] = 1
+        mask[:, max(nx - x1, 0) :] = 1
+    return cutout
 
 
-def _position(alert: Alert, frames: _FrameSet) -> tuple[float, float]:
-    """Return x, y of the candidate on the science frame, pixels, 0-based."""
-    science = frames.science
-    by_sky = frames.by_sky and alert.ra is not None and science.wcs is not None
-    if alert.x is not None and alert.y is not None and not by_sky:
-        x, y = alert.x, alert.y
-    elif alert.ra is None or alert.dec is None:
-        raise AlertError("found no position, wanted x and y, or ra and dec")
-    elif science.wcs is None:
-        why = f"no usable WCS ({science.wcs_problem}), and alert {alert.alert_id!r} gives ra, dec only"
-        raise FrameMismatch(science.url, why)
-    else:
-        lon, lat = _lon_lat(science.url, science.wcs, alert.ra, alert.dec)
-        x, y = _pixel(science.wcs, lon, lat)
-    if not (abs(x) < _FARTHEST_PIXEL and abs(y) < _FARTHEST_PIXEL):
-        pixels = alert.x is not None and not by_sky
-        where = f"x {x}, y {y}" if pixels else f"ra {alert.ra}, dec {alert.dec}"
-        raise AlertError(f"position: found {where}, wanted one that the science frame's pixel grid can hold")
-    return x, y
-
-
-def _corner(x: float, y: float, radius: int) -> tuple[int, int]:
-    """Return the first pixel of the stamp around a position; halves round up."""
-    return math.floor(x + 0.5) - radius, math.floor(y + 0.5) - radius
-
-
-def _boxes(alerts: Sequence[Alert], frames: _FrameSet, radius: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``y0, y1, x0, x1`` of each alert's stamp; one without a position is told of when its packet is made."""
-    side = 2 * radius + 1
-    for alert in alerts:
-        with contextlib.suppress(AlertError, FrameError):
-            x1, y1 = _corner(*_position(alert, frames), radius)
-            yield y1, y1 + side, x1, x1 + side
-
-
-def _lon_lat(url: str, wcs: WCS, ra: float, dec: float) -> tuple[float, float]:
-    """Return a place in ICRS in the system of a WCS, degrees."""
-    if _is_equatorial(wcs):
-        return ra, dec
-    system = celestial_frame(wcs)
-    if system is None:
-        found = f"{wcs.wcs.ctype[wcs.wcs.lng][:4]} {wcs.wcs.radesys}".strip()
-        problem = f"a WCS in {found}, wanted RA or GLON in a system in use for an alert that gives ra, dec only"
-        raise FrameMismatch(url, problem)
-    sky = SkyCoord(ra, dec, unit="deg").transform_to(system).spherical
-    return float(sky.lon.deg), float(sky.lat.deg)
-
-
-def _pixel(wcs: WCS, lon: float, lat: float) -> tuple[float, float]:
-    """Return the pixel of a place in the system of a WCS; NaN where the projection has none."""
-    world = (lon, lat) if wcs.wcs.lng < wcs.wcs.lat else (lat, lon)
-    # Without distortions first: where that has no answer, neither has the iteration.
-    x, y = (float(value) for value in wcs.wcs_world2pix(*world, 0))
-    if not (math.isfinite(x) and math.isfinite(y)):
-        return math.nan, math.nan
-    try:
-        x, y = (float(value) for value in wcs.all_world2pix(*world, 0))
-    except NoConvergence:
-        return math.nan, math.nan
-    return x, y
-
-
-def _is_equatorial(wcs: WCS) -> bool:
-    """Tell whether a WCS is in ICRS or in FK5 J2000, as good as ICRS: 23 mas, less than headers can be trusted."""
-    system = wcs.wcs.radesys.strip() in ("", "ICRS", "FK5") and not abs(wcs.wcs.equinox - 2000) > 0
-    return bool(system and wcs.wcs.ctype[wcs.wcs.lng].startswith("RA--"))
-
-
-def _mask_off_frame(mask: NDArray[Any], x1: int, y1: int, shape: tuple[int, int]) -> None:
-    """Set to 1 what lies off the frame, where a cropped integer plane is 0."""
-    mask[: max(-y1, 0)] = 1
-    mask[:, : max(-x1, 0)] = 1
-    mask[max(shape[0] - y1, 0) :] = 1
-    mask[:, max(shape[1] - x1, 0) :] = 1
-
-
-def _derive_planes(cutout: dict[str, Any], gain: float | None) -> dict[str, str]:
-    """Add the planes ``convolved`` and ``err`` that the fit needs and no frame has; say where they come from."""
+def _derive(cutout: dict[str, Any], gain: float | None) -> dict[str, str]:
+    """Add the planes ``convolved`` and ``err`` that the fit needs and no frame has; return where they come from."""
     origins = {}
     if "convolved" in cutout:
         origins["convolved"] = "frame"
@@ -481,7 +426,7 @@ def _noise(cutout: Mapping[str, Any], gain: float | None) -> tuple[NDArray[Any],
         good &= cutout["mask"] == 0
     plane = cutout.get("diff", image)
     values = plane[good & np.isfinite(plane)]
-    sigma = _MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))) if values.size else np.nan
+    sigma = mad_std(values) if values.size else np.nan
     variance = np.where(np.isfinite(image), sigma**2, np.nan).astype(image.dtype)
     if gain is None or not values.size:
         return np.sqrt(variance), "background"
@@ -498,10 +443,10 @@ def _fit_settings(alert: Alert, fit: FitSettings, stamp: int) -> FitSettings:
     return fit.model_copy(update={"inner": min(side + 1 - side % 2, stamp)})
 
 
-def _adjust(cutout: dict[str, Any], fit: FitSettings, corner: tuple[int, int], shape: tuple[int, int]) -> str:
+def _fit(cutout: dict[str, Any], fit: FitSettings, candidate: _Candidate, shape: tuple[int, int]) -> str:
     """Fit the convolved template to a cutout; return the status."""
     ny, nx = cutout["image"].shape
-    x1, y1 = corner
+    x1, y1 = candidate.x1, candidate.y1
     if x1 >= shape[1] or y1 >= shape[0] or x1 + nx <= 0 or y1 + ny <= 0:
         return "off_frame"
     if "convolved" not in cutout:
@@ -511,7 +456,7 @@ def _adjust(cutout: dict[str, Any], fit: FitSettings, corner: tuple[int, int], s
 
 
 def _verdict(cutout: dict[str, Any], fit: FitSettings, verdict: VerdictSettings, fwhm: float) -> bool:
-    """Judge a fitted cutout; the point source is weighed only where it can matter, for it costs two fits."""
+    """Return the verdict on a fitted cutout; the point source costs two fits, so only would-be artefacts get it."""
     thresholds = verdict.model_dump()
     if not is_artefact(cutout["meta"], **thresholds):
         return False
@@ -521,48 +466,16 @@ def _verdict(cutout: dict[str, Any], fit: FitSettings, verdict: VerdictSettings,
     return is_artefact(cutout["meta"], **thresholds)
 
 
-def _stamps(
-    cutout: Mapping[str, Any], frames: _FrameSet, alert_id: str, corner: tuple[int, int], fitted: bool
-) -> dict[str, Stamp]:
+def _stamps(cutout: Mapping[str, Any], frames: _FrameSet, candidate: _Candidate, is_fitted: bool) -> dict[str, Stamp]:
     stamps = {}
     for plane, writer in frames.writers.items():
         data = cutout.get(CUTOUT_KEYS.get(plane, plane))
-        if data is None or (plane == "adjusted" and not fitted):
+        if data is None or (plane == "adjusted" and not is_fitted):
             continue
         if plane == "adjusted":
             data = data.astype(cutout["image"].dtype, copy=False)
-        stamps[plane] = writer.write(alert_id, data, *corner)
+        stamps[plane] = writer.write(candidate.alert.alert_id, data, candidate.x1, candidate.y1)
     return stamps
-
-
-def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
-    """Add the metrics to a table of candidates.
-
-    Parameters
-    ----------
-    table : astropy.table.Table
-        One row a candidate; not modified.
-    results : iterable of Packet or Reject
-        One a row.
-
-    Returns
-    -------
-    table : astropy.table.Table
-        With ``alertId``, ``packetId``, the columns ``adjust_*`` (masked where there is no fit) and ``reject``, the
-        reason why a row has no packet, else empty.
-    """
-    listed = list(results)
-    out = table.copy()
-    packets = [r if isinstance(r, Packet) else None for r in listed]
-    out["alertId"] = [r.alert_id or "" for r in listed]
-    out["packetId"] = [p.packet_id if p else "" for p in packets]
-    for name in METRICS:
-        kind: type = {"adjust_df": int, "adjust_bound": str}.get(name, float)
-        out[name] = masked_column([p.metrics.get(name) if p else None for p in packets], kind)
-    out["adjust_status"] = masked_column([p.adjust_status if p else None for p in packets], str)
-    out["adjust_artefact"] = masked_column([p.adjust_artefact if p else None for p in packets], bool)
-    out["reject"] = [f"{type(r.error).__name__}: {r.error}" if isinstance(r, Reject) else "" for r in listed]
-    return out
 
 
 def enrich_table(
@@ -580,7 +493,7 @@ def enrich_table(
     ----------
     table : astropy.table.Table
         One row a candidate, with ``x, y`` (pixels, 0-based) or ``ra, dec`` (degrees, ICRS); see
-        `stampworker.formats.alerts.from_table`.
+        `stampworker.formats.tables.from_table`.
     frames : mapping, optional
         Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file,
         relative to the working directory, or URL (``https:``, ``s3:``, ``memory:``, ...), with an optional ``#HDU``.
@@ -605,7 +518,7 @@ def enrich_table(
     ------
     AlertError
         The table has no positions, or the frames are not those of an alert; see
-        `stampworker.formats.alerts.from_table`.
+        `stampworker.formats.tables.from_table`.
     ConfigError
         The settings' resolver cannot be loaded.
     FrameError
@@ -630,7 +543,7 @@ def enrich_table(
     alerts = from_table(table, urls, columns=columns, pixel_origin=pixel_origin)
     with FrameStore(wanted.frames, allowed=urls.values()) as store:
         check_frames(urls, store)
-        results = make_packets(alerts, store, wanted, resolver)
+        results = Enricher(wanted, store, resolver).packets(alerts)
     return results_table(table, results), results
 
 
@@ -668,3 +581,10 @@ def _split_hdu(path: str | Path) -> tuple[Path, str]:
     """Split ``FILE#HDU``; a file whose own name has the mark is taken as a whole."""
     file, mark, fragment = str(path).rpartition("#")
     return (Path(file), fragment) if mark and not Path(path).exists() else (Path(path), "")
+
+
+def make_packets(
+    alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver | None = None
+) -> list[Packet | Reject]:
+    """Make packets."""
+    return Enricher(settings, store, resolver).packets(alerts)

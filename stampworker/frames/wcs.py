@@ -8,17 +8,19 @@ why; its pixels serve alerts that give x, y.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import warnings
 
 import numpy as np
-from astropy.coordinates import BaseCoordinateFrame
+from astropy.coordinates import BaseCoordinateFrame, SkyCoord
 from astropy.io import fits
-from astropy.wcs import WCS
+from astropy.wcs import WCS, NoConvergence
 from astropy.wcs import WcsError as AstropyWcsError
 from astropy.wcs.utils import wcs_to_celestial_frame
 
+from stampworker.errors import FrameMismatch
 from stampworker.frames.fits.header import Hdu, describe, parse_real, parse_text, split_cards
 
 _TEXT = re.compile(r"CTYPE[12]|CUNIT[12]|RADESYS|RADECSYS|WAT[12]_\d{3}")
@@ -169,3 +171,26 @@ def celestial_frame(wcs: WCS) -> BaseCoordinateFrame | None:
         return wcs_to_celestial_frame(wcs)
     except ValueError:
         return None
+
+
+def sky_to_pixel(wcs: WCS, ra: float, dec: float, url: str) -> tuple[float, float]:
+    """Return x, y of an ICRS position, 0-based; NaN where the projection has none."""
+    system = wcs.wcs.radesys.strip() in ("", "ICRS", "FK5") and not abs(wcs.wcs.equinox - 2000) > 0
+    lon, lat = ra, dec
+    if not (system and wcs.wcs.ctype[wcs.wcs.lng].startswith("RA--")):
+        frame = celestial_frame(wcs)
+        if frame is None:
+            found = f"{wcs.wcs.ctype[wcs.wcs.lng][:4]} {wcs.wcs.radesys}".strip()
+            problem = f"a WCS in {found}, wanted RA or GLON in a system in use for an alert that gives ra, dec only"
+            raise FrameMismatch(url, problem)
+        sky = SkyCoord(ra, dec, unit="deg").transform_to(frame).spherical
+        lon, lat = float(sky.lon.deg), float(sky.lat.deg)
+    world = (lon, lat) if wcs.wcs.lng < wcs.wcs.lat else (lat, lon)
+    x, y = (float(value) for value in wcs.wcs_world2pix(*world, 0))
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return math.nan, math.nan
+    try:
+        x, y = (float(value) for value in wcs.all_world2pix(*world, 0))
+    except NoConvergence:
+        return math.nan, math.nan
+    return x, y

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from stampworker.config import Settings, nearest
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _client_log = logging.getLogger("stampworker.librdkafka")
 
 Headers = list[tuple[str, str | bytes | None]]
+Partition = tuple[str, int]
+"""Topic and number of a partition."""
 
 _FENCED = (KafkaError._FENCED, KafkaError.PRODUCER_FENCED)
 _CONTACT_S = 15.0
@@ -81,13 +83,27 @@ class RecordTooLarge(PublishError):
     Parameters
     ----------
     problem : str
-    place : int
+        The size that was found, and the topic.
+    index : int
         Of the record among those that were to be published.
     """
 
-    def __init__(self, problem: str, place: int) -> None:
+    def __init__(self, problem: str, index: int) -> None:
         super().__init__(problem)
-        self.place = place
+        self.index = index
+
+
+def partition_of(message: Message) -> Partition:
+    """Return the topic and the partition of a message."""
+    return str(message.topic()), int(message.partition() or 0)
+
+
+def offset_of(message: Message) -> int:
+    """Return the offset of a message."""
+    offset = message.offset()
+    if offset is None:
+        raise PublishError(f"the consumer gave a record of {message.topic()} without an offset")
+    return offset
 
 
 def consumer(settings: Settings, **callbacks: Any) -> Consumer:
@@ -169,7 +185,7 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
     return {topic: len(known[topic].partitions) for topic in topics}
 
 
-def committed(reader: Consumer, places: Sequence[TopicPartition], timeout: float) -> list[TopicPartition]:
+def committed(reader: Consumer, partitions: Sequence[TopicPartition], timeout: float) -> list[TopicPartition]:
     """Return the group's committed offsets, ``OFFSET_INVALID`` where there is none.
 
     Raises
@@ -177,10 +193,10 @@ def committed(reader: Consumer, places: Sequence[TopicPartition], timeout: float
     KafkaException
         Those of a partition are not known: that is not the same as none.
     """
-    found = reader.committed(list(places), timeout=timeout)
-    for place in found:
-        if place.error is not None:
-            raise KafkaException(place.error)
+    found = reader.committed(list(partitions), timeout=timeout)
+    for partition in found:
+        if partition.error is not None:
+            raise KafkaException(partition.error)
     return found
 
 
@@ -273,8 +289,8 @@ class ExactlyOnce:
         try:
             # Begin a transaction and publish packets and rejects.
             self._producer.begin_transaction()
-            for place, record in enumerate(records):
-                _produce(self._producer, record, place, deadline)
+            for index, record in enumerate(records):
+                _produce(self._producer, record, index, deadline)
             # Add the next offsets, with the group's metadata as it was when the batch was read.
             self._until(lambda s: self._producer.send_offsets_to_transaction(list(offsets), metadata, s), deadline)
             # Commit.
@@ -401,6 +417,13 @@ class AtLeastOnce:
         self._producer.flush(_LEAST_CALL_S)
 
 
+def make_publisher(settings: Settings, reader: Consumer, largest: int | None) -> Publisher:
+    """Return the publisher that ``worker.guarantee`` names, for records of up to ``largest`` bytes."""
+    if settings.worker.guarantee == "exactly-once":
+        return ExactlyOnce(settings, largest)
+    return AtLeastOnce(settings, reader)
+
+
 def _produce_all(to: Producer, records: Iterable[Record], deadline: float) -> list[KafkaError]:
     """Queue records outside of a transaction; the list gets the error of each that is not delivered, until flushed."""
     failed: list[KafkaError] = []
@@ -409,13 +432,13 @@ def _produce_all(to: Producer, records: Iterable[Record], deadline: float) -> li
         if error is not None:
             failed.append(error)
 
-    for place, record in enumerate(records):
-        _produce(to, record, place, deadline, delivered)
+    for index, record in enumerate(records):
+        _produce(to, record, index, deadline, delivered)
     return failed
 
 
 def _produce(
-    to: Producer, record: Record, place: int, deadline: float, delivered: Callable[..., None] | None = None
+    to: Producer, record: Record, index: int, deadline: float, delivered: Callable[..., None] | None = None
 ) -> None:
     while True:
         try:
@@ -429,7 +452,7 @@ def _produce(
             if exc.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
                 raise
             size = len(record.value or b"")
-            raise RecordTooLarge(f"topic {record.topic!r}: found {size} bytes: {exc.args[0].str()}", place) from exc
+            raise RecordTooLarge(f"topic {record.topic!r}: found {size} bytes: {exc.args[0].str()}", index) from exc
         else:
             to.poll(0)
             return

@@ -7,17 +7,17 @@ import math
 import operator
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from confluent_kafka import Message
 
 from stampworker.config import WorkerSettings
-from stampworker.enrich import Reject
 from stampworker.errors import FrameMissing, FrameUnavailable
 from stampworker.formats.packets import Packet, encode
+from stampworker.formats.rejects import Reject
 from stampworker.formats.schema import PACKET
-from stampworker.stream.kafka import Headers, Record
+from stampworker.stream.kafka import Headers, Record, offset_of, partition_of
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ RETRY_PREFIX = HEADERS_PREFIX + "retry."
 # The topics of rejects and retries must take the alert and these headers.
 _LONGEST_HEADER = 8_000
 # The interpreter's own fast calls do not notice that the client both fails and returns.
-_headers_of = cast(Callable[[Message], Headers | None], operator.methodcaller("headers"))
+_call_headers = cast(Callable[[Message], Headers | None], operator.methodcaller("headers"))
 _STAGES = {  # stage of a reject: what was at work, for the header class.name
     "decode": "stampworker.formats.alerts.decode",
     "frames": "stampworker.frames.FrameStore",
-    "enrich": "stampworker.enrich.make_packets",
+    "enrich": "stampworker.enrich.Enricher",
     "publish": "stampworker.stream.kafka.Publisher",
 }
 
@@ -61,9 +61,59 @@ class Attempt:
     since_s: float = 0.0
     due_s: float = 0.0
 
+    @classmethod
+    def from_message(cls, message: Message, retry_topic: str | None) -> Attempt:
+        """Return which attempt at its alert a record is: the first one, unless it comes from the retry topic.
+
+        A record of the retry topic that no worker put there is taken as a first attempt, with a warning.
+        """
+        topic, partition = partition_of(message)
+        first = cls(topic, partition, offset_of(message), message.timestamp()[1])
+        if topic != retry_topic:
+            return first
+        values = {name.removeprefix(RETRY_PREFIX): _text(value) for name, value in _headers_of(message)}
+        try:
+            origin = values["topic"]
+            numbers = [int(values[name]) for name in ("partition", "offset", "timestamp_ms", "number")]
+            times = [float(values[name]) for name in ("since_s", "due_s")]
+            if not all(map(math.isfinite, times)):
+                raise ValueError(f"since_s, due_s: found {times}, wanted finite ones")
+            return cls(origin, *numbers, *times)
+        except (KeyError, ValueError) as exc:
+            log.warning(
+                "%s partition %d offset %d: the headers %s* of a retry: %s %s; taken as an alert",
+                *(topic, partition, first.offset, RETRY_PREFIX, type(exc).__name__, exc),
+            )
+            return first
+
     def headers(self) -> Headers:
-        """Return the headers that tell `attempt_of` all this."""
+        """Return the headers that `from_message` reads."""
         return [(RETRY_PREFIX + name, str(value)) for name, value in vars(self).items()]
+
+    def following(self, error: Exception, settings: WorkerSettings, now_s: float) -> Attempt | None:
+        """Return the attempt that follows a failed one.
+
+        Parameters
+        ----------
+        error : Exception
+            Why this attempt failed.
+        settings : WorkerSettings
+            How long alerts are tried again.
+        now_s : float
+            Seconds since 1970.
+
+        Returns
+        -------
+        attempt : Attempt or None
+            None where the failure cannot heal, or no time is left for it to.
+        """
+        patience = {FrameMissing: settings.retry_missing_for_s, FrameUnavailable: settings.retry_unavailable_for_s}
+        limit = next((limit for kind, limit in patience.items() if isinstance(error, kind)), 0.0)
+        # A first attempt in the future was made by another clock: it must not prolong the patience.
+        since, due = min(self.since_s or now_s, now_s), now_s + settings.retry_delay_s
+        if settings.retry_topic is None or due > since + limit:
+            return None
+        return replace(self, number=self.number + 1, since_s=since, due_s=due)
 
 
 @dataclass(frozen=True)
@@ -78,72 +128,55 @@ class Retry:
 Outcome = Packet | Retry | Reject
 
 
-def attempt_of(message: Message, retry_topic: str | None) -> Attempt:
-    """Tell which try at its alert a record is; one of another topic than that of retries is the first.
+@dataclass
+class Item:
+    """One alert on its way through the worker.
 
-    Raises
-    ------
-    ValueError
-        The record lies in the retry topic, and no worker has put it there: its headers are not those of an attempt.
-    """
-    topic = str(message.topic())
-    if topic != retry_topic:
-        return Attempt(topic, message.partition() or 0, message.offset() or 0, message.timestamp()[1])
-    values = {name.removeprefix(RETRY_PREFIX): _text(value) for name, value in _given(message)}
-    try:
-        first = values["topic"]
-        numbers = [int(values[name]) for name in ("partition", "offset", "timestamp_ms", "number")]
-        times = [float(values[name]) for name in ("since_s", "due_s")]
-        if not all(map(math.isfinite, times)):
-            raise ValueError(f"since_s, due_s: found {times}, wanted finite ones")
-        return Attempt(first, *numbers, *times)
-    except (KeyError, ValueError) as exc:
-        raise ValueError(f"the headers {RETRY_PREFIX}* of a retry: {type(exc).__name__} {exc}") from None
-
-
-def next_attempt(attempt: Attempt, error: Exception, settings: WorkerSettings, now_s: float) -> Attempt | None:
-    """Return the try that follows a failed one; None where the failure cannot heal, or no time is left for it to."""
-    patience = {FrameMissing: settings.retry_missing_for_s, FrameUnavailable: settings.retry_unavailable_for_s}
-    limit = next((limit for kind, limit in patience.items() if isinstance(error, kind)), 0.0)
-    # A first attempt that lies in the future is another clock's: it must not make the patience longer for ever.
-    since, due = min(attempt.since_s or now_s, now_s), now_s + settings.retry_delay_s
-    if settings.retry_topic is None or due > since + limit:
-        return None
-    return replace(attempt, number=attempt.number + 1, since_s=since, due_s=due)
-
-
-def record_of(
-    message: Message, attempt: Attempt, outcome: Outcome, settings: WorkerSettings, run: str | None = None
-) -> Record:
-    """Make the record that an alert leaves as.
-
-    Parameters
+    Attributes
     ----------
     message : Message
-        What was read: a retry and a reject keep its key, value and headers byte for byte.
+        What was read.
     attempt : Attempt
-        The try that it was.
+        Which attempt at the alert it is.
     outcome : Packet, Retry or Reject
-    settings : WorkerSettings
-        Topics.
-    run : str, optional
-        Name of the replay, for the packets' header.
-
-    Returns
-    -------
+        What the alert leaves as, once it is enriched.
     record : Record
+        The record of the outcome.
     """
-    original = [pair for pair in _given(message) if attempt.number == 1 or not pair[0].startswith(RETRY_PREFIX)]
-    if isinstance(outcome, Packet):
-        return Record(settings.packet_topic, outcome.key.encode(), encode(outcome), _headers(outcome, attempt, run))
-    if isinstance(outcome, Retry):
-        headers = [*original, *outcome.attempt.headers()]
-        return Record(str(settings.retry_topic), message.key(), message.value(), headers)
-    headers = [*original, *_error_headers(attempt, outcome)]
-    return Record(settings.reject_topic, message.key(), message.value(), headers)
+
+    message: Message
+    attempt: Attempt
+    outcome: Outcome = field(init=False, repr=False)
+    record: Record = field(init=False, repr=False)
+
+    def to_record(self, settings: WorkerSettings, run: str | None = None) -> Record:
+        """Make the record that the alert leaves as; a retry and a reject keep key, value and headers byte for byte.
+
+        Parameters
+        ----------
+        settings : WorkerSettings
+            Topics.
+        run : str, optional
+            Name of the replay, for the packets' header.
+
+        Returns
+        -------
+        record : Record
+        """
+        outcome, message = self.outcome, self.message
+        is_first = self.attempt.number == 1
+        original = [pair for pair in _headers_of(message) if is_first or not pair[0].startswith(RETRY_PREFIX)]
+        if isinstance(outcome, Packet):
+            headers = _packet_headers(outcome, self.attempt, run)
+            return Record(settings.packet_topic, outcome.key.encode(), encode(outcome), headers)
+        if isinstance(outcome, Retry):
+            headers = [*original, *outcome.attempt.headers()]
+            return Record(str(settings.retry_topic), message.key(), message.value(), headers)
+        headers = [*original, *_error_headers(self.attempt, outcome)]
+        return Record(settings.reject_topic, message.key(), message.value(), headers)
 
 
-def _headers(packet: Packet, attempt: Attempt, run: str | None) -> Headers:
+def _packet_headers(packet: Packet, attempt: Attempt, run: str | None) -> Headers:
     values = {
         "schema": " ".join(PACKET),
         "version": packet.worker_version,
@@ -176,9 +209,10 @@ def _error_headers(attempt: Attempt, reject: Reject) -> Headers:
     return [(ERRORS_PREFIX + name, str(value)) for name, value in values.items()]
 
 
-def _given(message: Message) -> Headers:
+def _headers_of(message: Message) -> Headers:
+    """Return a message's headers; none, with a warning, where the client cannot read them."""
     try:
-        return _headers_of(message) or []
+        return _call_headers(message) or []
     except SystemError:
         # The client cannot give a name that is not UTF-8: it fails once, and from then on gives a list with a hole in
         # it that kills the process.

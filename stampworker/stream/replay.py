@@ -15,8 +15,7 @@ from confluent_kafka import OFFSET_INVALID, Consumer, KafkaException, TopicParti
 from stampworker.config import Settings
 from stampworker.errors import BrokerUnavailable, ConfigError
 from stampworker.resolve import load_resolver
-from stampworker.stream.kafka import check_topics, committed, consumer
-from stampworker.stream.retries import Place
+from stampworker.stream.kafka import Partition, check_topics, committed, consumer
 from stampworker.stream.worker import Totals, Worker
 
 _CALL_S = 15.0
@@ -120,21 +119,21 @@ def _check_range(start: Bound, end: Bound) -> None:
         raise ConfigError("--from, --until: found a range that ends before it begins")
 
 
-def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[Place, int]:
+def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[Partition, int]:
     """Set the group to the start of the range, unless it has begun already; return where the range ends."""
     count = check_topics(settings, [topic])[topic]
     reader = consumer(settings)
     try:
-        ends: dict[Place, int] = {}
-        places = [TopicPartition(topic, partition) for partition in range(count)]
-        begun = {p.partition for p in committed(reader, places, _CALL_S) if p.offset != OFFSET_INVALID}
+        ends: dict[Partition, int] = {}
+        partitions = [TopicPartition(topic, number) for number in range(count)]
+        begun = {p.partition for p in committed(reader, partitions, _CALL_S) if p.offset != OFFSET_INVALID}
         starts = []
-        for place in places:
-            low, high = reader.get_watermark_offsets(place, timeout=_CALL_S)
-            first = _offset(reader, place, start, low, low, high)
-            ends[topic, place.partition] = _offset(reader, place, end, high, low, high)
-            if place.partition not in begun:
-                starts.append(TopicPartition(topic, place.partition, first))
+        for partition in partitions:
+            low, high = reader.get_watermark_offsets(partition, timeout=_CALL_S)
+            first = _offset(reader, partition, start, low, low, high)
+            ends[topic, partition.partition] = _offset(reader, partition, end, high, low, high)
+            if partition.partition not in begun:
+                starts.append(TopicPartition(topic, partition.partition, first))
         if starts:
             reader.commit(offsets=starts, asynchronous=False)
     except KafkaException as exc:
@@ -144,12 +143,14 @@ def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[P
     return ends
 
 
-def _offset(reader: Consumer, place: TopicPartition, bound: Bound, default: int, low: int, high: int) -> int:
+def _offset(reader: Consumer, partition: TopicPartition, bound: Bound, default: int, low: int, high: int) -> int:
     if bound.offset is not None:
         return min(max(bound.offset, low), high)
     if bound.time is None:
         return default
     # The first millisecond at or after the time; as a float it would be off by one now and then.
     milliseconds = -((_EPOCH - bound.time) // datetime.timedelta(milliseconds=1))
-    found = reader.offsets_for_times([TopicPartition(place.topic, place.partition, milliseconds)], timeout=_CALL_S)[0]
+    found = reader.offsets_for_times(
+        [TopicPartition(partition.topic, partition.partition, milliseconds)], timeout=_CALL_S
+    )[0]
     return found.offset if found.offset >= 0 else high

@@ -9,10 +9,10 @@ The promise, exactly once:
 
 A rebalance or an error before step 4 aborts the transaction; then every assigned partition is set back to its committed
 offset, and the batch is read again. Three batches are under way at a time, each in a thread of its own: one is being
-published (steps 2 to 4), one is computed, and of the one behind it frames are opened and fetched. When a transaction
-aborts, those behind it are thrown away with it, because they lie behind the one that is read again.
+published (steps 2 to 4), one is enriched, and the frames of the next one are opened and fetched. An abort discards the
+batches behind the aborted one too, because they are read again after it.
 
-An alert whose frames may still come goes to the retry topic, where the group's workers wait until it is due, and
+An alert whose frames may still come goes to the retry topic, where the group's workers hold it until it is due. It
 never blocks the alerts behind it.
 """
 
@@ -22,46 +22,48 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
-from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException
 
 from stampworker.config import Settings
-from stampworker.enrich import Prepared, Reject, complete, prepare
+from stampworker.enrich import Enricher, Prefetched
 from stampworker.errors import AlertError, PublishError, TransactionAborted
 from stampworker.formats.alerts import Alert, decode
 from stampworker.formats.packets import STAMP_FIELDS, Packet
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
 from stampworker.resolve import load_resolver
+from stampworker.stream.intake import Batch, Intake, PartitionsRevoked
 from stampworker.stream.kafka import (
-    AtLeastOnce,
-    ExactlyOnce,
+    Partition,
     Publisher,
-    Record,
     RecordTooLarge,
     check_topics,
-    committed,
-    consumer,
+    make_publisher,
     message_limit,
 )
-from stampworker.stream.outcomes import Attempt, Outcome, Retry, attempt_of, next_attempt, record_of
-from stampworker.stream.retries import Place, WaitingRoom
+from stampworker.stream.outcomes import Item, Retry
 
 log = logging.getLogger(__name__)
 
-# A poll is this long at most, so that signals are answered promptly.
-_SLICE_S = 0.2
-_CALL_S = 10.0
-_SEEK_S = 5.0
-# Leaving the group takes a moment; without a broker it may take for ever.
-_CLOSE_S = 15.0
+MakePublisher = Callable[[Settings, Consumer, int | None], Publisher]
 
 
 @dataclass
 class Totals:
-    """What a worker has done; ``alerts = packets + retries + rejects`` at every commit, each attempt being counted."""
+    """What a worker has done; ``alerts = packets + retries + rejects`` at every commit, each attempt being counted.
+
+    Attributes
+    ----------
+    alerts, packets, retries, rejects : int
+        Alerts that were read, and what they left as.
+    batches, aborts : int
+        Batches that were committed, and that were aborted.
+    """
 
     alerts: int = 0
     packets: int = 0
@@ -71,39 +73,13 @@ class Totals:
     aborts: int = 0
 
 
-@dataclass
-class _Batch:
-    """Alerts as read, and what it takes to commit them."""
-
-    messages: list[Message] = field(default_factory=list)
-    next_offsets: dict[Place, int] = field(default_factory=dict)
-    size_bytes: int = 0
-    started: float = 0.0
-    metadata: object = None
-    attempts: list[Attempt] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    poll_s: float = 0.0
-    enrich_s: float = 0.0
-
-    def add(self, message: Message) -> None:
-        if not self.messages:
-            self.started = time.monotonic()
-        self.messages.append(message)
-        self.size_bytes += len(message.value() or b"")
-        # A committed offset names the next record to read, hence the + 1.
-        self.next_offsets[_place(message)] = _offset(message) + 1
-
-    def offsets(self) -> list[TopicPartition]:
-        return [TopicPartition(topic, partition, offset) for (topic, partition), offset in self.next_offsets.items()]
-
-
 class Worker:
     """Reads alerts, enriches them and publishes packets until it is stopped, or until the input ends.
 
     Parameters
     ----------
     settings : Settings
+        Every section.
     drained : bool, optional
         End where the partitions ended when they were assigned first.
     ends : mapping of (topic, partition) to int, optional
@@ -112,6 +88,8 @@ class Worker:
         Name of a replay, for the packets' header.
     on_batch : callable, optional
         Called with the `Totals` after each commit.
+    publisher : callable, optional
+        Makes the `Publisher` of settings, consumer and largest record; by default what ``worker.guarantee`` names.
 
     Raises
     ------
@@ -124,31 +102,24 @@ class Worker:
         settings: Settings,
         *,
         drained: bool = False,
-        ends: Mapping[Place, int] | None = None,
+        ends: Mapping[Partition, int] | None = None,
         replay: str | None = None,
-        on_batch: Callable[[Totals], None] | None = None,
+        on_batch: Callable[[Totals], None] = lambda totals: None,
+        publisher: MakePublisher = make_publisher,
     ) -> None:
         self.totals = Totals()
         self._settings = settings
         self._resolver = load_resolver(settings.resolve)
-        self._drained = drained or ends is not None
-        self._ends: dict[Place, int] = dict(ends or {})
-        self._ends_given = ends is not None
-        self._replay = replay
-        self._on_batch = on_batch
+        self._drained, self._ends, self._replay = drained, ends, replay
+        self._on_batch, self._make_publisher = on_batch, publisher
         self._stop = threading.Event()
-        self._assigned: set[Place] = set()
-        self._seen_assignment = False
-        self._ended: set[Place] = set()
-        self._first: dict[Place, int] = {}
-        self._largest: int | None = None
-        self._behind = False  # what was polled since the last commit must be read again
-        self._filling = _Batch()
-        self._ready: tuple[_Batch, Future[Prepared]] | None = None  # polled, while its frames are opened
-        self._pending: tuple[_Batch, Future[float]] | None = None
-        self._failure: Exception | None = None
-        self._consumer: Consumer
+        self._largest: int | None = None  # bytes of a record
+        self._publishing: tuple[Batch, Future[float]] | None = None
+        self._intake: Intake
         self._publisher: Publisher
+        self._enricher: Enricher
+        self._prefetch_thread: ThreadPoolExecutor
+        self._publish_thread: ThreadPoolExecutor
 
     def stop(self) -> None:
         """Let the worker finish its batch and end; safe from any thread and from a signal handler."""
@@ -156,7 +127,7 @@ class Worker:
 
     @property
     def stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """True if the worker was told to stop."""
         return self._stop.is_set()
 
     def run(self) -> Totals:
@@ -165,6 +136,7 @@ class Worker:
         Returns
         -------
         totals : Totals
+            What was done.
 
         Raises
         ------
@@ -178,21 +150,60 @@ class Worker:
             Publishing cannot go on.
         """
         try:
-            with FrameStore(self._settings.frames) as store:  # first: what is wrong with its roots is told at once
+            with FrameStore(self._settings.frames) as store:  # first: what is wrong with its roots is said at once
+                self._enricher = Enricher(self._settings, store, self._resolver)
                 self._connect()
                 try:
-                    with ThreadPoolExecutor(1, "ahead") as ahead, ThreadPoolExecutor(1, "publish") as publish:
-                        while not self._finished():
-                            self._turn(store, ahead, publish)
-                        self._settle()
-                    self._raise_failure()
+                    with (
+                        ThreadPoolExecutor(1, "prefetch") as self._prefetch_thread,
+                        ThreadPoolExecutor(1, "publish") as self._publish_thread,
+                    ):
+                        self._loop()
                 finally:
                     # Committed first, closed after: closing hands the partitions on.
-                    self._close_consumer()
+                    self._intake.close()
                     self._publisher.close()
         except KafkaException as exc:
             raise PublishError(f"kafka: {exc.args[0].str()}") from exc
         return self.totals
+
+    def _loop(self) -> None:
+        """Read a batch, enrich the one before while the last one commits, then publish it."""
+        intake = self._intake
+        prefetching: tuple[Batch, Future[Prefetched]] | None = None
+        while not self._is_done(prefetching is not None):
+            try:
+                polled = intake.poll_batch(wait=prefetching is None)
+                upcoming = self._prefetch(polled) if polled else None
+                if prefetching:
+                    self._enrich(*prefetching)
+                self._wait_for_commit()
+            except (TransactionAborted, PartitionsRevoked):
+                prefetching = None
+                self._start_over()
+                continue
+            if prefetching:
+                batch, _ = prefetching
+                self._publishing = batch, self._publish_thread.submit(self._publish, batch)
+            prefetching = upcoming
+        with suppress(TransactionAborted):  # which is logged; the next owner of the partitions reads the batch again
+            self._wait_for_commit()
+
+    def _start_over(self) -> None:
+        """Go back to what was committed, and discard what was polled since."""
+        with suppress(TransactionAborted):
+            self._wait_for_commit()  # partitions may be lost while a batch is being published
+        if self._stop.is_set():
+            self._intake.discard()  # the next owner of the partitions begins at the committed offsets
+        else:
+            self._intake.rewind()
+
+    def _is_done(self, is_prefetching: bool) -> bool:
+        if is_prefetching or not self._intake.is_empty:
+            return False
+        return self._stop.is_set() or (self._intake.has_ended and self._publishing is None)
+
+    # -- the start ----------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
         worker = self._settings.worker
@@ -200,29 +211,18 @@ class Worker:
         retries = [worker.retry_topic] if worker.retry_topic is not None else []
         outputs = [worker.packet_topic, worker.reject_topic, *retries]
         check_topics(self._settings, [*worker.input_topic, *(outputs if transactional else retries)])
-        self._consumer = consumer(self._settings)
-        self._waiting = WaitingRoom[Message](self._consumer)
-        if transactional:
-            self._largest = self._limit()
-            self._publisher = ExactlyOnce(self._settings, self._largest)
-        else:
-            self._publisher = AtLeastOnce(self._settings, self._consumer)
-        self._publisher.start()
-        self._consumer.subscribe(
-            [*worker.input_topic, *retries],
-            on_assign=self._on_assign,
-            on_revoke=self._on_revoke,
-            on_lost=self._on_lost,
+        self._intake = Intake(
+            self._settings,
+            self._stop,
+            drained=self._drained,
+            ends=self._ends,
+            before_revoke=self._wait_for_commit,
         )
+        self._largest = self._limit() if transactional else None
+        self._publisher = self._make_publisher(self._settings, self._intake.consumer, self._largest)
+        self._publisher.start()
+        self._intake.subscribe()
         log.info("group %s slot %s: %s", worker.group, worker.slot_number(), worker.guarantee)
-
-    def _close_consumer(self) -> None:
-        # In a thread that the process does not wait for: the call has no time limit of its own.
-        thread = threading.Thread(target=self._consumer.close, name="close", daemon=True)
-        thread.start()
-        thread.join(_CLOSE_S)
-        if thread.is_alive():
-            log.warning("the consumer did not close within %g s; its partitions are free after its session", _CLOSE_S)
 
     def _limit(self) -> int | None:
         """Return the bytes of the largest record that the output topics take; warn where a packet may be larger."""
@@ -241,198 +241,81 @@ class Worker:
             )
         return largest
 
-    def _turn(self, store: FrameStore, ahead: ThreadPoolExecutor, publish: ThreadPoolExecutor) -> None:
-        """Read a batch, and work on the one before while the last one commits; then hand that to the publisher."""
-        is_closed = self._poll_batch()
-        ready, self._ready = self._ready, None
-        if is_closed and not self._behind:
-            batch, self._filling = self._filling, _Batch()
-            alerts = [self._decode(message) for message in batch.messages]
-            self._ready = batch, ahead.submit(prepare, alerts, store, self._settings, self._resolver)
-        if ready is not None and not self._behind:
-            self._enrich(*ready, store)
-        self._settle()
-        self._raise_failure()
-        if self._behind:
-            self._filling, self._ready = _Batch(), None
-            self._rewind()
-        elif ready is not None:
-            self._pending = ready[0], publish.submit(self._publish, ready[0])
-
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    def _poll_batch(self) -> bool:
-        """Poll until the batch is full by count, bytes or time, the input ends, or nothing comes; tell if it is closed.
-
-        While another batch waits to be worked on, only what is there at once is taken; the rest in the next turn.
-        """
-        batch, began = self._filling, time.monotonic()
-        patience = 0.0 if self._ready is not None else _SLICE_S
-        is_closed = False
-        while not self._stop.is_set() and not self._behind and not is_closed:
-            message = self._next_message(patience)
-            if message is not None and self._take(message):
-                batch.add(message)
-            is_closed = self._is_closed(batch)
-            if self._input_ended() or (message is None and (not batch.messages or not patience)):
-                break
-        # Captured now, never refreshed: with the metadata of a later generation the offsets of a batch that another
-        # worker reads again would be accepted.
-        if is_closed := bool(batch.messages) and (is_closed or self._stop.is_set()):
-            batch.metadata = self._consumer.consumer_group_metadata()
-        batch.poll_s += time.monotonic() - began
-        return is_closed
-
-    def _is_closed(self, batch: _Batch) -> bool:
-        limits = self._settings.worker
-        return bool(batch.messages) and (
-            len(batch.messages) >= limits.batch_count
-            or batch.size_bytes >= limits.batch_bytes
-            or time.monotonic() - batch.started >= limits.batch_s
-            or self._input_ended()
-        )
-
-    def _next_message(self, patience_s: float) -> Message | None:
-        """Return what comes next: a retry that is due, or what is polled unless it is a retry that is not."""
-        message = self._waiting.take()
-        if message is not None:
-            return message
-        message = self._consumer.poll(patience_s)
-        if message is None or message.error() is not None:
-            return message
-        self._first.setdefault(_place(message), _offset(message))
-        # No longer than the delay: a clock that is ahead, here or where it was written, must not hold the partition.
-        wait_s = min(self._attempt(message).due_s - time.time(), self._settings.worker.retry_delay_s)
-        if wait_s > 0 and not self._is_beyond(message):
-            self._waiting.keep(_place(message), wait_s, message)
-            return None
-        return message
-
-    def _is_beyond(self, message: Message) -> bool:
-        """Tell whether a message lies at or behind the end of a drained worker's input."""
-        return self._drained and _offset(message) >= self._end(_place(message))
-
-    def _attempt(self, message: Message) -> Attempt:
-        try:
-            return attempt_of(message, self._settings.worker.retry_topic)
-        except ValueError as exc:
-            log.warning("%s partition %d offset %d: %s; taken as an alert", *_place(message), _offset(message), exc)
-            return attempt_of(message, None)
-
-    def _take(self, message: Message) -> bool:
-        """Tell whether a message is an alert to work on."""
-        error = message.error()
-        if error is not None:
-            self._polled_error(message, error)
-            return False
-        if self._drained and _offset(message) + 1 >= self._end(_place(message)):
-            self._ended.add(_place(message))
-        return not self._is_beyond(message)
-
-    def _polled_error(self, message: Message, error: KafkaError) -> None:
-        if error.code() == KafkaError._PARTITION_EOF:
-            # Commit markers take offsets too, so the last alert may lie well before the end; only this event tells.
-            if self._is_beyond(message):
-                self._ended.add(_place(message))
-        elif error.fatal() or error.code() == KafkaError._FATAL:  # the client marks none of its messages as fatal
-            raise PublishError(f"the consumer cannot go on: {error.str()}")
-        else:
-            log.warning("%s: %s", message.topic() or "consumer", error.str())
-
-    def _end(self, place: Place) -> int:
-        if place not in self._ends:
-            if self._ends_given:
-                return 0  # not part of the range
-            low_high = self._consumer.get_watermark_offsets(TopicPartition(*place), timeout=_CALL_S)
-            self._ends[place] = low_high[1]
-        return self._ends[place]
-
-    def _input_ended(self) -> bool:
-        return self._drained and self._seen_assignment and self._assigned <= self._ended
-
-    def _finished(self) -> bool:
-        if self._failure is not None:
-            return False
-        if self._behind:
-            return self._stop.is_set()  # the next owner begins at the committed offsets, so nothing need be set back
-        if self._ready is not None or self._filling.messages:
-            return False
-        return self._stop.is_set() or (self._input_ended() and self._pending is None)
-
     # -- enriching ----------------------------------------------------------------------------------------------
 
-    def _enrich(self, batch: _Batch, prepared: Future[Prepared], store: FrameStore) -> None:
-        """Work on a batch: what becomes of each alert, and the record that it leaves as."""
-        started = time.monotonic()
-        results = complete(prepared.result(), store, self._settings)
-        batch.attempts = [self._attempt(message) for message in batch.messages]
-        batch.outcomes = [self._outcome(*pair) for pair in zip(batch.attempts, results, strict=True)]
-        batch.records = [self._record(batch, place) for place in range(len(batch.messages))]
-        batch.enrich_s = time.monotonic() - started
+    def _prefetch(self, batch: Batch) -> tuple[Batch, Future[Prefetched]]:
+        alerts = [self._decode(item) for item in batch.items]
+        return batch, self._prefetch_thread.submit(self._enricher.prefetch, alerts)
 
-    def _decode(self, message: Message) -> Alert | AlertError:
+    def _decode(self, item: Item) -> Alert | AlertError:
         try:
-            return decode(message.value() or b"", self._settings.alerts.schema_folder)
+            return decode(item.message.value() or b"", self._settings.alerts.schema_folder)
         except AlertError as exc:
             return exc
 
-    def _outcome(self, attempt: Attempt, result: Packet | Reject) -> Outcome:
-        if isinstance(result, Packet):
-            return result
-        following = next_attempt(attempt, result.error, self._settings.worker, time.time())
-        return Retry(result.alert_id, result.error, following) if following is not None else result
+    def _enrich(self, batch: Batch, prefetched: Future[Prefetched]) -> None:
+        """Find out what becomes of each alert of a batch, and the record that it leaves as."""
+        started = time.monotonic()
+        results = self._enricher.enrich(prefetched.result())
+        for item, result in zip(batch.items, results, strict=True):
+            self._conclude(item, result)
+        batch.enrich_s = time.monotonic() - started
 
-    def _record(self, batch: _Batch, place: int) -> Record:
-        attempt, outcome = batch.attempts[place], batch.outcomes[place]
-        if not isinstance(outcome, Packet):
-            level, name = (logging.INFO, "retry") if isinstance(outcome, Retry) else (logging.WARNING, "reject")
+    def _conclude(self, item: Item, result: Packet | Reject) -> None:
+        """Set an alert's outcome (a reject that may still heal becomes a retry) and its record."""
+        worker, attempt = self._settings.worker, item.attempt
+        item.outcome = result
+        if isinstance(result, Reject):
+            following = attempt.following(result.error, worker, time.time())
+            if following is not None:
+                item.outcome = Retry(result.alert_id, result.error, following)
+            level, name = (logging.WARNING, "reject") if following is None else (logging.INFO, "retry")
             log.log(
                 level,
                 "%s topic=%s partition=%d offset=%d alert=%s attempt=%d error=%s: %s",
-                *(name, attempt.topic, attempt.partition, attempt.offset, outcome.alert_id, attempt.number),
-                *(type(outcome.error).__name__, outcome.error),
+                *(name, attempt.topic, attempt.partition, attempt.offset, result.alert_id, attempt.number),
+                *(type(result.error).__name__, result.error),
             )
-        return record_of(batch.messages[place], attempt, outcome, self._settings.worker, self._replay)
+        item.record = item.to_record(worker, self._replay)
 
     # -- publishing ---------------------------------------------------------------------------------------------
 
-    def _publish(self, batch: _Batch) -> float:
+    def _publish(self, batch: Batch) -> float:
         """Publish and commit one batch, in the publisher's thread; return the seconds that it took."""
         started = time.monotonic()
         while True:
             try:
-                self._publisher.publish(batch.records, batch.offsets(), batch.metadata)
+                self._publisher.publish([item.record for item in batch.items], batch.offsets(), batch.metadata)
             except RecordTooLarge as exc:
-                self._set_aside(batch, exc)
+                item = batch.items[exc.index]
+                if not isinstance(item.outcome, Packet):
+                    raise PublishError(f"not even the reject can be published: {exc}") from exc
+                self._conclude(item, Reject(item.outcome.alert_id, "publish", exc))
             else:
                 return time.monotonic() - started
 
-    def _set_aside(self, batch: _Batch, exc: RecordTooLarge) -> None:
-        """Replace a packet that its topic refuses by a reject."""
-        outcome = batch.outcomes[exc.place]
-        if not isinstance(outcome, Packet):
-            raise PublishError(f"not even the reject can be published: {exc}") from exc
-        batch.outcomes[exc.place] = Reject(outcome.alert_id, "publish", exc)
-        batch.records[exc.place] = self._record(batch, exc.place)
+    def _wait_for_commit(self) -> None:
+        """Wait for the batch that is being published, and count it.
 
-    def _settle(self) -> None:
-        """Wait for the batch that is being published; note whether it must be read again."""
-        if self._pending is None:
+        Raises
+        ------
+        TransactionAborted
+            The batch must be read again.
+        PublishError
+            Publishing cannot go on.
+        """
+        if self._publishing is None:
             return
-        batch, future = self._pending
-        self._pending = None
+        (batch, future), self._publishing = self._publishing, None
         try:
             publish_s = future.result()
         except TransactionAborted as exc:
             self.totals.aborts += 1
-            self._behind = True
-            log.warning("aborted batch of %d alerts, reading it again: %s", len(batch.messages), exc)
+            log.warning("aborted batch of %d alerts, reading it again: %s", len(batch.items), exc)
             if exc.too_large:
                 self._learn_limits(exc)
-        except PublishError as exc:
-            self._failure = exc
-        else:
-            self._count(batch, publish_s)
+            raise
+        self._count(batch, publish_s)
 
     def _learn_limits(self, problem: TransactionAborted) -> None:
         """Ask for the topics' limits again: one was lowered while the worker ran."""
@@ -442,9 +325,9 @@ class Worker:
         log.warning("records of up to %d bytes are taken from now on", self._largest)
         self._publisher.resize(self._largest)
 
-    def _count(self, batch: _Batch, publish_s: float) -> None:
+    def _count(self, batch: Batch, publish_s: float) -> None:
         alerts, packets, retries, rejects = (
-            sum(isinstance(outcome, kind) for outcome in batch.outcomes) for kind in (object, Packet, Retry, Reject)
+            sum(isinstance(item.outcome, kind) for item in batch.items) for kind in (object, Packet, Retry, Reject)
         )
         self.totals.alerts += alerts
         self.totals.packets += packets
@@ -455,99 +338,6 @@ class Worker:
             "batch alerts=%d packets=%d retries=%d rejects=%d bytes_in=%d bytes_out=%d poll_s=%.3f enrich_s=%.3f "
             "publish_s=%.3f",
             *(alerts, packets, retries, rejects, batch.size_bytes),
-            *(sum(len(r.value or b"") for r in batch.records), batch.poll_s, batch.enrich_s, publish_s),
+            *(sum(len(item.record.value or b"") for item in batch.items), batch.poll_s, batch.enrich_s, publish_s),
         )
-        if self._on_batch is not None:
-            self._on_batch(self.totals)
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    # -- assignment ---------------------------------------------------------------------------------------------
-
-    def _on_assign(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        self._seen_assignment = True
-        places = {(p.topic, p.partition) for p in partitions}
-        self._assigned |= places
-        self._forget(places)
-        log.info("assigned %s", _listed(places))
-
-    def _on_revoke(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        # The generation is still ours inside this callback, so what is being published can be committed now, and the
-        # next owner starts behind it. What was polled since belongs to the next owner.
-        try:
-            self._settle()
-        finally:
-            self._unassign(partitions)
-        log.info("revoked %s", _listed({(p.topic, p.partition) for p in partitions}))
-
-    def _on_lost(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        self._unassign(partitions)
-        log.warning("lost %s", _listed({(p.topic, p.partition) for p in partitions}))
-
-    def _unassign(self, partitions: Sequence[TopicPartition]) -> None:
-        places = {(p.topic, p.partition) for p in partitions}
-        self._assigned -= places
-        self._forget(places)
-        self._behind = True
-
-    def _forget(self, places: set[Place]) -> None:
-        self._ended -= places
-        self._waiting.dismiss(places)
-        for place in places:
-            self._first.pop(place, None)
-
-    def _rewind(self) -> None:
-        """Set the partitions that were read back to their committed offsets, or to where reading began."""
-        self._behind = False
-        self._waiting.dismiss(self._assigned)
-        # The others stand where they began: one that is not fetched yet cannot be set back, and one at its end would
-        # not report that again.
-        wanted = [TopicPartition(*place) for place in sorted(self._assigned & self._first.keys())]
-        for found in self._committed(wanted):
-            place = found.topic, found.partition
-            if found.offset == OFFSET_INVALID:
-                found.offset = self._first[place]
-            self._ended.discard(place)
-            self._seek(found)
-
-    def _committed(self, wanted: list[TopicPartition]) -> list[TopicPartition]:
-        deadline = time.monotonic() + self._settings.worker.deadline_s
-        while wanted:
-            try:
-                return committed(self._consumer, wanted, _CALL_S)
-            except KafkaException as exc:
-                if time.monotonic() > deadline:
-                    raise PublishError(f"committed offsets cannot be read: {exc.args[0].str()}") from exc
-                log.warning("committed offsets: %s; trying again", exc.args[0].str())
-                time.sleep(_SLICE_S)
-        return []
-
-    def _seek(self, to: TopicPartition) -> None:
-        deadline = time.monotonic() + _SEEK_S
-        while True:
-            try:
-                self._consumer.seek(to)
-            except KafkaException as exc:
-                # Between assignment and the first fetch a partition cannot be set back yet.
-                if exc.args[0].code() != KafkaError._STATE or time.monotonic() > deadline:
-                    raise PublishError(f"{to.topic} {to.partition} cannot be set back: {exc.args[0].str()}") from exc
-                time.sleep(_SLICE_S / 10)
-            else:
-                return
-
-
-def _place(message: Message) -> Place:
-    return str(message.topic()), int(message.partition() or 0)
-
-
-def _offset(message: Message) -> int:
-    offset = message.offset()
-    if offset is None:
-        raise PublishError(f"the consumer gave a record of {message.topic()} without an offset")
-    return offset
-
-
-def _listed(places: set[Place]) -> str:
-    return ", ".join(f"{topic} {partition}" for topic, partition in sorted(places)) or "nothing"
+        self._on_batch(self.totals)

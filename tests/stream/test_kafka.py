@@ -194,7 +194,7 @@ def test_record_too_large_aborts_and_says_which(scripted: Scripted) -> None:
     publisher._producer.produce = produce  # type: ignore[method-assign]
     with pytest.raises(RecordTooLarge, match="'packets': found 5 bytes: injected") as caught:
         publish(publisher, [RECORD] * 5)
-    assert caught.value.place == 2
+    assert caught.value.index == 2
     assert calls[-1] == "abort_transaction"
 
 

@@ -19,7 +19,6 @@ from confluent_kafka import Message, TopicPartition
 from helpers.mock_cluster import MockCluster
 from helpers.night import STAR, write_night
 
-import stampworker.stream.worker
 from stampworker.config import Settings, WorkerSettings, load
 from stampworker.errors import (
     ConfigError,
@@ -31,8 +30,9 @@ from stampworker.errors import (
 )
 from stampworker.formats.alerts import Alert, encode
 from stampworker.formats.packets import Packet
+from stampworker.stream.intake import DelayedRecords
 from stampworker.stream.kafka import AtLeastOnce, Record
-from stampworker.stream.outcomes import ERRORS_PREFIX, HEADERS_PREFIX, RETRY_PREFIX, Attempt, next_attempt
+from stampworker.stream.outcomes import ERRORS_PREFIX, HEADERS_PREFIX, RETRY_PREFIX, Attempt
 from stampworker.stream.worker import Worker
 
 MakeSettings = Callable[..., Settings]
@@ -95,9 +95,9 @@ def alert(name: str, frames: dict[str, str]) -> Alert:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[Worker]:
+def running(settings: Settings, **more: Any) -> Iterator[Worker]:
     """Run a worker in a thread; at the end it must stop without an error."""
-    worker = Worker(settings)
+    worker = Worker(settings, **more)
     with ThreadPoolExecutor(1) as thread:
         ended = thread.submit(worker.run)
         try:
@@ -192,7 +192,6 @@ def test_what_waits_is_not_lost_when_a_batch_is_read_again(
     settings: MakeSettings,
     frames: dict[str, str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches that abort while an alert waits set every partition back; the alert waits again, and leaves once."""
     aborts = 3
@@ -205,11 +204,10 @@ def test_what_waits_is_not_lost_when_a_batch_is_read_again(
                 raise TransactionAborted("injected")
             super().publish(records, offsets, metadata)
 
-    monkeypatch.setattr(stampworker.stream.worker, "AtLeastOnce", Flaky)
     made = settings(worker__retry_delay_s=2)
     folder = tmp_path / "there"
     cluster.produce(made.worker.input_topic[0], [encode(alert("waits", late(frames, folder)))])
-    with running(made) as worker:
+    with running(made, publisher=lambda settings, reader, _largest: Flaky(settings, reader)) as worker:
         wait_until(lambda: worker.totals.retries == 1)
         arrive(frames, folder)
         cluster.produce(made.worker.input_topic[0], [encode(alert(f"{n}", frames)) for n in range(3)])
@@ -270,13 +268,13 @@ def test_what_comes_while_the_last_alert_waits_is_left(
     """A drained worker ends where a partition ended when it saw its first record, not when that was due."""
     made = settings()
     topic = made.worker.retry_topic or ""
-    keep = stampworker.stream.worker.WaitingRoom.keep
+    hold = DelayedRecords.hold
 
-    def keep_and_send(*args: Any) -> None:
-        keep(*args)
+    def hold_and_send(*args: Any) -> None:
+        hold(*args)
         cluster.produce(topic, [encode(alert("late", frames))])
 
-    monkeypatch.setattr(stampworker.stream.worker.WaitingRoom, "keep", keep_and_send)
+    monkeypatch.setattr(DelayedRecords, "hold", hold_and_send)
     cluster.produce(topic, [encode(alert("a", frames))], headers=waiting_headers(time.time() + 3600))
     totals = Worker(made, drained=True).run()
     assert (totals.alerts, totals.packets) == (1, 1)
@@ -307,7 +305,7 @@ def test_what_can_heal_is_tried_for_as_long_as_the_settings_say(error: Exception
     """A missing frame and an unavailable one have their own patience; nothing else is tried again."""
     settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_for_s=60, retry_unavailable_for_s=120)
     attempt, now = Attempt("t", 1, 2, 3), 1000.0
-    while (following := next_attempt(attempt, error, settings, now)) is not None:
+    while (following := attempt.following(error, settings, now)) is not None:
         assert following == replace(attempt, number=attempt.number + 1, since_s=1000.0, due_s=now + 10)
         attempt, now = following, following.due_s
     assert now == 1000 + tried_for
@@ -316,7 +314,7 @@ def test_what_can_heal_is_tried_for_as_long_as_the_settings_say(error: Exception
 def test_first_attempt_in_the_future_is_now() -> None:
     """The clock of the worker that tried first may be ahead: an alert is not tried for longer on that account."""
     settings = WorkerSettings(retry_topic="r", retry_delay_s=10, retry_missing_for_s=60)
-    following = next_attempt(Attempt("t", 1, 2, 3, 2, since_s=9000.0), FrameMissing("u", "gone"), settings, 1000.0)
+    following = Attempt("t", 1, 2, 3, 2, since_s=9000.0).following(FrameMissing("u", "gone"), settings, 1000.0)
     assert following is not None
     assert following.since_s == 1000.0
 

@@ -11,22 +11,23 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
 from helpers.mock_cluster import MockCluster, make_fatal
 from helpers.night import STAR, write_night
 
-import stampworker.enrich
-import stampworker.stream.worker
+import stampworker.stream.intake
 from stampworker.config import Settings, load
+from stampworker.enrich import Enricher
 from stampworker.errors import ConfigError, PublishError, TransactionAborted
 from stampworker.formats.alerts import Alert, encode
 from stampworker.formats.packets import Packet
+from stampworker.stream.intake import Batch, Intake, PartitionsRevoked
 from stampworker.stream.kafka import AtLeastOnce, Record
-from stampworker.stream.outcomes import ERRORS_PREFIX
-from stampworker.stream.worker import Worker
+from stampworker.stream.outcomes import ERRORS_PREFIX, Item
+from stampworker.stream.worker import MakePublisher, Worker
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +70,20 @@ def settings(cluster: MockCluster) -> Callable[..., Settings]:
 class Flaky(AtLeastOnce):
     """Fails at its first batches, by the errors that are listed."""
 
-    errors: ClassVar[list[Exception]] = []
+    def __init__(self, settings: Settings, reader: Consumer, errors: list[Exception]) -> None:
+        super().__init__(settings, reader)
+        self.errors = errors
 
     def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
         """Fail, or publish."""
-        if Flaky.errors:
-            raise Flaky.errors.pop(0)
+        if self.errors:
+            raise self.errors.pop(0)
         super().publish(records, offsets, metadata)
 
 
-@pytest.fixture
-def flaky(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
-    """Let the worker's publisher raise the errors put in this list, one a batch."""
-    errors: ClassVar[list[Exception]] = []
-    monkeypatch.setattr(Flaky, "errors", errors)
-    monkeypatch.setattr(stampworker.stream.worker, "AtLeastOnce", Flaky)
-    return errors
+def fails_with(*errors: Exception) -> MakePublisher:
+    """Return what makes a publisher that raises these errors, one a batch, and then publishes."""
+    return lambda settings, reader, _largest: Flaky(settings, reader, list(errors))
 
 
 def send(cluster: MockCluster, settings: Settings, alerts: Sequence[Alert], partition: int = 0) -> None:
@@ -172,13 +171,13 @@ def test_worker_that_has_no_resolver_does_not_begin(settings: Callable[..., Sett
 
 
 def test_aborted_batch_is_read_again_beside_partitions_at_their_end(
-    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], flaky: list[Exception]
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
 ) -> None:
     """An abort sets back what was read only: partitions without alerts, at their end, do not keep it from ending."""
     made = settings(worker__batch_count=4)
     send(cluster, made, alerts)
-    flaky += [TransactionAborted("injected"), TransactionAborted("injected again")]
-    worker = Worker(made, drained=True)
+    flaky = fails_with(TransactionAborted("injected"), TransactionAborted("injected again"))
+    worker = Worker(made, drained=True, publisher=flaky)
     watchdog = threading.Timer(20, worker.stop)
     watchdog.start()
     totals = worker.run()
@@ -207,24 +206,26 @@ def test_frames_are_opened_while_the_batch_before_is_computed(
     opened = threading.Semaphore(0)
     threads = set()
 
-    def prepare(*args: Any) -> Any:
+    prefetch, enrich = Enricher.prefetch, Enricher.enrich
+
+    def spy_prefetch(*args: Any) -> Any:
         threads.add(threading.current_thread())
-        prepared = stampworker.enrich.prepare(*args)
+        prefetched = prefetch(*args)
         opened.release()
-        return prepared
+        return prefetched
 
     left = [4]  # batches
 
-    def complete(*args: Any) -> Any:
+    def spy_enrich(*args: Any) -> Any:
         left[0] -= 1
         assert opened.acquire(timeout=10)  # this batch's
         if left[0]:
             assert opened.acquire(timeout=10), "the next batch's frames are not opened yet"
             opened.release()
-        return stampworker.enrich.complete(*args)
+        return enrich(*args)
 
-    monkeypatch.setattr(stampworker.stream.worker, "prepare", prepare)
-    monkeypatch.setattr(stampworker.stream.worker, "complete", complete)
+    monkeypatch.setattr(Enricher, "prefetch", spy_prefetch)
+    monkeypatch.setattr(Enricher, "enrich", spy_enrich)
     worker = Worker(made, drained=True)
     totals = worker.run()
     assert (totals.packets, totals.batches, left) == (7, 4, [0])
@@ -232,20 +233,20 @@ def test_frames_are_opened_while_the_batch_before_is_computed(
 
 
 def test_stop_publishes_what_was_read(
-    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that is told to stop within a batch publishes it, and ends without an error."""
     made = settings(worker__batch_s=600)
     send(cluster, made, alerts)
     worker = Worker(made)
-    take = worker._take
+    accept = Intake._accept
 
-    def stop_at_the_fifth(message: Any) -> bool:
-        if message.error() is None and message.offset() == 4:
+    def stop_at_the_fifth(intake: Intake, item: Item, batch: Batch) -> None:
+        if item.message.offset() == 4:
             worker.stop()
-        return take(message)
+        accept(intake, item, batch)
 
-    worker._take = stop_at_the_fifth  # type: ignore[method-assign]
+    monkeypatch.setattr(Intake, "_accept", stop_at_the_fifth)
     totals = worker.run()
     assert (totals.alerts, totals.batches) == (5, 1)
     assert cluster.committed(made.worker.group, made.worker.input_topic[0]) == 5
@@ -256,15 +257,13 @@ def test_publisher_that_cannot_go_on_ends_the_worker(
     cluster: MockCluster,
     settings: Callable[..., Settings],
     alerts: list[Alert],
-    flaky: list[Exception],
     error: Exception,
 ) -> None:
     """An error of the publisher's thread, foreseen or not, ends the worker with that error; nothing is committed."""
     made = settings()
     send(cluster, made, alerts)
-    flaky.append(error)
     with pytest.raises(type(error), match="injected"):
-        Worker(made, drained=True).run()
+        Worker(made, drained=True, publisher=fails_with(error)).run()
     assert cluster.committed(made.worker.group, made.worker.input_topic[0]) == OFFSET_INVALID
 
 
@@ -272,15 +271,15 @@ def test_fatal_error_of_the_consumer_ends_the_worker(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A consumer that reads no more (its static identity taken by another, say) ends the worker: it never idles."""
-    monkeypatch.setattr(stampworker.stream.worker, "_CLOSE_S", 0.5)  # such a consumer never closes
+    monkeypatch.setattr(stampworker.stream.intake, "_CLOSE_S", 0.5)  # such a consumer never closes
+    on_assign = Intake._on_assign
+
+    def then_fail(intake: Intake, consumer: Consumer, partitions: Any) -> None:
+        on_assign(intake, consumer, partitions)
+        make_fatal(intake.consumer)
+
+    monkeypatch.setattr(Intake, "_on_assign", then_fail)
     worker = Worker(settings())
-    on_assign = worker._on_assign
-
-    def then_fail(consumer: Any, partitions: Any) -> None:
-        on_assign(consumer, partitions)
-        make_fatal(worker._consumer)
-
-    worker._on_assign = then_fail  # type: ignore[method-assign]
     watchdog = threading.Timer(15, worker.stop)
     watchdog.start()
     with pytest.raises(PublishError, match="the consumer cannot go on: Fatal error"):
@@ -297,7 +296,7 @@ def test_error_of_the_client_is_one_of_ours(
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no watermarks"))
 
     worker = Worker(settings(), drained=True)
-    monkeypatch.setattr(worker, "_end", fail)
+    monkeypatch.setattr(Intake, "_end", fail)
     with pytest.raises(PublishError, match="kafka: no watermarks"):
         worker.run()
 
@@ -312,11 +311,11 @@ def test_consumer_that_never_closes_does_not_keep_the_worker(
         def close(self) -> None:
             released.wait(30)
 
-    monkeypatch.setattr(stampworker.stream.worker, "_CLOSE_S", 0.1)
-    worker = Worker(Settings())
-    worker._consumer = Hanging()  # type: ignore[assignment]
+    monkeypatch.setattr(stampworker.stream.intake, "_CLOSE_S", 0.1)
+    intake = Intake(Settings(), threading.Event())
+    intake.consumer = Hanging()  # type: ignore[assignment]
     began = time.monotonic()
-    worker._close_consumer()
+    intake.close()
     released.set()
     assert time.monotonic() - began < 5
     assert "did not close within 0.1 s" in caplog.text
@@ -346,3 +345,54 @@ def test_pattern_of_topics_is_refused(settings: Callable[..., Settings]) -> None
     """A pattern, which librdkafka would take, is refused by name."""
     with pytest.raises(ConfigError, match=r"found the pattern '\^alerts\.\*', wanted the name of a topic"):
         Worker(settings(worker__input_topic="^alerts.*"), drained=True).run()
+
+
+def test_stop_after_an_abort_commits_nothing_behind_it(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
+) -> None:
+    """A batch aborts while the worker is told to stop: what was read behind it must not be committed in its place."""
+    made = settings(worker__batch_count=3, worker__batch_s=600)  # two batches, and an alert that waits for a third
+    send(cluster, made, alerts)
+
+    class Stopping(AtLeastOnce):
+        def publish(self, *args: Any) -> None:
+            if worker.stopping:
+                super().publish(*args)
+            time.sleep(0.5)  # until the alert that waits is read
+            worker.stop()
+            raise TransactionAborted("injected")
+
+    worker = Worker(made, publisher=lambda made, reader, _largest: Stopping(made, reader))
+    totals = worker.run()
+    assert (totals.aborts, totals.packets) == (1, 0)
+    assert cluster.committed(made.worker.group, made.worker.input_topic[0]) == OFFSET_INVALID
+
+
+def test_lost_partitions_are_read_again_only_after_what_is_being_published(
+    cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partitions are lost while a batch is being published: its commit counts before the offsets are asked for."""
+    made = settings(worker__batch_count=3)
+    send(cluster, made, alerts)
+    publishing = threading.Event()
+
+    class Slow(AtLeastOnce):
+        def publish(self, *args: Any) -> None:
+            publishing.set()
+            time.sleep(0.5)
+            super().publish(*args)
+
+    read, lost = Intake._read, []
+
+    def lose_once(intake: Intake, batch: Batch, wait_s: float) -> bool:
+        if publishing.is_set() and not lost:
+            lost.append(intake)
+            raise PartitionsRevoked
+        return read(intake, batch, wait_s)
+
+    monkeypatch.setattr(Intake, "_read", lose_once)
+    worker = Worker(made, drained=True, publisher=lambda made, reader, _largest: Slow(made, reader))
+    totals = worker.run()
+    assert lost
+    assert (totals.alerts, totals.packets) == (7, 7)
+    assert packet_ids(cluster, made, 7) == [a.alert_id for a in alerts]
