@@ -32,11 +32,12 @@ _FENCED = (KafkaError._FENCED, KafkaError.PRODUCER_FENCED)
 _CONTACT_S = 15.0
 _LEAST_CALL_S = 1.0
 _PAUSE_S = 0.1
-# A topic's limit is held against a batch of records: a header of 61 bytes, and some 30 around each record. The client
-# counts neither when it takes a record. 1000 bytes are the least that it can be told.
+# A topic's limit is compared with a batch of records, which adds a header of 61 bytes and some 30 bytes a record. The
+# client counts neither when it takes a record.
 _FRAMING = 128
-# The promise hangs on these; a user's value for them would break it silently.
-_OURS = (
+_LEAST_LIMIT = 1000  # message.max.bytes cannot be less
+# The promise depends on these properties; a user's value would break it silently.
+_RESERVED = (
     "auto.offset.reset",
     "enable.auto.commit",
     "enable.auto.offset.store",
@@ -48,7 +49,7 @@ _OURS = (
     "enable.idempotence",
 )
 
-# Properties that people set, to name the nearest of them; librdkafka knows hundreds, and does not list them here.
+# Common properties, to suggest the nearest name; librdkafka knows hundreds and cannot list them.
 _COMMON = (
     *("bootstrap.servers", "client.id", "client.rack", "security.protocol", "debug", "log_level"),
     *("sasl.mechanism", "sasl.mechanisms", "sasl.username", "sasl.password", "sasl.oauthbearer.config"),
@@ -58,7 +59,7 @@ _COMMON = (
     *("compression.type", "linger.ms", "batch.size", "message.max.bytes", "queue.buffering.max.messages"),
     *("partition.assignment.strategy", "socket.timeout.ms", "topic.metadata.refresh.interval.ms"),
 )
-# [kafka] is shared, and each client warns of what is meant for the other.
+# [kafka] serves both clients, and each would warn of the other's properties.
 _CONSUMER_ONLY = re.compile(
     r"(group|session|heartbeat|fetch|queued|auto\.offset|partition\.assignment|coordinator|max\.poll)\..*|check\.crcs"
 )
@@ -69,7 +70,17 @@ _PRODUCER_ONLY = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """One record to publish."""
+    """One record to publish.
+
+    Attributes
+    ----------
+    topic : str
+        Where it goes.
+    key, value : bytes or None
+        Its content.
+    headers : list of (str, str or bytes or None)
+        Its headers.
+    """
 
     topic: str
     key: bytes | None
@@ -107,7 +118,7 @@ def offset_of(message: Message) -> int:
 
 
 def consumer(settings: Settings, **callbacks: Any) -> Consumer:
-    """Build the consumer of a worker: it commits nothing by itself and reports the ends of partitions.
+    """Build the consumer of a worker: it commits nothing by itself, and reports the ends of partitions.
 
     Raises
     ------
@@ -133,7 +144,7 @@ def producer(settings: Settings, *, transactional: bool, largest: int | None = N
     ours: dict[str, Any] = {"enable.idempotence": True, "linger.ms": 5}
     if largest is not None:
         ours["message.max.bytes"] = largest
-        # The broker holds a topic's limit against whole batches of records.
+        # The broker compares a topic's limit with a whole batch of records.
         ours["batch.size"] = min(largest, 1_000_000)
     if transactional:
         ours["transactional.id"] = settings.worker.transactional_id()
@@ -147,7 +158,7 @@ def admin(settings: Settings) -> AdminClient:
 
 
 def _build(client: Callable[..., Any], settings: Settings, ours: Mapping[str, Any], not_for_it: re.Pattern[str]) -> Any:
-    for name in _OURS:
+    for name in _RESERVED:
         if name in settings.kafka:
             raise ConfigError(f"kafka: {name!r} is the worker's own to set, found {settings.kafka[name]!r}")
     shared = {name: value for name, value in settings.kafka.items() if not not_for_it.fullmatch(name)}
@@ -165,7 +176,7 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
     Raises
     ------
     ConfigError
-        No broker or no single topic is named, or a topic does not exist.
+        No broker is named, a topic is a pattern, or a topic does not exist.
     BrokerUnavailable
         No broker answers.
     """
@@ -186,12 +197,12 @@ def check_topics(settings: Settings, topics: Sequence[str]) -> dict[str, int]:
 
 
 def committed(reader: Consumer, partitions: Sequence[TopicPartition], timeout: float) -> list[TopicPartition]:
-    """Return the group's committed offsets, ``OFFSET_INVALID`` where there is none.
+    """Return the group's committed offsets; ``OFFSET_INVALID`` where none is committed.
 
     Raises
     ------
     KafkaException
-        Those of a partition are not known: that is not the same as none.
+        A partition's offset is not known now, which is not the same as none.
     """
     found = reader.committed(list(partitions), timeout=timeout)
     for partition in found:
@@ -201,15 +212,15 @@ def committed(reader: Consumer, partitions: Sequence[TopicPartition], timeout: f
 
 
 def message_limit(settings: Settings, topic: str) -> int | None:
-    """Return the bytes of the largest record that a topic takes, or None where the broker does not tell."""
+    """Return the size of the largest record that a topic takes, bytes; None where the broker does not say."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
-    client = admin(settings)  # the answer comes while the client lives
+    client = admin(settings)  # the answer arrives only while the client exists
     try:
         entries = client.describe_configs([resource], request_timeout=_CONTACT_S)[resource].result()
     except KafkaException as exc:
-        log.warning("topic %s: the broker does not tell its limits: %s", topic, exc.args[0].str())
+        log.warning("topic %s: the broker does not say its limits: %s", topic, exc.args[0].str())
         return None
-    return max(int(entries["max.message.bytes"].value) - _FRAMING, 1000)
+    return max(int(entries["max.message.bytes"].value) - _FRAMING, _LEAST_LIMIT)
 
 
 def publish_all(settings: Settings, records: Iterable[Record]) -> None:
@@ -236,7 +247,7 @@ class Publisher(Protocol):
     """Publishes batches; `publish` returns when the batch is committed."""
 
     def start(self) -> None:
-        """Make ready; called once, before any publishing."""
+        """Prepare to publish; called once."""
 
     def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
         """Publish records and commit the next offsets to read.
@@ -244,20 +255,20 @@ class Publisher(Protocol):
         Raises
         ------
         TransactionAborted
-            Nothing of it counts: read again from the last commit.
+            Nothing of the batch counts: read again from the last commit.
         RecordTooLarge
             One record is too large. Nothing of the batch counts.
         ProducerFenced
-            Another worker has this worker's slot.
+            Another worker took this worker's slot.
         PublishError
             Publishing cannot go on.
         """
 
     def resize(self, largest: int) -> None:
-        """Take records of up to ``largest`` bytes from now on; not while a batch is being published."""
+        """Take records of up to ``largest`` bytes from now on; never call it while a batch is being published."""
 
     def close(self) -> None:
-        """Let go of the broker."""
+        """Disconnect from the broker."""
 
 
 class ExactlyOnce:
@@ -266,34 +277,47 @@ class ExactlyOnce:
     Parameters
     ----------
     settings : Settings
+        ``worker`` and ``kafka``.
     largest : int, optional
-        Bytes of the largest record that the topics take.
+        Size of the largest record that the topics take, bytes.
+    make_producer : callable, optional
+        Makes the client, with the arguments of `producer`.
+    clock : callable, optional
+        Monotonic time, seconds.
     """
 
-    def __init__(self, settings: Settings, largest: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        largest: int | None = None,
+        *,
+        make_producer: Callable[..., Producer] = producer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
         self._largest = largest
-        self._producer = producer(settings, transactional=True, largest=largest)
+        self._make_producer, self._clock = make_producer, clock
+        self._producer = make_producer(settings, transactional=True, largest=largest)
 
     def start(self) -> None:
-        """Take the transactional id: a worker that held it is fenced, and what it left open is aborted."""
+        """Take the transactional id: the worker that had it is fenced, and its open transaction is aborted."""
         try:
-            self._until(self._producer.init_transactions, time.monotonic() + self._settings.worker.deadline_s)
+            self._until(self._producer.init_transactions, self._clock() + self._settings.worker.deadline_s)
         except KafkaException as exc:
             who = self._settings.worker.transactional_id()
             raise PublishError(f"the transactional id {who!r} cannot be taken: {exc.args[0].str()}") from exc
 
     def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
         """See `Publisher.publish`."""
-        deadline = time.monotonic() + self._settings.worker.deadline_s
+        deadline = self._clock() + self._settings.worker.deadline_s
         try:
-            # Begin a transaction and publish packets and rejects.
+            # 2. Begin a transaction and publish packets, retries and rejects.
             self._producer.begin_transaction()
             for index, record in enumerate(records):
-                _produce(self._producer, record, index, deadline)
-            # Add the next offsets, with the group's metadata as it was when the batch was read.
+                _produce(self._producer, record, index, deadline, self._clock)
+            # 3. Add the next offsets, with the group's metadata as it was when the batch was read.
             self._until(lambda s: self._producer.send_offsets_to_transaction(list(offsets), metadata, s), deadline)
-            # Commit.
+            # 4. Commit.
             self._until(self._producer.commit_transaction, deadline)
         except (RecordTooLarge, TransactionAborted):  # of `_produce`: the transaction is still open
             self._abort(deadline)
@@ -304,32 +328,32 @@ class ExactlyOnce:
     def resize(self, largest: int) -> None:
         """See `Publisher.resize`."""
         self._largest = largest
-        self._replace(time.monotonic() + self._settings.worker.deadline_s)
+        self._replace(self._clock() + self._settings.worker.deadline_s)
 
     def close(self) -> None:
-        """Let go of the broker; what is open is aborted by the broker, or by the next worker in this slot."""
+        """Disconnect; the broker, or the next worker in this slot, aborts an open transaction."""
         try:
             self._producer.purge()
             self._producer.flush(_LEAST_CALL_S)
-        except KafkaException as exc:  # of a fenced producer, which holds nothing any more
+        except KafkaException as exc:  # a fenced producer has nothing to flush
             log.info("closing the producer: %s", exc.args[0].str())
 
     def _until(self, call: Callable[[float], object], deadline: float) -> None:
-        """Repeat one call while its error is retriable, until it answers or the deadline has passed."""
+        """Repeat one call while its error is retriable, until it succeeds or the deadline has passed."""
         while True:
-            left = deadline - time.monotonic()
+            left = deadline - self._clock()
             try:
                 call(max(left, _LEAST_CALL_S))
             except KafkaException as exc:
                 if not exc.args[0].retriable() or left <= 0:
                     raise
                 log.warning("%s; trying again for %.0f s", exc.args[0].str(), left)
-                time.sleep(_PAUSE_S)  # the answer may have come at once
+                time.sleep(_PAUSE_S)  # the error may have come at once
             else:
                 return
 
     def _after(self, error: KafkaError, deadline: float) -> None:
-        """Turn a failed transaction into the one exception that says what to do now."""
+        """Raise the one exception that says what to do about a failed transaction."""
         if error.code() in _FENCED or (error.fatal() and error.code() == KafkaError.INVALID_PRODUCER_EPOCH):
             self._unless_too_slow(error, deadline)
             who = self._settings.worker.transactional_id()
@@ -339,17 +363,17 @@ class ExactlyOnce:
         if error.txn_requires_abort():
             self._abort(deadline)
         else:
-            # Whether it was committed is not known: a new producer under the same id ends it one way or the other.
+            # It is not known whether the commit succeeded: a new producer under the same id ends it either way.
             self._replace(deadline)
         raise TransactionAborted(error.str(), too_large=error.code() == KafkaError.MSG_SIZE_TOO_LARGE)
 
     def _unless_too_slow(self, error: KafkaError, deadline: float) -> None:
-        """Go on where the broker ended the transaction for its age, which looks as if another worker had fenced it.
+        """Raise `TransactionAborted` if the broker may have ended the transaction for its age: that looks like fencing.
 
-        Should it have been another worker after all, that one is fenced now, and stops: one of them is left.
+        If another worker did take the id, the new producer fences that worker, which stops: one of the two is left.
         """
         worker = self._settings.worker
-        age = time.monotonic() - (deadline - worker.deadline_s)
+        age = self._clock() - (deadline - worker.deadline_s)
         if age >= worker.transaction_timeout_s:
             self._replace(deadline)
             raise TransactionAborted(f"open for {age:.1f} s, over worker.transaction_timeout_s: {error.str()}")
@@ -365,9 +389,9 @@ class ExactlyOnce:
     def _replace(self, deadline: float) -> None:
         log.warning("making a new producer for %s", self._settings.worker.transactional_id())
         self._producer.purge()
-        self._producer = producer(self._settings, transactional=True, largest=self._largest)
+        self._producer = self._make_producer(self._settings, transactional=True, largest=self._largest)
         try:
-            self._until(self._producer.init_transactions, max(deadline, time.monotonic() + _CONTACT_S))
+            self._until(self._producer.init_transactions, max(deadline, self._clock() + _CONTACT_S))
         except KafkaException as exc:
             raise PublishError(f"no new producer: {exc.args[0].str()}") from exc
 
@@ -378,17 +402,23 @@ class AtLeastOnce:
     Parameters
     ----------
     settings : Settings
+        ``worker`` and ``kafka``.
     reader : Consumer
         Commits the offsets.
+    make_producer : callable, optional
+        Makes the client, with the arguments of `producer`.
     """
 
-    def __init__(self, settings: Settings, reader: Consumer) -> None:
+    def __init__(
+        self, settings: Settings, reader: Consumer, *, make_producer: Callable[..., Producer] = producer
+    ) -> None:
         self._settings = settings
         self._consumer = reader
-        self._producer = producer(settings, transactional=False)
+        self._make_producer = make_producer
+        self._producer = make_producer(settings, transactional=False)
 
     def start(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def publish(self, records: Sequence[Record], offsets: Sequence[TopicPartition], metadata: object) -> None:
         """See `Publisher.publish`; ``metadata`` is not used."""
@@ -410,10 +440,10 @@ class AtLeastOnce:
 
     def resize(self, largest: int) -> None:
         """See `Publisher.resize`."""
-        self._producer = producer(self._settings, transactional=False, largest=largest)
+        self._producer = self._make_producer(self._settings, transactional=False, largest=largest)
 
     def close(self) -> None:
-        """Let go of the broker."""
+        """Disconnect."""
         self._producer.flush(_LEAST_CALL_S)
 
 
@@ -425,7 +455,7 @@ def make_publisher(settings: Settings, reader: Consumer, largest: int | None) ->
 
 
 def _produce_all(to: Producer, records: Iterable[Record], deadline: float) -> list[KafkaError]:
-    """Queue records outside of a transaction; the list gets the error of each that is not delivered, until flushed."""
+    """Queue records outside of a transaction; the list receives the errors of delivery until the flush returns."""
     failed: list[KafkaError] = []
 
     def delivered(error: KafkaError | None, _message: object) -> None:
@@ -433,19 +463,25 @@ def _produce_all(to: Producer, records: Iterable[Record], deadline: float) -> li
             failed.append(error)
 
     for index, record in enumerate(records):
-        _produce(to, record, index, deadline, delivered)
+        _produce(to, record, index, deadline, delivered=delivered)
     return failed
 
 
 def _produce(
-    to: Producer, record: Record, index: int, deadline: float, delivered: Callable[..., None] | None = None
+    to: Producer,
+    record: Record,
+    index: int,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    delivered: Callable[..., None] | None = None,
 ) -> None:
+    """Queue one record; wait for space in the client's queue until the deadline."""
     while True:
         try:
             to.produce(record.topic, record.value, record.key, headers=record.headers, on_delivery=delivered)
         except BufferError:
-            # The client's queue is full: the transaction is unharmed, and polling makes room.
-            if time.monotonic() > deadline:
+            # The client's queue is full. The transaction is intact, and polling empties the queue.
+            if clock() > deadline:
                 raise TransactionAborted("the producer's queue stayed full until the deadline") from None
             to.poll(0.1)
         except KafkaException as exc:

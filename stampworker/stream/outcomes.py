@@ -26,10 +26,10 @@ ERRORS_PREFIX = HEADERS_PREFIX + "errors."
 RETRY_PREFIX = HEADERS_PREFIX + "retry."
 
 # The topics of rejects and retries must take the alert and these headers.
-_LONGEST_HEADER = 8_000
-# The interpreter's own fast calls do not notice that the client both fails and returns.
+_LONGEST_HEADER = 8_000  # characters
+# A direct call of the method would not notice that the client returns a value and sets an error at the same time.
 _call_headers = cast(Callable[[Message], Headers | None], operator.methodcaller("headers"))
-_STAGES = {  # stage of a reject: what was at work, for the header class.name
+_STAGES = {  # stage of a reject: the code that rejected it, for the header class.name
     "decode": "stampworker.formats.alerts.decode",
     "frames": "stampworker.frames.FrameStore",
     "enrich": "stampworker.enrich.Enricher",
@@ -39,18 +39,18 @@ _STAGES = {  # stage of a reject: what was at work, for the header class.name
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at an alert.
+    """One attempt to make a packet of an alert.
 
     Attributes
     ----------
     topic, partition, offset, timestamp_ms : str, int
-        Of the record that brought the alert first.
+        Of the record that the alert was first read from.
     number : int
-        1 at first.
+        1 for the first attempt.
     since_s : float
-        When the first attempt failed, seconds since 1970; 0 at first.
+        When the first attempt failed, seconds since 1970; 0 for the first attempt.
     due_s : float
-        Not to be made before this time; 0 at first.
+        When the attempt may be made, seconds since 1970; 0 for the first attempt.
     """
 
     topic: str
@@ -118,7 +118,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Retry:
-    """An alert whose frames may still come, and its next attempt."""
+    """An alert whose frames may still come.
+
+    Attributes
+    ----------
+    alert_id : str or None
+        The alert's identifier.
+    error : Exception
+        Why the attempt failed.
+    attempt : Attempt
+        The next attempt.
+    """
 
     alert_id: str | None
     error: Exception
@@ -214,8 +224,8 @@ def _headers_of(message: Message) -> Headers:
     try:
         return _call_headers(message) or []
     except SystemError:
-        # The client cannot give a name that is not UTF-8: it fails once, and from then on gives a list with a hole in
-        # it that kills the process.
+        # The client cannot return a header's name that is not UTF-8: the first call fails, and every later call returns
+        # a list with a null pointer in it, which kills the process.
         message.set_headers([])
         log.warning(
             "%s partition %s offset %s: a header's name is not UTF-8; the record goes on without headers",

@@ -1,7 +1,7 @@
 """Replay: a retained topic through the same worker, into another topic.
 
 A replay is a consumer group of its own, set to where the range begins, and a worker that ends where the range ends. So
-it keeps the worker's promise, and one that was interrupted goes on where it stopped when its name is given again.
+it keeps the worker's promise, and running an interrupted replay again under the same name resumes it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def replay(
     topic, to_topic : str
         Where alerts are read from, and where packets go.
     run : str
-        Name of the replay: of its group and of the packets' header. The same name goes on with a replay that was
-        interrupted.
+        Name of the replay: of its group and of the packets' header. Running it again under the same name resumes it.
     start, end : Bound, optional
         The range, half open; by default all that the topic holds now.
     on_worker : callable, optional
@@ -120,7 +119,7 @@ def _check_range(start: Bound, end: Bound) -> None:
 
 
 def _prepare(settings: Settings, topic: str, start: Bound, end: Bound) -> dict[Partition, int]:
-    """Set the group to the start of the range, unless it has begun already; return where the range ends."""
+    """Set the group to the start of the range, unless the replay has begun already; return where the range ends."""
     count = check_topics(settings, [topic])[topic]
     reader = consumer(settings)
     try:

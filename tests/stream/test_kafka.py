@@ -55,11 +55,14 @@ Scripted = Callable[..., tuple[ExactlyOnce, list[str]]]
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     """Make a publisher whose producers share one script: method → errors of its next calls; and their calls."""
 
-    def make(settings: Settings | None = None, **script: list[BaseException]) -> tuple[ExactlyOnce, list[str]]:
+    def make(
+        settings: Settings | None = None, clock: Callable[[], float] = time.monotonic, **script: list[BaseException]
+    ) -> tuple[ExactlyOnce, list[str]]:
         calls: list[str] = []
-        monkeypatch.setattr(stampworker.stream.kafka, "producer", lambda *_, **__: ScriptedProducer(calls, script))
         monkeypatch.setattr(stampworker.stream.kafka, "_PAUSE_S", 0.001)
-        return ExactlyOnce(settings or Settings()), calls
+        made: Any = ScriptedProducer
+        publisher = ExactlyOnce(settings or Settings(), make_producer=lambda *_, **__: made(calls, script), clock=clock)
+        return publisher, calls
 
     return make
 
@@ -128,11 +131,12 @@ def test_fenced_producer_names_its_slot(scripted: Scripted, code: int) -> None:
         publish(publisher)
 
 
-def test_transaction_that_outlived_its_time_is_read_again(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transaction_that_outlived_its_time_is_read_again(scripted: Scripted) -> None:
     """A broker that was away for longer than the transaction's time fences, too; the worker goes on all the same."""
-    publisher, calls = scripted(commit_transaction=[error(KafkaError._FENCED, fatal=True)])
-    clock = iter(range(0, 10_000, 11))
-    monkeypatch.setattr(stampworker.stream.kafka.time, "monotonic", lambda: float(next(clock)))
+    times = iter(range(0, 10_000, 11))
+    publisher, calls = scripted(
+        clock=lambda: float(next(times)), commit_transaction=[error(KafkaError._FENCED, fatal=True)]
+    )
     with pytest.raises(TransactionAborted, match=r"over worker\.transaction_timeout_s: injected"):
         publish(publisher)
     assert calls[-2:] == ["purge", "init_transactions"]
@@ -249,13 +253,14 @@ def test_at_least_once_marks_what_the_topic_refuses_for_its_size(cluster: MockCl
     reader.close()
 
 
-def test_at_least_once_ends_with_its_producer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_least_once_ends_with_its_producer(settings: Settings) -> None:
     """A producer that takes nothing any more ends the publisher by one of our errors."""
     calls: list[str] = []
     script: dict[str, list[BaseException]] = {"produce": [error(KafkaError._FATAL, fatal=True)]}
-    monkeypatch.setattr(stampworker.stream.kafka, "producer", lambda *_, **__: ScriptedProducer(calls, script))
+    made: Any = ScriptedProducer(calls, script)
+    reader: Any = None
     with pytest.raises(PublishError, match="the producer cannot go on: injected"):
-        publish(AtLeastOnce(settings, None))  # type: ignore[arg-type]
+        publish(AtLeastOnce(settings, reader, make_producer=lambda *_, **__: made))
 
 
 def test_records_that_are_not_delivered_are_counted(cluster: MockCluster, settings: Settings) -> None:
