@@ -13,7 +13,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 from importlib.metadata import version
 
 from stampworker.config import Settings
-from stampworker.enrich import Reject, enrich_table, make_packets
+from stampworker.enrich import enrich_table, make_packets
 from stampworker.errors import (
     AlertError,
     BrokerUnavailable,
@@ -32,6 +32,7 @@ from stampworker.errors import (
 )
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet, Stamp
+from stampworker.formats.rejects import Reject
 from stampworker.frames import Frame, FrameStore
 from stampworker.resolve import Resolver, load_resolver
 from stampworker.stream.worker import Worker

@@ -21,8 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from astropy.table import Column, Table, vstack
-from astropy.units import Quantity
 from tqdm import tqdm
 
 import stampworker
@@ -30,12 +28,13 @@ from stampworker import config
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
-from stampworker.enrich import Prepared, Reject, check_frames, complete, file_url, prepare, results_table
+from stampworker.enrich import Prepared, check_frames, complete, file_url, prepare
 from stampworker.errors import AlertError, ConfigError, StampworkerError
-from stampworker.formats import files
-from stampworker.formats.alerts import Alert, encode, masked_column
+from stampworker.formats import files, tables
+from stampworker.formats.alerts import Alert, encode
 from stampworker.formats.packets import Packet
 from stampworker.formats.packets import encode as encode_packet
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 from stampworker.simulation import demo
@@ -49,7 +48,6 @@ log = logging.getLogger("stampworker")
 
 # Alerts that are worked on together: enough to group them by frame, few enough to show progress.
 _CHUNK = 256
-_TABLE_FORMATS = {".ecsv": "ascii.ecsv", ".vot": "votable", ".xml": "votable", ".fits": "fits", ".csv": "ascii.csv"}
 _FLAGS = (  # settings with a flag of their own, whose name is the key's
     "worker.slot",
     "worker.group",
@@ -125,7 +123,7 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
         # What is wrong with a file of a flag is wrong for every row: say so before anything is written.
         with FrameStore(settings.frames, allowed=urls.values()) as store:
             check_frames(urls, store)
-    options = files.TableOptions(urls, _columns(args.columns), args.pixel_origin)
+    options = tables.TableOptions(urls, _columns(args.columns), args.pixel_origin)
     read = [files.read_alerts(path, options, settings.alerts.schema_folder) for path in paths]
     to = _empty_folder(args.to)
     total = sum(len(alerts) for alerts, _ in read)
@@ -139,7 +137,9 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
                     results += made if args.table else [r for r in made if isinstance(r, Reject)]
                     bar.update(len(made))
     if args.table:
-        _write_table(Path(args.table), [table for _, table in read], results)
+        left = iter(results)
+        made = [tables.results_table(table, itertools.islice(left, len(table))) for _, table in read]
+        tables.write_tables(Path(args.table), made)
     return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
 
 
@@ -161,11 +161,11 @@ def _batches(
 def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Resolver) -> dict[str, str]:
     """Return the frames that flags name for the rows of tables."""
     flags = {plane: str(getattr(args, plane)) for plane in PLANES if getattr(args, plane)}
-    tables = [path for path in paths if files.is_table(path)]
-    if flags and not tables:
+    table = next((path for path in paths if tables.is_table(path)), None)
+    if flags and table is None:
         raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
-    if tables and "science" not in flags and resolver is ALERT_ONLY:
-        raise ConfigError(f"{tables[0]}: a table names no frames, wanted at least --science FILE, or --resolver NAME")
+    if table is not None and "science" not in flags and resolver is ALERT_ONLY:
+        raise ConfigError(f"{table}: a table names no frames, wanted at least --science FILE, or --resolver NAME")
     if "error" in flags and "variance" in flags:
         raise ConfigError("--error, --variance: found both, wanted one of them")
     return flags
@@ -211,54 +211,10 @@ def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) 
 def _check_table(name: str | None, to: str) -> None:
     if name is None:
         return
-    if Path(name).suffix.lower() not in _TABLE_FORMATS:
-        raise ConfigError(f"--table: found {name!r}, wanted a name that ends in {', '.join(_TABLE_FORMATS)}")
+    if Path(name).suffix.lower() not in tables.WRITTEN:
+        raise ConfigError(f"--table: found {name!r}, wanted a name that ends in {', '.join(tables.WRITTEN)}")
     if not Path(name).parent.is_dir() and Path(name).parent.resolve() != Path(to).resolve():
         raise ConfigError(f"--table: found no folder {str(Path(name).parent)!r} for {name!r}")
-
-
-def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet | Reject]) -> None:
-    made, start = [], 0
-    for table in tables:
-        made.append(results_table(table, results[start : start + len(table)]))
-        start += len(table)
-    _reconcile(made)
-    joined = vstack(made, metadata_conflicts="silent") if len(made) > 1 else made[0]
-    form = _TABLE_FORMATS[path.suffix.lower()]
-    _simplify(joined, form)
-    joined.write(path, format=form, overwrite=True)
-
-
-def _simplify(table: Table, form: str) -> None:
-    """Make text of the columns that a format cannot hold, and ASCII of the text in FITS: ECSV holds everything."""
-    for name in table.colnames:
-        column = table[name]
-        is_plain = isinstance(column, Column | Quantity)
-        if (form in ("votable", "ascii.csv") and not is_plain) or (form == "ascii.csv" and column.ndim > 1):
-            table[name] = [str(value) for value in column]
-        elif form == "fits" and is_plain and column.dtype.kind == "U":
-            table[name] = masked_column([None if value is None else _ascii(value) for value in column.tolist()], str)
-        if form == "fits":
-            table.rename_column(name, _ascii(name))
-
-
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
-
-
-def _reconcile(tables: Sequence[Table]) -> None:
-    """Make text of the columns that are text, or boolean, in one table and something else in another."""
-    kinds: dict[str, set[str]] = {}
-    for table in tables:
-        for name in table.colnames:
-            if isinstance(table[name], Column):
-                kind = table[name].dtype.kind
-                kinds.setdefault(name, set()).add({"i": "f", "u": "f", "S": "U"}.get(kind, kind))
-    for name in (name for name, found in kinds.items() if len(found) > 1):
-        for table in tables:
-            if name in table.colnames:
-                values = table[name].tolist()  # None where it is masked
-                table[name] = masked_column([None if value is None else str(value) for value in values], str)
 
 
 def _require_roots(settings: Settings) -> None:
@@ -316,7 +272,7 @@ def _publish(args: argparse.Namespace, settings: Settings) -> int:
     topic = args.topic or settings.worker.input_topic[0]
     alerts = []
     for name in args.alerts:
-        if files.is_table(Path(name)):
+        if tables.is_table(Path(name)):
             raise ConfigError(f"{name}: a table of candidates names no frames, wanted alerts")
         for alert in files.read_alerts(Path(name), None, settings.alerts.schema_folder)[0]:
             if isinstance(alert, AlertError):

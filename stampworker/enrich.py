@@ -16,7 +16,7 @@ import contextlib
 import logging
 import math
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,8 +35,10 @@ from pydantic import ValidationError
 from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
 from stampworker.cutouts import adjust_cutout, compare_point_source, get_cutout, is_artefact
 from stampworker.errors import AlertError, FrameError, FrameMismatch
-from stampworker.formats.alerts import Alert, from_table, masked_column
+from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import CUTOUT_KEYS, METRICS, Packet, Stamp, StampWriter
+from stampworker.formats.rejects import Reject
+from stampworker.formats.tables import from_table, results_table
 from stampworker.frames import Frame, FrameKey, FrameStore, PlaneKind, celestial_frame, on_grid
 from stampworker.frames.urls import scheme_of
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
@@ -50,30 +52,6 @@ _VERSION = version("stampworker")
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 # The normal approximation to a position is lost far outside any detector; and a section's corner must be an integer.
 _FARTHEST_PIXEL = 1e9
-
-
-@dataclass(frozen=True)
-class Reject:
-    """An alert that cannot become a packet.
-
-    Attributes
-    ----------
-    alert_id : str or None
-        The alert's identifier; None where it could not be decoded.
-    stage : str
-        ``decode``, ``frames`` or ``enrich``.
-    error : Exception
-        Why.
-    """
-
-    alert_id: str | None
-    stage: str
-    error: Exception
-
-    def to_record(self) -> dict[str, Any]:
-        """Return ``alertId, stage, error, message``."""
-        name = type(self.error).__name__
-        return {"alertId": self.alert_id, "stage": self.stage, "error": name, "message": str(self.error)}
 
 
 @dataclass(frozen=True)
@@ -533,36 +511,6 @@ def _stamps(
             data = data.astype(cutout["image"].dtype, copy=False)
         stamps[plane] = writer.write(alert_id, data, *corner)
     return stamps
-
-
-def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
-    """Add the metrics to a table of candidates.
-
-    Parameters
-    ----------
-    table : astropy.table.Table
-        One row a candidate; not modified.
-    results : iterable of Packet or Reject
-        One a row.
-
-    Returns
-    -------
-    table : astropy.table.Table
-        With ``alertId``, ``packetId``, the columns ``adjust_*`` (masked where there is no fit) and ``reject``, the
-        reason why a row has no packet, else empty.
-    """
-    listed = list(results)
-    out = table.copy()
-    packets = [r if isinstance(r, Packet) else None for r in listed]
-    out["alertId"] = [r.alert_id or "" for r in listed]
-    out["packetId"] = [p.packet_id if p else "" for p in packets]
-    for name in METRICS:
-        kind: type = {"adjust_df": int, "adjust_bound": str}.get(name, float)
-        out[name] = masked_column([p.metrics.get(name) if p else None for p in packets], kind)
-    out["adjust_status"] = masked_column([p.adjust_status if p else None for p in packets], str)
-    out["adjust_artefact"] = masked_column([p.adjust_artefact if p else None for p in packets], bool)
-    out["reject"] = [f"{type(r.error).__name__}: {r.error}" if isinstance(r, Reject) else "" for r in listed]
-    return out
 
 
 def enrich_table(

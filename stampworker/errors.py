@@ -114,3 +114,13 @@ class TransactionAborted(PublishError):
 
 class ProducerFenced(PublishError):
     """Another worker took this worker's transactional id: stop."""
+
+
+def shown(value: object) -> str:
+    """Return at most 200 characters of a value for a message, in ASCII; the value may be anything."""
+    return ascii(value)[:200]
+
+
+def brief(exc: BaseException) -> str:
+    """Return the class and at most 200 characters of another library's error, which may quote whole schemas."""
+    return f"{type(exc).__name__}: {str(exc)[:200]}"

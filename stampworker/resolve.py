@@ -47,9 +47,9 @@ from urllib.parse import quote
 
 from astropy.time import Time
 
-from stampworker.config import PLANES, ResolveSettings, nearest
-from stampworker.errors import AlertError, ConfigError
-from stampworker.formats.alerts import FIELDS, Alert, Scalar, is_text
+from stampworker.config import ResolveSettings, nearest
+from stampworker.errors import AlertError, ConfigError, shown
+from stampworker.formats.alerts import FIELDS, Alert, Scalar, check_frames, check_urls
 from stampworker.frames.urls import REMOTE, WEB, scheme_of, without_credentials
 
 GROUP = "stampworker.resolvers"
@@ -89,7 +89,7 @@ def _ztf_fields(alert: Alert) -> Mapping[str, str]:
     match = _ZTF_NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         wanted = "ztf_<yyyymmddffffff>_<field>_<filter>_c<ccd>_o_q<quadrant>_scimrefdiffimg.fits"
-        raise AlertError(f"extra.pdiffimfilename: found {ascii(name)[:200]}, wanted {wanted}")
+        raise AlertError(f"extra.pdiffimfilename: found {shown(name)}, wanted {wanted}")
     return match.groupdict()
 
 
@@ -185,29 +185,17 @@ class Resolver:
         AlertError
             The alert lacks what is needed to find them, or they are not frames of an alert.
         """
-        found = self.find(alert)
-        frames = self._merged(alert.frames, found) if found else alert.frames
-        if "science" not in frames:
-            # Not the values: a URL may hold credentials.
-            known = ", ".join(frames) or "none"
-            raise AlertError(f"frames: found {known}, wanted at least science; the resolver is {self.name!r}")
-        if "error" in frames and "variance" in frames:
-            raise AlertError(f"frames: found both error and variance, wanted one; the resolver is {self.name!r}")
-        return frames
-
-    def _merged(self, named: Mapping[str, str], found: object) -> dict[str, str]:
-        if not isinstance(found, Mapping):
-            raise AlertError(f"resolver {self.name!r}: found {type(found).__name__}, wanted a map of plane to URL")
-        frames = dict(named)
-        for plane, url in found.items():
-            if plane not in PLANES:
-                raise AlertError(f"resolver {self.name!r}: no plane is called {plane!r}{nearest(str(plane), PLANES)}")
-            if not isinstance(url, str) or not url:
-                raise AlertError(f"resolver {self.name!r}: {plane}: found {type(url).__name__}, wanted a URL or path")
-            if not is_text(url):  # a file's name that is not UTF-8, as os.listdir gives it
-                raise AlertError(f"resolver {self.name!r}: {plane}: found {ascii(url)[:200]}, wanted text")
-            if not _is_named(plane, named) and (not self.planes or plane in self.planes):
-                frames[plane] = url
+        found = self.find(alert) or {}
+        try:
+            check_urls(found)
+            taken = [plane for plane in self.planes or found if plane in found and not _is_named(plane, alert.frames)]
+            frames = {**alert.frames, **{plane: found[plane] for plane in taken}} if taken else alert.frames
+            if "science" not in frames:
+                # Not the values: a URL may hold credentials.
+                raise AlertError(f"frames: found {', '.join(frames) or 'none'}, wanted at least science")
+            check_frames(frames)
+        except AlertError as exc:
+            raise AlertError(f"{exc}; the resolver is {self.name!r}") from None
         return frames
 
 
@@ -358,10 +346,12 @@ class _Template:
         path = "".join([p if isinstance(p, str) else self._value(p, alert, fields) for p in self._path])
         fragment = "".join([p if isinstance(p, str) else self._value(p, alert, fields) for p in self._fragment])
         if ("/." in path or path[:1] == ".") and not {".", ".."}.isdisjoint(path.split("/")):
-            raise AlertError(f"{self._where}: found the folder . or .. in {_shown(path)}, wanted names")
-        if self._is_path and scheme_of(path) is not None:
-            raise AlertError(f"{self._where}: found {_shown(path)}, wanted a path and no URL")
-        return path + fragment
+            problem = "found the folder . or .. in {}, wanted names"
+        elif self._is_path and scheme_of(path) is not None:
+            problem = "found {}, wanted a path and no URL"
+        else:
+            return path + fragment
+        raise AlertError(f"{self._where}: {problem.format(shown(without_credentials(path)))}")
 
     def _with_root(self, text: str, root: str) -> str:
         """Put the root in, so that its own fields are filled like the others."""
@@ -410,11 +400,11 @@ class _Template:
         try:
             text = _formatted(value, spec, alert)
         except (ValueError, TypeError, OverflowError) as exc:
-            shown = f"{ascii(value)[:200]} for {{{name}{':' * bool(spec)}{spec}}}"
-            raise AlertError(f"{self._where}: found {shown}: {exc}") from None
+            found = f"{shown(value)} for {{{name}{':' * bool(spec)}{spec}}}"
+            raise AlertError(f"{self._where}: found {found}: {exc}") from None
         if _REFUSED.search(text):
             raise AlertError(
-                f"{self._where}: {name!r} is {ascii(text)[:200]}, wanted text without # ? % \\, control characters "
+                f"{self._where}: {name!r} is {shown(text)}, wanted text without # ? % \\, control characters "
                 "and empty folders"
             )
         return quote(text) if self._is_encoded else text
@@ -441,10 +431,6 @@ def _date(mjd: float, scale: str) -> datetime:
     # UT1, which only measurements tell from UTC, is within a second of it.
     utc = mjd if scale in ("utc", "ut1") else float(Time(mjd, format="mjd", scale=scale).utc.mjd)
     return _MJD_0 + timedelta(days=utc)
-
-
-def _shown(path: str) -> str:
-    return ascii(without_credentials(path))[:200]
 
 
 def _what_there_is(name: str, alert: Alert, fields: Mapping[str, Scalar]) -> str:

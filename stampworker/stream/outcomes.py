@@ -13,9 +13,9 @@ from typing import Any, cast
 from confluent_kafka import Message
 
 from stampworker.config import WorkerSettings
-from stampworker.enrich import Reject
 from stampworker.errors import FrameMissing, FrameUnavailable
 from stampworker.formats.packets import Packet, encode
+from stampworker.formats.rejects import Reject
 from stampworker.formats.schema import PACKET
 from stampworker.stream.kafka import Headers, Record
 

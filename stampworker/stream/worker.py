@@ -29,10 +29,11 @@ from dataclasses import dataclass, field
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from stampworker.config import Settings
-from stampworker.enrich import Prepared, Reject, complete, prepare
+from stampworker.enrich import Prepared, complete, prepare
 from stampworker.errors import AlertError, PublishError, TransactionAborted
 from stampworker.formats.alerts import Alert, decode
 from stampworker.formats.packets import STAMP_FIELDS, Packet
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
 from stampworker.resolve import load_resolver
 from stampworker.stream.kafka import (
