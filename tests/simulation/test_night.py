@@ -13,8 +13,9 @@ from astropy.wcs import WCS
 
 from stampworker.cutouts import adjust_cutout, is_artefact
 from stampworker.errors import ConfigError
+from stampworker.simulation.candidates import SHARES, capacity
 from stampworker.simulation.confusion import BINNED, confusion, recovery
-from stampworker.simulation.night import MASK_BITS, SHARES, capacity, simulate
+from stampworker.simulation.night import MASK_BITS, simulate
 
 PLANES = ("science", "template", "convolved", "difference", "error", "mask")
 
