@@ -137,9 +137,9 @@ def recovery(truth: Table, results: Results, min_snr: float = 10.0) -> dict[str,
     Returns
     -------
     figures : dict
-        ``dipoles``, ``scale_errors``: numbers of candidates compared. ``shift``: median distance between fitted and true
-        shift of dipoles, pixels. ``dx_bias``, ``dy_bias``: medians of fitted minus true. ``scale``: median of |fitted
-        minus true| of scale errors between 1/1.1 and 1.1, the default bounds of the fit. NaN if nothing can be
+        ``dipoles``, ``scale_errors``: numbers of candidates compared. ``shift``: median distance between the fitted and
+        the true shift of dipoles, pixels. ``dx_bias``, ``dy_bias``: medians of fitted minus true. ``scale``: median of
+        |fitted minus true| of scale errors between 1/1.1 and 1.1, the default bounds of the fit. NaN if nothing can be
         compared.
     """
     fits = [
