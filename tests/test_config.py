@@ -111,7 +111,7 @@ def test_tables_come_as_tables_or_as_json(toml):
         ("[enrich]\nradus = 3\n", r"enrich\.radus is not a setting; the nearest known is 'radius'"),
         ("[wroker]\ngroup = 'g'\n", r"wroker is not a setting; the nearest known is 'worker'"),
         ("worker = 3\n", r"'worker' is a section, wanted a table \[worker\]"),
-        ("radius = 3\n", r"'radius' stands outside a section"),
+        ("radius = 3\n", "'radius' is outside a section"),
         (
             "[enrich]\nrequired_planes = ['tempalte']\n",
             r"no plane is called 'tempalte'; the nearest known is 'template'",

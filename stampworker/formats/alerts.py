@@ -1,4 +1,4 @@
-"""Incoming alerts: bytes or records in, `Alert` out."""
+"""Incoming alerts: from bytes or records to `Alert`."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ class Alert:
     object_id : str or None
         The object's identifier.
     x, y : float or None
-        Pixels on the science frame, 0-based; None: from ``ra``, ``dec``.
+        Position on the science frame, pixels, 0-based; None if ``ra``, ``dec`` give it.
     ra, dec : float or None
-        Degrees, ICRS.
+        Position on the sky, degrees, ICRS.
     mjd : float or None
         Middle of the exposure, days, in the scale ``mjd_scale``.
     mjd_scale : str
-        ``utc``, ``tai``, ...
+        Time scale of ``mjd``: ``utc``, ``tai``, ``tdb``, ``tt``, ``tcb``, ``tcg`` or ``ut1``.
     fwhm : float or None
-        Of the PSF on the science frame, pixels.
+        FWHM of the PSF on the science frame, pixels.
     gain : float or None
         Electrons per unit of the science frame.
     extra : dict of str to str, int, float or bool
-        Anything else about the candidate.
+        All other information about the candidate.
     frames : dict of str to str
-        Plane → URL or path; those that are not named may come from a resolver.
+        Plane → URL or path. A resolver may add other planes.
     """
 
     alert_id: str
@@ -83,7 +83,7 @@ class Alert:
 
     @property
     def key(self) -> str:
-        """Key of the packet's Kafka record: the object, or the alert where no object is named."""
+        """Key of the packet's Kafka record: ``object_id``, or ``alert_id`` if that is None."""
         return self.object_id if self.object_id is not None else self.alert_id
 
     def to_record(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Alert:
         return {name: getattr(self, attribute) for name, attribute in FIELDS.items()}
 
     def packet_id(self) -> str:
-        """Return the UUID (version 5) of the alert's content: no clock, offset or host is in it."""
+        """Return the UUID (version 5) of the alert's content: the same alert has the same id everywhere."""
         content = json.dumps(self.to_record(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return str(uuid.uuid5(_NAMESPACE, content))
 
@@ -143,9 +143,9 @@ def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
     Parameters
     ----------
     data : bytes
-        One alert. The first bytes tell the form: ``Obj\x01`` a container, 0 the wire format, else JSON.
+        One alert. It is a container if it begins with ``Obj\x01``, wire format if it begins with 0, else JSON.
     schema_folder : Path, optional
-        Folder of ``<schema id>.avsc``, the writers' schemas of the wire format.
+        Folder with the files ``<schema id>.avsc``, the writers' schemas of the wire format.
 
     Returns
     -------
@@ -154,9 +154,9 @@ def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
     Raises
     ------
     UnknownSchema
-        No schema of that id is in the folder, or no folder is set.
+        The folder has no schema of that id, or no folder is given.
     AlertError
-        The bytes cannot be decoded, or the alert is not what is wanted.
+        The bytes cannot be decoded, or a field of the alert is wrong.
     """
     if data[:4] == b"Obj\x01":
         records = decode_container(data)
@@ -171,23 +171,23 @@ def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
 def encode(alert: Alert) -> bytes:
     """Return an alert as an Avro object container of one record.
 
-    The same alert gives the same bytes: the container's sync marker comes from the content.
+    The same alert gives the same bytes, because the container's sync marker is made from the content.
     """
     return write_container(*ALERT, alert.to_record(), uuid.UUID(alert.packet_id()).bytes)
 
 
 def decode_container(data: bytes) -> list[dict[str, Any]]:
-    """Read the records of an Avro object container, resolved to our schema of an alert.
+    """Read the records of an Avro object container, resolved to the schema ``stampworker.alert``.
 
     Raises
     ------
     AlertError
-        The container cannot be read, or its schema is not that of an alert.
+        The container cannot be read, or its schema does not resolve to that of an alert.
     """
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*ALERT))
         return list(reader)  # type: ignore[arg-type]
-    except Exception as exc:  # malformed bytes end in many kinds of error, and fastavro's have no common base
+    except Exception as exc:  # malformed bytes raise many kinds of errors, and fastavro's have no common base
         raise AlertError(f"Avro container: {brief(exc)}; wanted {' '.join(ALERT)}") from exc
 
 

@@ -90,8 +90,8 @@ def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] |
     Notes
     -----
     Black is low, white is high. Science and convolved share a stretch; the template, on its own flux scale, has its
-    own. Both are asinh stretches from 3 sigma below the sky to the brightest pixels, linear over the noise. Difference and
-    adjusted share a linear stretch that is symmetric about zero, so they show what the adjustment removes. Pixels
+    own. Both are asinh stretches from 3 sigma below the sky to the brightest pixels, linear over the noise. Difference
+    and adjusted share a linear stretch that is symmetric about zero, so they show what the adjustment removes. Pixels
     without data are blue, masked pixels have an orange tint, planes that the packet lacks are light grey. Ticks point
     at the candidate's pixel.
     """
