@@ -1,4 +1,4 @@
-"""The command line: the only reader of arguments and environment.
+"""The command line, the only reader of arguments and environment.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 """
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ from stampworker.viewer import picture
 
 log = logging.getLogger("stampworker")
 
-# Alerts that are worked on together: enough to group them by frame, few enough to show progress.
+# Alerts in a batch: enough to group them by frame, few enough to show progress.
 _CHUNK = 256
-_FLAGS = (  # settings with a flag of their own, whose name is the key's
+_FLAGS = (  # settings with a flag of their own; the key is the argument's name
     "worker.slot",
     "worker.group",
     "enrich.radius",
@@ -57,7 +57,7 @@ _FLAGS = (  # settings with a flag of their own, whose name is the key's
     "resolve.root",
     "log.level",
 )
-# A worker that was told to end and hangs in its client is ended after its deadline and this long.
+# After a stop signal, the process is ended this long after the worker's deadline, even if the Kafka client hangs.
 _GRACE_S = 30.0
 
 
@@ -99,7 +99,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     for text in args.set or ():
         name, mark, value = text.partition("=")
         if not mark or "." not in name:
-            # Only what stands before the value, which may be a secret.
+            # Without the value: it may be a secret.
             raise ConfigError(f"--set: found {name.partition(' ')[0]!r}, wanted section.key=value")
         flags[name] = value
     for name in _FLAGS:
@@ -120,7 +120,7 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     flags = _table_frames(args, paths, resolver)
     urls = {plane: file_url(path) for plane, path in flags.items()}
     if urls:
-        # What is wrong with a file of a flag is wrong for every row: say so before anything is written.
+        # A frame that cannot be read is wrong for every row, so the command fails before it writes anything.
         with FrameStore(settings.frames, allowed=urls.values()) as store:
             check_frames(urls, store)
     options = tables.TableOptions(urls, _columns(args.columns), args.pixel_origin)
@@ -132,21 +132,22 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
         for roots, alerts in _by_roots(paths, [alerts for alerts, _ in read], settings):
             frames = settings.frames.model_copy(update={"frame_roots": roots})
             with FrameStore(frames, allowed=urls.values()) as store:
-                for made in _batches(alerts, store, settings, resolver):
-                    _write_results(to, made, args.cutouts)
-                    results += made if args.table else [r for r in made if isinstance(r, Reject)]
-                    bar.update(len(made))
+                for batch in _batches(alerts, store, settings, resolver):
+                    _write_results(to, batch, args.cutouts)
+                    # Packets have stamps: they are kept only for the table.
+                    results += batch if args.table else [r for r in batch if isinstance(r, Reject)]
+                    bar.update(len(batch))
     if args.table:
-        left = iter(results)
-        made = [tables.results_table(table, itertools.islice(left, len(table))) for _, table in read]
-        tables.write_tables(Path(args.table), made)
+        rows = iter(results)
+        parts = [tables.results_table(table, itertools.islice(rows, len(table))) for _, table in read]
+        tables.write_tables(Path(args.table), parts)
     return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
 
 
 def _batches(
     alerts: Sequence[Alert | AlertError], store: FrameStore, settings: Settings, resolver: Resolver
 ) -> Iterator[list[Packet | Reject]]:
-    """Yield what becomes of the alerts, batch after batch; the frames of one are opened while the last is computed."""
+    """Yield the results of each batch of alerts; the frames of the next batch are opened while one is computed."""
     with ThreadPoolExecutor(1, "ahead") as ahead:
         before: Future[Prepared] | None = None
         for start in range(0, len(alerts), _CHUNK):
@@ -159,7 +160,7 @@ def _batches(
 
 
 def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Resolver) -> dict[str, str]:
-    """Return the frames that flags name for the rows of tables."""
+    """Return the frames that the flags name for the rows of tables."""
     flags = {plane: str(getattr(args, plane)) for plane in PLANES if getattr(args, plane)}
     table = next((path for path in paths if tables.is_table(path)), None)
     if flags and table is None:
@@ -174,30 +175,32 @@ def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Res
 def _by_roots(
     paths: Sequence[Path], alerts: Sequence[Sequence[Alert | AlertError]], settings: Settings
 ) -> Iterator[tuple[tuple[str, ...], list[Alert | AlertError]]]:
-    """Put together the alerts of neighbouring files whose frames lie under the same roots."""
+    """Yield the frame roots of consecutive files, with their alerts; by default the roots are the files' folders."""
 
     def roots(pair: tuple[Path, object]) -> tuple[str, ...]:
         return settings.frames.frame_roots or (str(pair[0].resolve().parent),)
 
-    for found, pairs in itertools.groupby(zip(paths, alerts, strict=True), roots):
-        yield found, [alert for _, part in pairs for alert in part]
+    for same, pairs in itertools.groupby(zip(paths, alerts, strict=True), roots):
+        yield same, [alert for _, part in pairs for alert in part]
 
 
 def _report(args: argparse.Namespace, total: int, rejects: Sequence[Reject], to: Path) -> int:
     kinds = Counter(type(reject.error).__name__ for reject in rejects)
+    first = {type(reject.error).__name__: reject.error for reject in reversed(rejects)}
     counts = {"alerts": total, "packets": total - len(rejects), "rejects": len(rejects)}
-    if args.json:
-        print(json.dumps({**counts, "errors": kinds}))
-        return 0
-    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {to}")
-    for name, count in kinds.most_common():
-        first = next(reject.error for reject in rejects if type(reject.error).__name__ == name)
-        print(f"  {count} {name}, such as: {first}")
+    lines = [", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {to}"]
+    lines += [f"  {count} {name}, such as: {first[name]}" for name, count in kinds.most_common()]
+    return _print(args, {**counts, "errors": kinds}, "\n".join(lines))
+
+
+def _print(args: argparse.Namespace, values: Mapping[str, Any], text: str) -> int:
+    """Print a result, with --json as an object; return the exit code."""
+    print(json.dumps(values) if args.json else text)
     return 0
 
 
 def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) -> None:
-    # A file name that is not UTF-8 comes as lone surrogates, which JSON can escape and UTF-8 cannot hold.
+    # A file name that is not UTF-8 has lone surrogates. JSON can escape them, UTF-8 cannot encode them.
     with (to / "rejects.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as rejects:
         for result in results:
             if isinstance(result, Reject):
@@ -220,7 +223,7 @@ def _check_table(name: str | None, to: str) -> None:
 def _require_roots(settings: Settings) -> None:
     if not settings.frames.frame_roots:
         raise ConfigError(
-            "frames.frame_roots: found nothing, wanted the folders or URL prefixes that alerts may name frames of"
+            "frames.frame_roots: found nothing, wanted the folders or URL prefixes beneath which frames may be read"
         )
 
 
@@ -247,13 +250,11 @@ def _replay(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _totals(args: argparse.Namespace, totals: Totals) -> int:
-    values = vars(totals)
-    print(json.dumps(values) if args.json else ", ".join(f"{value} {name}" for name, value in values.items()))
-    return 0
+    return _print(args, vars(totals), ", ".join(f"{value} {name}" for name, value in vars(totals).items()))
 
 
 def _stop_on_signals(worker: Worker, settings: Settings) -> None:
-    """Finish the batch at the first SIGTERM or SIGINT, and drop it at the second."""
+    """Finish the batch at the first SIGTERM or SIGINT, drop it at the second."""
 
     def handle(number: int, _frame: object) -> None:
         if worker.stopping:
@@ -281,8 +282,7 @@ def _publish(args: argparse.Namespace, settings: Settings) -> int:
     check_topics(settings, [topic] if settings.worker.guarantee == "exactly-once" else [])
     records = (Record(topic, alert.key.encode(), encode(alert)) for alert in alerts)
     publish_all(settings, records)
-    print(json.dumps({"alerts": len(alerts)}) if args.json else f"{len(alerts)} alerts to {topic}")
-    return 0
+    return _print(args, {"alerts": len(alerts)}, f"{len(alerts)} alerts to {topic}")
 
 
 def _show(args: argparse.Namespace, _settings: Settings) -> int:
@@ -300,7 +300,7 @@ def _show(args: argparse.Namespace, _settings: Settings) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value with null for the numbers that JSON has no word for."""
+    """Return a value with None instead of NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return {name: _finite(item) for name, item in value.items()} if isinstance(value, dict) else value
@@ -316,9 +316,8 @@ def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
         progress=not args.json,
     )
     count = len(files.read_alerts(night.alerts)[0])
-    counts = {"directory": str(night.directory), "alerts": count}
-    print(json.dumps(counts) if args.json else f"{count} alerts in {night.directory}")
-    return 0
+    values = {"directory": str(night.directory), "alerts": count}
+    return _print(args, values, f"{count} alerts in {night.directory}")
 
 
 def _demo(args: argparse.Namespace, settings: Settings) -> int:
@@ -343,35 +342,35 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_enrich(commands)
     run = _add(commands, "run", _run, "consume alerts and publish packets until stopped")
-    run.add_argument("--drain", action="store_true", help="end where the topic ends now")
+    run.add_argument("--drain", action="store_true", help="stop at the end that the topic has now")
     _worker_flags(run)
     _add_replay(commands)
     publish = _add(commands, "publish", _publish, "send the alerts of files to a topic")
     publish.add_argument("alerts", nargs="+", metavar="ALERTS", help="JSON or Avro files")
-    publish.add_argument("--topic", help="by default the first of worker.input_topic")
-    show = _add(commands, "show", _show, "print a packet, and draw its stamps")
+    publish.add_argument("--topic", help="default: the first of worker.input_topic")
+    show = _add(commands, "show", _show, "print a packet and draw its stamps")
     show.add_argument("packet", metavar="PACKET", help="an Avro file")
     show.add_argument("--png", metavar="FILE", help="write a picture of the stamps")
     sim = _add(commands, "simulate", _simulate, "write a small survey night with known truth")
-    sim.add_argument("directory", metavar="DIR", help="a folder that is empty or absent")
+    sim.add_argument("directory", metavar="DIR", help="an empty or absent folder")
     sim.add_argument("--frames", type=int, default=1, help="pointings (%(default)s)")
     sim.add_argument("--size", type=int, default=1024, help="side of a frame, pixels (%(default)s)")
-    sim.add_argument("--candidates", type=int, default=60, help="of all frames together (%(default)s)")
-    sim.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    sim.add_argument("--candidates", type=int, default=60, help="on all frames together (%(default)s)")
+    sim.add_argument("--seed", type=int, default=1, help="of the random numbers (%(default)s)")
     show_demo = _add(commands, "demo", _demo, "run the worker on a simulated night and an embedded broker")
-    show_demo.add_argument("directory", nargs="?", default="demo", metavar="DIR", help="where it writes (%(default)s)")
-    show_demo.add_argument("--candidates", type=int, default=60, help="(%(default)s)")
-    show_demo.add_argument("--seed", type=int, default=1, help="(%(default)s)")
-    _add(commands, "config", _config, "print the effective configuration, secrets masked")
+    show_demo.add_argument("directory", nargs="?", default="demo", metavar="DIR", help="output folder (%(default)s)")
+    show_demo.add_argument("--candidates", type=int, default=60, help="number of candidates (%(default)s)")
+    show_demo.add_argument("--seed", type=int, default=1, help="of the random numbers (%(default)s)")
+    _add(commands, "config", _config, "print all settings, with secrets masked")
     return parser
 
 
 def _add(commands: Any, name: str, command: Callable[..., int], what: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(command=command)
-    parser.add_argument("--config", metavar="FILE", help="settings in TOML; or STAMPWORKER_CONFIG")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of settings (default: $STAMPWORKER_CONFIG)")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")
-    parser.add_argument("--level", metavar="LEVEL", help="of the log: DEBUG, INFO, WARNING, ERROR")
+    parser.add_argument("--level", metavar="LEVEL", help="lowest severity in the log: DEBUG, INFO, WARNING, ERROR")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -388,36 +387,36 @@ def _frame_flags(parser: argparse.ArgumentParser) -> None:
         dest="frame_roots",
         action="append",
         metavar="DIR",
-        help="frames are read beneath this folder, or URL prefix, only, and where a flag names them; repeatable",
+        help="frames may be read beneath this folder or URL prefix, and if a flag names them; repeatable",
     )
     parser.add_argument(
         "--resolver",
         metavar="NAME",
-        help="where frames lie that alerts do not name: template, ztf, stdweb, or one of another package",
+        help="finds frames that alerts do not name: template, ztf, stdweb, or the resolver of another package",
     )
     parser.add_argument(
         "--resolver-root",
         dest="root",
         metavar="DIR",
-        help="folder or URL prefix of the resolver's frames, beneath a frame root; a relative one starts at the first",
+        help="folder or URL prefix of the resolver's frames, beneath a frame root; relative to the first frame root",
     )
     parser.add_argument("--radius", type=float, help="half-size of a stamp, pixels")
 
 
 def _add_enrich(commands: Any) -> None:
-    parser = _add(commands, "enrich", _enrich, "make packets of the alerts of files, without Kafka")
+    parser = _add(commands, "enrich", _enrich, "make packets of alerts in files, without Kafka")
     parser.add_argument("alerts", nargs="+", metavar="ALERTS", help="JSON, Avro, or a table (ECSV, VOTable, FITS, CSV)")
-    parser.add_argument("--to", required=True, metavar="DIR", help="a folder that is empty or absent")
-    parser.add_argument("--table", metavar="FILE", help="write one row a candidate: its columns and the metrics")
-    parser.add_argument("--cutouts", action="store_true", help="write cutouts as FITS files, too")
+    parser.add_argument("--to", required=True, metavar="DIR", help="an empty or absent folder")
+    parser.add_argument("--table", metavar="FILE", help="write a table with the columns and metrics of each candidate")
+    parser.add_argument("--cutouts", action="store_true", help="write the cutouts as FITS files, too")
     _frame_flags(parser)
     table = parser.add_argument_group("tables of candidates")
     for plane in PLANES:
         table.add_argument(
             f"--{plane}", metavar="FILE", help=f"the {plane} frame of every row, file or URL; FILE#HDU is an HDU"
         )
-    table.add_argument("--columns", metavar="x=X_IMAGE,...", help="columns by other names")
-    table.add_argument("--pixel-origin", type=int, choices=(0, 1), default=0, help="of x and y in the table")
+    table.add_argument("--columns", metavar="x=X_IMAGE,...", help="names of columns that differ")
+    table.add_argument("--pixel-origin", type=int, choices=(0, 1), default=0, help="number of the table's first pixel")
 
 
 def _add_replay(commands: Any) -> None:
@@ -428,11 +427,13 @@ def _add_replay(commands: Any) -> None:
         "--from",
         dest="start",
         metavar="WHEN",
-        help="begin at this offset, in every partition, or at this ISO time (UTC where it names no zone)",
+        help="begin at this offset of every partition, or at this ISO time (UTC if it has no zone)",
     )
     parser.add_argument("--until", dest="end", metavar="WHEN", help="end before this offset or time")
     parser.add_argument(
-        "--run", metavar="NAME", help="name of the replay; the same name goes on with it (by default the present time)"
+        "--run",
+        metavar="NAME",
+        help="name of the replay; running it again with the same name resumes (default: the time)",
     )
     _worker_flags(parser)
 

@@ -36,7 +36,6 @@ PLANES = ("science", "template", "difference", "convolved", "error", "variance",
 
 # Settings that were renamed and whose old name is not similar to the new one.
 _RENAMED = {"verdict.needed": "min_delta_chi2", "verdict.point_gain": "max_point_delta_chi2"}
-_KAFKA_ABOUT = "librdkafka's properties, shared by consumer and producer."
 _SECRET = re.compile(r"password|passphrase|secret|jaas|token|\.pem$|oauthbearer\.config", re.IGNORECASE)
 
 
@@ -373,12 +372,12 @@ def describe(settings: Settings) -> str:
     """
     lines = []
     for section, values in settings.model_dump(mode="json").items():
-        about = type(getattr(settings, section)).__doc__ if section != "kafka" else _KAFKA_ABOUT
-        lines += [f"[{section}]", f"# {(about or '').splitlines()[0]}"]
+        model = _sections().get(section)
+        about = model.__doc__ if model else Settings.model_fields[section].description
+        lines += [f"[{section}]", f"# {about}"]
         for key, value in values.items():
-            what = _sections()[section].model_fields[key].description if section != "kafka" else None
-            if what:
-                lines += ["", *(f"# {line}" for line in what.splitlines())]
+            if model:
+                lines += ["", *(f"# {line}" for line in (model.model_fields[key].description or "").splitlines())]
             name = json.dumps(key) if section == "kafka" else key
             shown = "********" if section == "kafka" and _SECRET.search(key) else value
             written = _without_credentials(_toml(shown))
