@@ -16,6 +16,7 @@ from stampworker.formats.packets import METRICS, STAMP_FIELDS, Packet
 from stampworker.formats.packets import encode as encode_packet
 
 FILES = sorted(SCHEMAS.glob("*/*/*.avsc"))
+NAMES = [f"{file.stem}-{file.parent.name}" for file in FILES]
 UNITS = {
     "none",
     "deg",
@@ -53,6 +54,12 @@ def records(part):
             yield from records(field["type"])
 
 
+def version_of(text):
+    """Return a version as a pair of numbers."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
 def without(text, names):
     """Return a schema without some of its top fields."""
     loaded = json.loads(text)
@@ -68,8 +75,10 @@ def resolve(writer, reader, record):
 
 
 def test_every_version_has_a_schema_and_a_sample():
-    """Beside each schema stands a sample, and each schema says its version."""
-    assert [f.parent.parent.name for f in FILES] == ["stampworker.alert", "stampworker.packet"]
+    """Each schema has a sample beside it and names its version; the current versions are the newest."""
+    assert {f.parent.parent.name for f in FILES} == {"stampworker.alert", "stampworker.packet"}
+    for name, current in (schema.ALERT, schema.PACKET):
+        assert current == max((f.parent.name for f in FILES if f.stem == name), key=version_of)
     for file in FILES:
         assert file.stem == file.parent.parent.name
         assert (file.parent / "sample.avro").is_file()
@@ -78,7 +87,7 @@ def test_every_version_has_a_schema_and_a_sample():
         assert f"{loaded['namespace']}.{loaded['name']}" == file.stem
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_every_field_says_what_it_is_and_its_unit(file):
     """At every level, a field has a doc that ends in its unit in brackets, and a record has a doc."""
     loaded = json.loads(file.read_text(encoding="utf-8"))
@@ -91,7 +100,7 @@ def test_every_field_says_what_it_is_and_its_unit(file):
     assert all(record.get("doc") for record in records(loaded))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_optional_fields_default_to_null(file):
     """What may be null comes first as null and is null by default, at every level; what may be empty is empty."""
     for path, field in fields(json.loads(file.read_text(encoding="utf-8"))):
@@ -101,6 +110,27 @@ def test_optional_fields_default_to_null(file):
             assert len(kind) == 2, path
         elif "default" in field:
             assert field["default"] in ("utc", {}, [], False), path
+
+
+@pytest.mark.parametrize("written", FILES, ids=NAMES)
+def test_versions_keep_the_promise(written):
+    """A newer version of an alert reads the sample; so does every version of a packet with the same major number."""
+    version = version_of(written.parent.name)
+    for file in FILES:
+        reader = version_of(file.parent.name)
+        is_promised = reader >= version if file.stem == "stampworker.alert" else reader[0] == version[0]
+        if file.stem == written.stem and is_promised:
+            with (written.parent / "sample.avro").open("rb") as sample:
+                (record,) = fastavro.reader(sample, reader_schema=json.loads(file.read_text(encoding="utf-8")))
+            assert record["alertId"] == sample_alert()["alertId"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_samples_of_every_version_are_read(file):
+    """The current code reads what each version wrote."""
+    data = (file.parent / "sample.avro").read_bytes()
+    read = decode(data) if file.stem == "stampworker.alert" else Packet.read(data)
+    assert read.alert_id == sample_alert()["alertId"]
 
 
 def test_alert_schema_is_that_of_the_interface():
@@ -185,7 +215,7 @@ def test_packet_sample_is_read_by_fastavro_alone():
     assert Packet.read(encode_packet(packet)) == packet
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_older_readers_and_writers_resolve(file):
     """A version without the optional fields reads what this one writes, and this one reads what that one writes."""
     text = file.read_text(encoding="utf-8")
