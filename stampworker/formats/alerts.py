@@ -91,7 +91,7 @@ class Alert:
         return {name: getattr(self, attribute) for name, attribute in FIELDS.items()}
 
     def packet_id(self) -> str:
-        """Return the UUID (version 5) of the alert's content: the same alert has the same id everywhere."""
+        """Return the UUID (version 5) of the alert's content: the same alert has the same id in every release."""
         content = json.dumps(self.to_record(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return str(uuid.uuid5(_NAMESPACE, content))
 
