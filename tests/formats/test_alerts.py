@@ -50,7 +50,7 @@ def wire(record, schema_id=100, schema=None):
 
 @pytest.fixture
 def schema_folder(tmp_path):
-    """Return a folder with our schema as number 100."""
+    """Return a folder with the schema of an alert as number 100."""
     (tmp_path / "100.avsc").write_text(json.dumps(fastavro.schema.load_schema(schema_path())))
     return tmp_path
 
@@ -63,7 +63,7 @@ def schema_path():
 
 @given(alerts)
 def test_alerts_survive_json_and_avro(alert):
-    """What is encoded decodes to the same alert and the same packet id, from JSON as from Avro."""
+    """An encoded alert decodes to the same alert and the same packet id, from JSON and from Avro."""
     data = encode(alert)
     assert decode(data) == alert
     assert encode(alert) == data
@@ -87,7 +87,7 @@ def test_avro_is_read_by_fastavro_alone():
 
 
 def test_packet_id_depends_on_the_content_only():
-    """Order of the fields, form and defaults left out make no difference; every field does."""
+    """The order of fields, the form and omitted defaults do not change the id; every field does."""
     base = alert_record(FRAMES, ra=1.0, dec=2.0, extra={"a": 1, "b": 2.5})
     same = {name: base[name] for name in reversed(base)} | {
         "extra": {"b": 2.5, "a": 1},
@@ -115,12 +115,12 @@ def test_packet_id_depends_on_the_content_only():
 
 
 def test_packet_id_is_that_of_ever():
-    """The id of a known alert does not change from release to release: readers join on it."""
+    """The id of a known alert is the same in every release, because readers join on it."""
     assert from_record(alert_record({"science": "s.fits"})).packet_id() == "8c71df51-aa5a-5472-b957-d75b6b629369"
 
 
 def test_bytes_are_the_same_in_another_process():
-    """Neither hash seed nor process is in the bytes of an alert."""
+    """The bytes of an alert do not depend on the process or its hash seed."""
     code = (
         "import sys; from stampworker.formats.alerts import *;"
         "a = Alert('a', x=1.0, y=2.0, extra={'k': 1, 'l': 'm'}, frames={'science': 's', 'mask': 'm'});"
@@ -143,7 +143,7 @@ def test_key_is_the_object_else_the_alert():
 
 
 def test_integers_stand_for_doubles():
-    """JSON writers that drop the point are understood."""
+    """An integer in JSON is read as a number."""
     alert = decode(json.dumps(alert_record(FRAMES, x=3, y=4, gain=2)).encode())
     assert (alert.x, alert.y, alert.gain) == (3.0, 4.0, 2.0)
     assert {type(value) for value in (alert.x, alert.y, alert.gain)} == {float}
@@ -191,7 +191,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_with_an_alert_is_said(case):
-    """A bad field is named with the value found and the one wanted; so is the alert, where its id could be read."""
+    """The message names the field, the value found and the value wanted, and the alert if its id could be read."""
     changes, message = BAD[case]
     record = alert_record(FRAMES) | changes
     with pytest.raises(AlertError, match=message) as caught:
@@ -204,7 +204,7 @@ def test_what_is_wrong_with_an_alert_is_said(case):
 
 
 def test_fields_that_may_be_null_may_be_absent_or_null():
-    """The shortest alert is an id and a place: a resolver may know its frames."""
+    """The shortest alert is an id and a position; a resolver may find its frames."""
     short = from_record({"alertId": "a", "ra": 1.0, "dec": -2.0})
     assert from_record(short.to_record()) == short
     assert (short.x, short.mjd_scale, short.extra, short.frames) == (None, "utc", {}, {})
@@ -242,7 +242,7 @@ def test_wire_format(schema_folder):
 
 
 def test_older_and_newer_writers_are_read(schema_folder):
-    """A writer without the optional fields, and one with a field that we do not know yet, are both understood."""
+    """Alerts of a writer without the optional fields, and of one with an unknown field, are read."""
     schema = json.loads((schema_folder / "100.avsc").read_text())
     fields = {field["name"]: field for field in schema["fields"]}
     older = schema | {"fields": [fields[name] for name in ("alertId", "x", "y", "frames")]}
@@ -270,7 +270,7 @@ def test_older_and_newer_writers_are_read(schema_folder):
 @example(b"null")
 @example(b"\xff\xfe{")
 def test_malformed_bytes_end_in_alert_error(schema_folder, data):
-    """Whatever comes in, the answer is an alert or an AlertError whose text can be written."""
+    """Any bytes give an alert or an AlertError whose text can be written."""
     for start in (b"", b"Obj\x01", b"\0\0\0\0\x64", b'{"alertId": "a", "x": '):
         try:
             decode(start + data, schema_folder)
@@ -280,7 +280,7 @@ def test_malformed_bytes_end_in_alert_error(schema_folder, data):
 
 @given(st.data())
 def test_damaged_alerts_end_in_alert_error(schema_folder, data):
-    """So they do where a good alert lost or changed some bytes."""
+    """A good alert with lost or changed bytes gives an alert or an AlertError, too."""
     record = alert_record(FRAMES, extra={"a": 1.5, "b": "c"})
     whole = data.draw(
         st.sampled_from(

@@ -1,4 +1,4 @@
-"""Alerts in files: every form, and what a file that is none of them ends in."""
+"""Alerts in files: every form, and files of no known form."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def test_wire_format(tmp_path):
 
 
 def test_a_bad_alert_costs_one_alert(tmp_path):
-    """Its error stands in its place, in lists, lines and containers; the table has a row for it, too."""
+    """A bad alert in a list, in lines or in a container gives its error at its position; the table has a row for it."""
     bad = alert_record(FRAMES, alertId="bad", fwhm=-1)
     records = [RECORDS[0], bad, RECORDS[2]]
     files = {
@@ -105,7 +105,7 @@ def test_a_bad_alert_costs_one_alert(tmp_path):
     ],
 )
 def test_file_that_is_none_of_them(tmp_path, data, message):
-    """A file as a whole that cannot be read is one error that names the file; a list that is cut off is one."""
+    """A file that cannot be read as a whole, or a list that is cut off, gives one error with the file's name."""
     path = tmp_path / "alerts.json"
     path.write_bytes(data)
     with pytest.raises(AlertError, match=rf"alerts\.json: {message}"):
@@ -124,7 +124,7 @@ def test_file_that_is_not_there(tmp_path):
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_alerts_or_an_error(tmp_path, data):
-    """Whatever a file holds, the answer is alerts, each read or with its error, or an AlertError."""
+    """Any content of a file gives alerts, each read or with its error, or an AlertError."""
     for start in (b"", b"Obj\x01", b"\0", b"[{", b'{"alertId": "a"}\n'):
         (tmp_path / "a").write_bytes(start + data)
         try:

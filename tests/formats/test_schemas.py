@@ -1,4 +1,4 @@
-"""The schemas, their docs, and the samples that every version must go on reading."""
+"""The schemas, their docs, and the samples that every later version must read."""
 
 import dataclasses
 import io
@@ -102,7 +102,7 @@ def test_every_field_says_what_it_is_and_its_unit(file):
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_optional_fields_default_to_null(file):
-    """What may be null comes first as null and is null by default, at every level; what may be empty is empty."""
+    """An optional field has null as first type and as default, at every level; a map or a list is empty by default."""
     for path, field in fields(json.loads(file.read_text(encoding="utf-8"))):
         kind = field["type"]
         if isinstance(kind, list):
@@ -134,7 +134,7 @@ def test_samples_of_every_version_are_read(file):
 
 
 def test_alert_schema_is_that_of_the_interface():
-    """Names and types of an alert's fields, and the attributes of ours that carry them."""
+    """Names and types of an alert's fields are those of the interface, and `Alert` has an attribute for each."""
     loaded = json.loads((ALERT_FOLDER / "stampworker.alert.avsc").read_text(encoding="utf-8"))
     kinds = {field["name"]: field["type"] for field in loaded["fields"]}
     double = ["null", "double"]
@@ -166,14 +166,14 @@ def test_packet_schema_is_that_of_the_interface():
 
 
 def test_embedded_schema_is_the_file():
-    """What is written into a container is the whole schema, docs included."""
+    """A container has the whole schema, docs included."""
     for file in FILES:
         name = (file.stem, file.parent.name)
         assert json.loads(schema.schema_text(*name)) == json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_alert_samples_are_one_alert():
-    """The sample as JSON and as Avro is the same alert, for fastavro alone as for us."""
+    """The sample is the same alert in JSON and in Avro, for fastavro alone and for `decode`."""
     with (ALERT_FOLDER / "sample.avro").open("rb") as file:
         (record,) = fastavro.reader(file)
     plain = json.loads((ALERT_FOLDER / "sample.json").read_text(encoding="utf-8"))
@@ -202,7 +202,7 @@ def test_packet_sample_is_what_is_made_today(tmp_path):
 
 
 def test_packet_sample_is_read_by_fastavro_alone():
-    """Every plane, every metric and the verdict are there for any Avro reader."""
+    """Any Avro reader finds every plane, every metric and the verdict."""
     with (PACKET_FOLDER / "sample.avro").open("rb") as file:
         (record,) = fastavro.reader(file)
     assert record["alertId"] == sample_alert()["alertId"]
@@ -217,7 +217,7 @@ def test_packet_sample_is_read_by_fastavro_alone():
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_older_readers_and_writers_resolve(file):
-    """A version without the optional fields reads what this one writes, and this one reads what that one writes."""
+    """A version without the optional fields and this version read each other's records."""
     text = file.read_text(encoding="utf-8")
     now = json.loads(text)
     with (file.parent / "sample.avro").open("rb") as sample:
@@ -233,7 +233,7 @@ def test_older_readers_and_writers_resolve(file):
 
 
 def test_writers_of_later_versions_are_read():
-    """A field that this version does not know is passed over."""
+    """A field of a later version is ignored."""
     text = (PACKET_FOLDER / "stampworker.packet.avsc").read_text(encoding="utf-8")
     later = json.loads(text)
     later["fields"].append({"name": "adjust_new", "type": ["null", "double"], "doc": "Later. [none]", "default": None})

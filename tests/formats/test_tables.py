@@ -20,7 +20,7 @@ FRAMES = {"science": "s.fits", "difference": "file:///d.fits#SCI,2"}
 
 
 def test_rows_become_alerts():
-    """x, y and the fields that have a column are taken, everything else goes to extra, in the order of the rows."""
+    """Columns named as a field fill that field, all others go to extra; the order is that of the rows."""
     table = Table({"x": [1.5, 2.5], "y": [3, 4], "fwhm": [2.0, 3.0], "flag": [True, False], "band": ["r", "i"]})
     table["count"] = np.array([7, 8], np.int16)
     made = from_table(table, FRAMES, source="c.ecsv")
@@ -33,7 +33,7 @@ def test_rows_become_alerts():
 
 
 def test_identifiers():
-    """An identifier is the column alertId, else id, where its values are unique and all there; else file and row."""
+    """The identifier is alertId, else id, if its column is complete and unique; else it is file and row."""
     table = Table({"x": [1.0, 2.0], "y": [1.0, 2.0], "id": [11, 12]})
     assert [alert.alert_id for alert in from_table(table, FRAMES)] == ["11", "12"]
     assert from_table(table, FRAMES)[0].extra == {"id": 11}
@@ -48,7 +48,7 @@ def test_identifiers():
 
 
 def test_bytes_are_text():
-    """FITS tables have strings of bytes."""
+    """Bytes, as in FITS tables, are read as text."""
     table = Table(
         {"id": np.array([b"a1", b"b2"]), "x": [1.0, 2.0], "y": [1.0, 2.0], "objectId": np.array([b"o", b"p"])}
     )
@@ -57,7 +57,7 @@ def test_bytes_are_text():
 
 
 def test_columns_by_other_names():
-    """--columns says which column is which; a renamed column is not in extra as well."""
+    """A field comes from the column that ``columns`` names; that column is not in extra as well."""
     table = Table({"X_IMAGE": [10.0], "Y_IMAGE": [20.0], "x": [0.0], "NUMBER": [5], "FLUX": [2.0]})
     columns = {"x": "X_IMAGE", "y": "Y_IMAGE", "id": "NUMBER"}
     alert = from_table(table, FRAMES, columns=columns, pixel_origin=1)[0]
@@ -71,7 +71,7 @@ def test_columns_by_other_names():
 
 
 def test_absent_entries_are_absent():
-    """A masked or NaN entry is as if the column were not there, in plain and in quantity tables."""
+    """A masked or NaN entry is absent, in plain and in quantity tables."""
     table = Table({"ra": [1.0, 2.0], "dec": [3.0, 4.0], "x": MaskedColumn([5.0, 6.0], mask=[True, False])})
     table["y"] = [math.nan, 6.0]
     table["mag"] = MaskedColumn([1.0, 2.0], mask=[True, False])
@@ -85,7 +85,7 @@ def test_absent_entries_are_absent():
 
 
 def test_units_are_converted():
-    """Angles come in degrees and times in days whatever the table has; a unit that cannot be is named."""
+    """Angles are converted to degrees and times to days; an error names a unit that cannot be converted."""
     table = QTable({"ra": [1, 2] * u.hourangle, "dec": [60, 120] * u.arcmin, "mjd": [24, 48] * u.hour})
     first = from_table(table, FRAMES)[0]
     assert (first.ra, first.dec, first.mjd) == pytest.approx((15.0, 1.0, 1.0))
@@ -98,7 +98,7 @@ def test_units_are_converted():
 
 
 def test_masked_quantities_are_absent():
-    """A masked entry of a quantity is absent, too."""
+    """A masked entry of a quantity is absent."""
     table = QTable({"x": [1.0, 2.0], "y": [1.0, 2.0], "mag": [20.0, 21.0] * u.mag}, masked=True)
     table["mag"].mask[0] = True
     made = from_table(table, FRAMES)
@@ -106,7 +106,7 @@ def test_masked_quantities_are_absent():
 
 
 def test_odd_columns_go_to_extra_as_text():
-    """Arrays, coordinates and integers beyond 64 bits are kept as text rather than lost."""
+    """Arrays, coordinates and integers beyond 64 bits become text in extra."""
     table = Table({"x": [1.0], "y": [2.0], "hash": np.array([2**64 - 1], np.uint64), "apertures": [[1.0, 2.0]]})
     table["place"] = SkyCoord([10] * u.deg, [20] * u.deg)
     table["frames"], table["extra"] = ["f"], ["e"]
@@ -118,7 +118,7 @@ def test_odd_columns_go_to_extra_as_text():
 
 
 def test_a_bad_row_costs_one_row():
-    """The error of a row stands in its place, with its id."""
+    """A bad row gives its error at its position, with its id."""
     table = Table({"id": ["a", "b", "c"], "x": ["1", "2", "3"], "y": [1.0, 2.0, 3.0]})
     made = from_table(table, FRAMES)
     assert [type(alert) for alert in made] == [AlertError] * 3
@@ -132,7 +132,7 @@ def test_a_bad_row_costs_one_row():
 
 
 def test_tables_that_do_not_serve():
-    """No positions, an unknown plane or both noises are wrong for all rows at once; no frames are not wrong."""
+    """No positions, an unknown plane, or both error and variance are one error for the table; no frames are none."""
     with pytest.raises(AlertError, match=r"t: found the columns RA, flux; wanted x, y or ra, dec"):
         from_table(Table({"RA": [1.0], "flux": [2.0]}), FRAMES, source="t")
     table = Table({"x": [1.0], "y": [2.0]})
@@ -146,7 +146,7 @@ def test_tables_that_do_not_serve():
 
 
 def test_empty_table_is_no_alerts():
-    """No rows, no alerts."""
+    """A table without rows gives no alerts."""
     assert from_table(Table({"x": [], "y": []}), FRAMES) == []
 
 
@@ -155,7 +155,7 @@ def test_empty_table_is_no_alerts():
     [([1, None], "i"), ([1.5, 2], "f"), ([None, True], "b"), (["a", 1], "U"), ([None, None], "U"), ([True, 1], "U")],
 )
 def test_masked_column_has_one_type(values, kind):
-    """Scalars of one kind keep it, integers and floats become floats, anything else text; None is masked."""
+    """Scalars of one type keep it, integers and floats become floats, other mixtures text; None is masked."""
     column = masked_column(values)
     assert column.dtype.kind == kind
     assert [value is None for value in values] == list(column.mask)
@@ -201,7 +201,7 @@ def test_tables_take_options(tmp_path):
 
 
 def test_fields_become_columns(tmp_path):
-    """The table of JSON alerts has their fields and extra, masked where an alert has none; types that mix are text."""
+    """The table of JSON alerts has their fields and extra, masked if an alert has none; mixed types become text."""
     records = [
         alert_record(FRAMES, alertId="a", extra={"snr": 5, "band": "r", "x": -1.0}),
         alert_record(FRAMES, alertId="b", fwhm=2.0, extra={"snr": 5.5, "band": 3}),
@@ -224,7 +224,7 @@ SEXTRACTOR = """# 1 NUMBER Running object number
 
 
 def test_sextractor_catalogues(tmp_path):
-    """Its ASCII_HEAD and its FITS_LDAC, whose candidates stand in the second table, with pixels from 1."""
+    """SExtractor's ASCII_HEAD and FITS_LDAC are read; the candidates of FITS_LDAC are in its second table."""
     (tmp_path / "head.cat").write_text(SEXTRACTOR)
     candidates = Table({"NUMBER": [1, 2], "X_IMAGE": [10.5, 30.0], "Y_IMAGE": [20.25, 40.0], "FWHM_IMAGE": [4.5, 5.5]})
     hdus = [fits.PrimaryHDU(), fits.BinTableHDU(Table({"Field Header Card": ["x"]}), name="LDAC_IMHEAD")]
