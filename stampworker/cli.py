@@ -123,8 +123,8 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
         # A frame that cannot be read is wrong for every row, so the command fails before it writes anything.
         with FrameStore(settings.frames, allowed=urls.values()) as store:
             check_frames(urls, store)
-    options = tables.TableOptions(urls, _columns(args.columns), args.pixel_origin)
-    read = [files.read_alerts(path, options, settings.alerts.schema_folder) for path in paths]
+    options = {"frames": urls, "columns": _columns(args.columns), "pixel_origin": args.pixel_origin}
+    read = [files.read_alerts(path, settings.alerts.schema_folder, **options) for path in paths]
     to = _empty_folder(args.to)
     total = sum(len(alerts) for alerts, _ in read)
     results: list[Packet | Reject] = []
@@ -222,9 +222,7 @@ def _check_table(name: str | None, to: str) -> None:
 
 def _require_roots(settings: Settings) -> None:
     if not settings.frames.frame_roots:
-        raise ConfigError(
-            "frames.frame_roots: found nothing, wanted the folders or URL prefixes beneath which frames may be read"
-        )
+        raise ConfigError("frames.frame_roots: found nothing, wanted the folders or URL prefixes of the frames")
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:
@@ -275,7 +273,7 @@ def _publish(args: argparse.Namespace, settings: Settings) -> int:
     for name in args.alerts:
         if tables.is_table(Path(name)):
             raise ConfigError(f"{name}: a table of candidates names no frames, wanted alerts")
-        for alert in files.read_alerts(Path(name), None, settings.alerts.schema_folder)[0]:
+        for alert in files.read_alerts(Path(name), settings.alerts.schema_folder)[0]:
             if isinstance(alert, AlertError):
                 raise AlertError(f"{name}: {alert}", alert.alert_id) from alert
             alerts.append(alert)
@@ -382,24 +380,12 @@ def _worker_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _frame_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--frame-root",
-        dest="frame_roots",
-        action="append",
-        metavar="DIR",
-        help="frames may be read beneath this folder or URL prefix, and if a flag names them; repeatable",
-    )
-    parser.add_argument(
-        "--resolver",
-        metavar="NAME",
-        help="finds frames that alerts do not name: template, ztf, stdweb, or the resolver of another package",
-    )
-    parser.add_argument(
-        "--resolver-root",
-        dest="root",
-        metavar="DIR",
-        help="folder or URL prefix of the resolver's frames, beneath a frame root; relative to the first frame root",
-    )
+    where = "frames may be read beneath this folder or URL prefix, and if a flag names them; repeatable"
+    parser.add_argument("--frame-root", dest="frame_roots", action="append", metavar="DIR", help=where)
+    names = "finds frames that alerts do not name: template, ztf, stdweb, or the resolver of another package"
+    parser.add_argument("--resolver", metavar="NAME", help=names)
+    root = "folder or URL prefix of the resolver's frames, beneath a frame root; relative to the first frame root"
+    parser.add_argument("--resolver-root", dest="root", metavar="DIR", help=root)
     parser.add_argument("--radius", type=float, help="half-size of a stamp, pixels")
 
 

@@ -44,21 +44,20 @@ def _split(value: object) -> object:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as exc:
-            raise ValueError(f'a list is written a,b or ["a", "b"]: {exc}') from None
+        return _from_json(value, 'a list is written a,b or ["a", "b"]')
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _object(value: object) -> object:
     """Turn a JSON object, in the environment and in flags, into a table."""
-    if not isinstance(value, str):
-        return value
+    return _from_json(value, 'a table is written {"key": "value"}') if isinstance(value, str) else value
+
+
+def _from_json(text: str, example: str) -> object:
     try:
-        return json.loads(value)
+        return json.loads(text)
     except json.JSONDecodeError as exc:
-        raise ValueError(f'a table is written {{"key": "value"}}: {exc}') from None
+        raise ValueError(f"{example}: {exc}") from None
 
 
 def _planes_only(value: Collection[str]) -> Collection[str]:
@@ -328,6 +327,7 @@ def load(
     Returns
     -------
     settings : Settings
+        The checked settings.
 
     Raises
     ------
@@ -364,6 +364,7 @@ def describe(settings: Settings) -> str:
     Parameters
     ----------
     settings : Settings
+        The settings to describe.
 
     Returns
     -------

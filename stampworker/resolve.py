@@ -41,7 +41,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib.metadata import entry_points
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from astropy.time import Time
@@ -76,10 +76,6 @@ _ZTF_REFERENCE = (
     "{root}/ref/{fieldprefix}/field{field}/{filter}/ccd{ccd}/q{quadrant}/"
     "ztf_{field}_{filter}_c{ccd}_q{quadrant}_refimg.fits"
 )
-
-
-def _nothing(_alert: Alert) -> dict[str, str]:
-    return {}
 
 
 def _ztf_fields(alert: Alert) -> Mapping[str, str]:
@@ -201,7 +197,7 @@ class Resolver:
         return frames
 
 
-ALERT_ONLY = Resolver("alert", _nothing)
+ALERT_ONLY = Resolver("alert", lambda _alert: {})
 """The default: it finds no frames, so the alert must name them."""
 
 
@@ -216,6 +212,7 @@ def load_resolver(settings: ResolveSettings) -> Resolver:
     Returns
     -------
     resolver : Resolver
+        The resolver with its planes.
 
     Raises
     ------
@@ -292,8 +289,7 @@ def _installed(settings: ResolveSettings) -> Find:
     return find
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(NamedTuple):
     """A field in a template, with its format specification."""
 
     name: str
@@ -399,7 +395,7 @@ class _Template:
 
     def _value(self, field: _Field, alert: Alert, fields: Mapping[str, Scalar]) -> str:
         """Return the text that replaces a field."""
-        name, spec = field.name, field.spec
+        name, spec = field
         value = fields[name] if name in fields else _field(alert, name)
         if value is None:
             raise AlertError(f"{self._where}: found no {name!r}{_what_there_is(name, alert, fields)}")

@@ -7,7 +7,7 @@ import json
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,6 @@ Scalar = str | int | float | bool
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_OID, "stampworker.packet")
 _TIME_SCALES = ("utc", "tai", "tdb", "tt", "tcb", "tcg", "ut1")
-FIELDS = {  # field of the schema: attribute
-    "alertId": "alert_id",
-    "objectId": "object_id",
-    "x": "x",
-    "y": "y",
-    "ra": "ra",
-    "dec": "dec",
-    "mjd": "mjd",
-    "mjdScale": "mjd_scale",
-    "fwhm": "fwhm",
-    "gain": "gain",
-    "extra": "extra",
-    "frames": "frames",
-}
 _NUMBERS = ("x", "y", "ra", "dec", "mjd", "fwhm", "gain")
 
 
@@ -96,6 +82,15 @@ class Alert:
         return str(uuid.uuid5(_NAMESPACE, content))
 
 
+def _field_name(attribute: str) -> str:
+    first, *others = attribute.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
+FIELDS = {_field_name(attribute.name): attribute.name for attribute in fields(Alert)}
+"""Field of the schema → attribute: ``alertId`` → ``alert_id``."""
+
+
 def from_record(record: Mapping[str, Any]) -> Alert:
     """Check a record of the schema ``stampworker.alert`` and make an `Alert` of it.
 
@@ -107,12 +102,15 @@ def from_record(record: Mapping[str, Any]) -> Alert:
     Returns
     -------
     alert : Alert
+        The checked alert.
 
     Raises
     ------
     AlertError
         A field is unknown or missing, or its value is not allowed.
     """
+    if not isinstance(record, Mapping):
+        raise AlertError(f"found {type(record).__name__}, wanted one alert: an object of fields")
     for name in record:
         if name not in FIELDS:
             known = nearest(str(name), FIELDS)
@@ -150,6 +148,7 @@ def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
     Returns
     -------
     alert : Alert
+        The checked alert.
 
     Raises
     ------
@@ -191,7 +190,7 @@ def decode_container(data: bytes) -> list[dict[str, Any]]:
         raise AlertError(f"Avro container: {brief(exc)}; wanted {' '.join(ALERT)}") from exc
 
 
-def _decode_wire(data: bytes, schema_folder: Path | None) -> dict[str, Any]:
+def _decode_wire(data: bytes, schema_folder: Path | None) -> Any:
     if len(data) < 6:
         raise AlertError(f"wire format: found {len(data)} bytes, wanted a 5-byte prefix and a body")
     schema_id = int.from_bytes(data[1:5], "big")
@@ -208,7 +207,7 @@ def _decode_wire(data: bytes, schema_folder: Path | None) -> dict[str, Any]:
         raise AlertError(
             f"wire format, schema id {schema_id}: {len(data) - body.tell()} bytes after the alert, wanted 0"
         )
-    return _mapping(record)
+    return record
 
 
 @lru_cache(maxsize=256)
@@ -222,18 +221,12 @@ def _writer_schema(folder: Path, schema_id: int) -> Any:
         raise AlertError(f"wire format: schema id {schema_id}, {path}: {brief(exc)}") from exc
 
 
-def _decode_json(data: bytes) -> dict[str, Any]:
+def _decode_json(data: bytes) -> Any:
     try:
-        return _mapping(json.loads(data))
+        return json.loads(data)
     except (ValueError, RecursionError) as exc:  # not JSON, not UTF-8, a number of more than 4300 digits
         start = bytes(data[:20])
         raise AlertError(f"found {start!r}…, wanted JSON, an Avro container or wire format: {brief(exc)}") from exc
-
-
-def _mapping(record: object) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise AlertError(f"found {type(record).__name__}, wanted one alert: an object of fields")
-    return record
 
 
 def is_text(value: object) -> bool:
@@ -251,13 +244,7 @@ def is_scalar(value: object) -> bool:
 
 
 def check_urls(frames: object) -> None:
-    """Check that frames are a mapping of known planes to URLs or paths.
-
-    Raises
-    ------
-    AlertError
-        They are not.
-    """
+    """Raise AlertError unless frames are a mapping of known planes to URLs or paths."""
     if not isinstance(frames, Mapping):
         raise AlertError(f"frames: found {type(frames).__name__}, wanted a map of plane to URL")
     for plane, url in frames.items():
@@ -269,13 +256,7 @@ def check_urls(frames: object) -> None:
 
 
 def check_frames(frames: Mapping[str, str]) -> None:
-    """Check the frames of an alert; see `check_urls`.
-
-    Raises
-    ------
-    AlertError
-        They are not such a mapping, or name both ``error`` and ``variance``.
-    """
+    """Raise AlertError as `check_urls` does, and if frames name both ``error`` and ``variance``."""
     check_urls(frames)
     if "error" in frames and "variance" in frames:
         raise AlertError("frames: found both error and variance, wanted one")

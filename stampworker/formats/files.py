@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from astropy.table import Table
 
 from stampworker.errors import AlertError
 from stampworker.formats.alerts import Alert, decode, decode_container, from_record
-from stampworker.formats.tables import TableOptions, alerts_table, from_table, is_table, read_table
+from stampworker.formats.tables import alerts_table, from_table, is_table, read_table
 
 
 def read_alerts(
-    path: Path, options: TableOptions | None = None, schema_folder: Path | None = None
+    path: Path, schema_folder: Path | None = None, **table_options: Any
 ) -> tuple[list[Alert | AlertError], Table]:
     """Read every alert of a file.
 
@@ -24,10 +24,10 @@ def read_alerts(
     path : Path
         A table, recognised by its ending, or alerts, recognised by their content: one JSON object, a list, one object
         per line, an Avro object container, or one alert in Confluent wire format.
-    options : TableOptions, optional
-        For tables: the frames, and the names of columns.
     schema_folder : Path, optional
-        Folder of ``<schema id>.avsc``, for wire format.
+        Folder with the files ``<schema id>.avsc``, for wire format.
+    **table_options
+        For a table: ``frames``, ``columns`` and ``pixel_origin`` of `stampworker.formats.tables.from_table`.
 
     Returns
     -------
@@ -42,9 +42,8 @@ def read_alerts(
         The file as a whole cannot be read.
     """
     if is_table(path):
-        table, how = read_table(path), options or TableOptions()
-        rows = from_table(table, how.frames, columns=how.columns, pixel_origin=how.pixel_origin, source=path.name)
-        return rows, table
+        table = read_table(path)
+        return from_table(table, **{"frames": {}, **table_options}, source=path.name), table
     try:
         data = path.read_bytes()
     except OSError as exc:
@@ -79,11 +78,8 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _or_error(read: Any, source: Any) -> Alert | AlertError:
+def _or_error(read: Callable[[Any], Alert], source: object) -> Alert | AlertError:
     try:
-        if not isinstance(source, bytes | Mapping):
-            raise AlertError(f"found {type(source).__name__}, wanted one alert: an object of fields")
-        made: Alert = read(source)
+        return read(source)
     except AlertError as exc:
         return exc
-    return made

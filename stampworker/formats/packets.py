@@ -21,15 +21,9 @@ from stampworker.cutouts.crop import j2000_name
 from stampworker.errors import brief
 from stampworker.formats.schema import PACKET, parsed_schema, write_container
 
-STAMP_FIELDS = {  # plane: field of the schema
-    "science": "cutoutScience",
-    "template": "cutoutTemplate",
-    "difference": "cutoutDifference",
-    "convolved": "cutoutConvolved",
-    "error": "cutoutError",
-    "mask": "cutoutMask",
-    "adjusted": "cutoutAdjusted",
-}
+_STAMPS = ("science", "template", "difference", "convolved", "error", "mask", "adjusted")
+STAMP_FIELDS = {plane: f"cutout{plane.capitalize()}" for plane in _STAMPS}
+"""Plane → field of the schema."""
 CUTOUT_KEYS = {"science": "image", "difference": "diff", "error": "err"}
 """Planes with another name in the cutouts of `stampworker.cutouts`."""
 METRICS = (
@@ -49,7 +43,20 @@ METRICS = (
     "adjust_bound",
     "adjust_point_delta_chi2",
 )
-
+_FIELDS = {  # other field of the schema: attribute
+    "packetId": "packet_id",
+    "alertId": "alert_id",
+    "objectId": "object_id",
+    "candidate": "candidate",
+    "frames": "frames",
+    "adjust_status": "adjust_status",
+    "adjust_artefact": "adjust_artefact",
+    "adjustSettings": "adjust_settings",
+    "convolvedOrigin": "convolved_origin",
+    "errOrigin": "err_origin",
+    "resampledPlanes": "resampled_planes",
+    "workerVersion": "worker_version",
+}
 _BITPIX = {"u1": 8, "i2": 16, "i4": 32, "i8": 64, "f4": -32, "f8": -64}
 _BLOCK = 2880
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -146,6 +153,7 @@ class StampWriter:
         Returns
         -------
         stamp : Stamp
+            The FITS file.
         """
         if data.dtype.kind == "b" or data.dtype.str[1:] not in _BITPIX:
             # FITS has no such type. The values of a mask fit into the next larger one.
@@ -243,6 +251,7 @@ class Packet:
         Returns
         -------
         packet : Packet
+            The packet.
 
         Raises
         ------
@@ -264,26 +273,12 @@ class Packet:
 
     def to_record(self) -> dict[str, Any]:
         """Return the packet as a record of the schema ``stampworker.packet``."""
-        record: dict[str, Any] = {
-            "packetId": self.packet_id,
-            "alertId": self.alert_id,
-            "objectId": self.object_id,
-            "candidate": self.candidate,
-            "frames": self.frames,
-            "adjust_status": self.adjust_status,
-            "adjust_artefact": self.adjust_artefact,
-            "adjustSettings": self.adjust_settings,
-            "convolvedOrigin": self.convolved_origin,
-            "errOrigin": self.err_origin,
-            "resampledPlanes": list(self.resampled_planes),
-            "workerVersion": self.worker_version,
-        }
+        record: dict[str, Any] = {name: getattr(self, attribute) for name, attribute in _FIELDS.items()}
+        record["resampledPlanes"] = list(self.resampled_planes)
         for plane, name in STAMP_FIELDS.items():
             stamp = self.stamps.get(plane)
             record[name] = None if stamp is None else {"fileName": stamp.file_name, "stampData": stamp.content}
-        for name in METRICS:
-            record[name] = self.metrics.get(name)
-        return record
+        return record | {name: self.metrics.get(name) for name in METRICS}
 
     def to_cutout(self) -> dict[str, Any]:
         """Return the packet as the dict of `stampworker.cutouts.get_cutout`.
@@ -346,22 +341,10 @@ def _from_record(record: dict[str, Any]) -> Packet:
         for plane, name in STAMP_FIELDS.items()
         if record[name] is not None
     }
-    return Packet(
-        packet_id=record["packetId"],
-        alert_id=record["alertId"],
-        object_id=record["objectId"],
-        candidate=record["candidate"],
-        frames=record["frames"],
-        stamps=stamps,
-        metrics={name: record[name] for name in METRICS if record[name] is not None},
-        adjust_status=record["adjust_status"],
-        adjust_artefact=record["adjust_artefact"],
-        adjust_settings=record["adjustSettings"],
-        convolved_origin=record["convolvedOrigin"],
-        err_origin=record["errOrigin"],
-        resampled_planes=tuple(record["resampledPlanes"]),
-        worker_version=record["workerVersion"],
-    )
+    values = {attribute: record[name] for name, attribute in _FIELDS.items()}
+    values["resampled_planes"] = tuple(record["resampledPlanes"])
+    metrics = {name: record[name] for name in METRICS if record[name] is not None}
+    return Packet(stamps=stamps, metrics=metrics, **values)
 
 
 def _string_card(name: str, value: str) -> str:

@@ -29,6 +29,7 @@ def schema_text(name: str, version: str) -> str:
     Returns
     -------
     text : str
+        The schema without blanks.
     """
     text = files("stampworker").joinpath("schemas", name, version, f"{name}.avsc").read_text(encoding="utf-8")
     return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))

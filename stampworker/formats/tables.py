@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +38,6 @@ _UNITS = {"x": u.pix, "y": u.pix, "ra": u.deg, "dec": u.deg, "mjd": u.day, "fwhm
 _METRIC_TYPES: dict[str, type] = {"adjust_df": int, "adjust_bound": str}  # all others are floats
 
 
-@dataclass(frozen=True)
-class TableOptions:
-    """How the rows of a table become alerts; see `from_table`.
-
-    Attributes
-    ----------
-    frames : mapping
-        Plane → URL, for every row.
-    columns : mapping
-        Field of an alert → name of its column, if it differs.
-    pixel_origin : {0, 1}
-        Number of the table's first pixel.
-    """
-
-    frames: Mapping[str, str] = field(default_factory=dict)
-    columns: Mapping[str, str] = field(default_factory=dict)
-    pixel_origin: int = 0
-
-
 def is_table(path: Path) -> bool:
     """Return True if a file's ending is that of a table of candidates."""
     return path.suffix.lower() in _FORMATS
@@ -74,6 +54,7 @@ def read_table(path: Path) -> Table:
     Returns
     -------
     table : astropy.table.Table
+        The table as read.
 
     Raises
     ------
@@ -284,6 +265,7 @@ def masked_column(values: Sequence[Any], kind: type | None = None) -> MaskedColu
     Returns
     -------
     column : astropy.table.MaskedColumn
+        The column; text if every value is None.
     """
     if kind is None:
         kinds = {type(value) for value in values if value is not None}

@@ -11,24 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from stampworker.simulation.sky import (
-    GAIN,
-    HALF,
-    MARGIN,
-    READ_NOISE,
-    SATURATION,
-    SKY,
-    Array,
-    Kernel,
-    Sky,
-    add_galaxy,
-    add_star,
-    box_around,
-    convolve,
-    draw_shape,
-    galaxy,
-    star,
-)
+from stampworker.simulation import sky
+from stampworker.simulation.sky import GAIN, HALF, MARGIN, READ_NOISE, SATURATION, SKY, Array, Kernel, Scene
 
 SHARES: Mapping[str, float] = {
     "transient-sky": 0.27,
@@ -63,6 +47,44 @@ class Source:
     host: dict[str, float] = field(default_factory=dict)
     pixels: tuple[NDArray[Any], NDArray[Any], Array] | None = None  # of a cosmic ray: x, y, share of the flux
 
+    def draw(self, scene: Scene) -> None:
+        """Add a candidate's light to the planes that show it; a cosmic ray has none, see `draw_track`."""
+        x, y, flux = self.x, self.y, self.flux
+        if self.kind == "dipole":
+            sky.add_star(scene.science_only, x, y, flux)
+            sky.add_star(scene.template_only, x - self.dx, y - self.dy, flux)
+        elif self.kind == "scale-error":
+            sky.add_star(scene.science_only, x, y, flux * self.scale)
+            sky.add_star(scene.template_only, x, y, flux)
+        elif self.kind == "masked":
+            sky.add_star(scene.static, x, y, flux)
+        elif self.kind != "cosmic-ray":
+            sky.add_star(scene.science_only, x, y, flux)
+            if self.host:
+                host = self.host
+                sky.add_galaxy(scene.static, x - host["dx"], y - host["dy"], flux * host["ratio"], host)
+
+    def draw_track(self, plane: Array, margin: int) -> None:
+        """Add the charge of a cosmic ray to a plane; other sources have none."""
+        if self.pixels is not None:
+            columns, rows, share = self.pixels
+            column, row = (math.floor(centre + 0.5) - HALF + margin for centre in (self.x, self.y))
+            np.add.at(plane, (rows + row, columns + column), self.flux * share)
+
+    def truth(self, clean: Array, error: NDArray[Any], fwhm: float) -> dict[str, Any]:
+        """Return the truth about a candidate; S/N from the noiseless difference and the error plane."""
+        box = sky.box_around(clean.shape, self.x, self.y, HALF)
+        snr = math.nan if self.kind == "masked" else float(np.sqrt(np.sum((clean[box] / error[box]) ** 2)))
+        host = self.host
+        return {
+            "class": self.kind,
+            "snr": snr,
+            **{name: getattr(self, name) for name in ("case", "x", "y", "flux", "dx", "dy", "scale")},
+            "hostRatio": host.get("ratio", math.nan),
+            "hostRadius": host.get("radius", math.nan) / fwhm,
+            "hostOffset": math.hypot(host.get("dx", math.nan), host.get("dy", math.nan)),
+        }
+
 
 def capacity(size: int) -> int:
     """Return how many candidates fit on one frame, each with a cell for itself.
@@ -75,6 +97,7 @@ def capacity(size: int) -> int:
     Returns
     -------
     number : int
+        The largest number of candidates.
     """
     return max(0, (size - 2 * MARGIN) // CELL) ** 2
 
@@ -96,17 +119,17 @@ def design(kind: str, rank: float, psf: Array, kernel: Kernel, fwhm: float, rng:
     """Decide what a candidate is made of. Its rank (0 to 1) gives the S/N, and the S/N gives the flux."""
     low = 3.0 if kind.startswith("transient") else 5.0
     source = Source(kind, "", math.nan, math.nan, low * (100 / low) ** rank)
-    brightest = 0.8 * SATURATION / star(0, 0).max()  # unsaturated on the template too
+    brightest = 0.8 * SATURATION / sky.star(0, 0).max()  # unsaturated on the template too
     light = signal = psf
     if kind == "transient-galaxy":
         source.host = _host(fwhm, rng)
-        light = psf + source.host["ratio"] * convolve(
-            galaxy(source.host, -source.host["dx"], -source.host["dy"], HALF), kernel
+        light = psf + source.host["ratio"] * sky.convolve(
+            sky.galaxy(source.host, -source.host["dx"], -source.host["dy"], HALF), kernel
         )
     elif kind == "dipole":
         shift, angle = rng.uniform(0.1, 0.9), rng.uniform(0, 2 * math.pi)
         source.dx, source.dy, source.scale = shift * math.cos(angle), shift * math.sin(angle), 1.0
-        signal = psf - convolve(star(-source.dx, -source.dy), kernel)
+        signal = psf - sky.convolve(sky.star(-source.dx, -source.dy), kernel)
     elif kind == "scale-error":
         # A small error leaves little of a star: draw only errors that can give the wanted residual.
         least = min(max(0.02, source.snr / 700), 0.14)
@@ -127,7 +150,7 @@ def design(kind: str, rank: float, psf: Array, kernel: Kernel, fwhm: float, rng:
 
 def _host(fwhm: float, rng: np.random.Generator) -> dict[str, float]:
     """Draw a host galaxy around a transient; (dx, dy) leads from the galaxy's centre to the transient."""
-    shape = draw_shape(rng.uniform(1, 3) * fwhm, rng)
+    shape = sky.draw_shape(rng.uniform(1, 3) * fwhm, rng)
     shape["ratio"] = math.exp(rng.uniform(math.log(0.3), math.log(10)))
     along, azimuth = math.sqrt(rng.random()) * shape["radius"], rng.uniform(0, 2 * math.pi)
     a, b = along * math.cos(azimuth), along * math.sin(azimuth) * shape["axis_ratio"]
@@ -176,50 +199,3 @@ def place_sources(sources: Sequence[Source], size: int, rng: np.random.Generator
         turn, along = divmod(4 * (i + 0.4) / len(at_edge), 1)
         across, along = (inset if turn < 2 else size - 1 - inset), along * size
         source.x, source.y = (across, along) if turn % 2 else (along, across)
-
-
-def draw_source(sky: Sky, source: Source) -> None:
-    """Add a candidate's light to the planes that show it; a cosmic ray has none, see `draw_track`."""
-    x, y, flux = source.x, source.y, source.flux
-    if source.kind == "dipole":
-        add_star(sky.science_only, x, y, flux)
-        add_star(sky.template_only, x - source.dx, y - source.dy, flux)
-    elif source.kind == "scale-error":
-        add_star(sky.science_only, x, y, flux * source.scale)
-        add_star(sky.template_only, x, y, flux)
-    elif source.kind == "masked":
-        add_star(sky.static, x, y, flux)
-    elif source.kind != "cosmic-ray":
-        add_star(sky.science_only, x, y, flux)
-        if source.host:
-            host = source.host
-            add_galaxy(sky.static, x - host["dx"], y - host["dy"], flux * host["ratio"], host)
-
-
-def draw_track(plane: Array, source: Source, margin: int) -> None:
-    """Add the charge of a cosmic ray to a plane; other sources have none."""
-    if source.pixels is not None:
-        columns, rows, share = source.pixels
-        column, row = (math.floor(centre + 0.5) - HALF + margin for centre in (source.x, source.y))
-        np.add.at(plane, (rows + row, columns + column), source.flux * share)
-
-
-def truth_of(source: Source, clean: Array, error: NDArray[Any], fwhm: float) -> dict[str, Any]:
-    """Return the truth about a candidate; S/N from the noiseless difference and the error plane."""
-    box = box_around(clean.shape, source.x, source.y, HALF)
-    snr = math.nan if source.kind == "masked" else float(np.sqrt(np.sum((clean[box] / error[box]) ** 2)))
-    host = source.host
-    return {
-        "class": source.kind,
-        "case": source.case,
-        "x": source.x,
-        "y": source.y,
-        "snr": snr,
-        "flux": source.flux,
-        "dx": source.dx,
-        "dy": source.dy,
-        "scale": source.scale,
-        "hostRatio": host.get("ratio", math.nan),
-        "hostRadius": host.get("radius", math.nan) / fwhm,
-        "hostOffset": math.hypot(host.get("dx", math.nan), host.get("dy", math.nan)),
-    }

@@ -29,35 +29,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from stampworker.errors import ConfigError
-from stampworker.simulation.candidates import (
-    Source,
-    capacity,
-    design,
-    draw_source,
-    draw_track,
-    place_sources,
-    share_out,
-    truth_of,
-)
-from stampworker.simulation.sky import (
-    GAIN,
-    HALF,
-    MARGIN,
-    REACH,
-    READ_NOISE,
-    SATURATION,
-    SKY,
-    Array,
-    Kernel,
-    Sky,
-    box_around,
-    convolve,
-    draw_field,
-    draw_kernel,
-    fwhm_of,
-    squared,
-    star,
-)
+from stampworker.simulation import sky
+from stampworker.simulation.candidates import Source, capacity, design, place_sources, share_out
+from stampworker.simulation.sky import GAIN, HALF, MARGIN, REACH, READ_NOISE, SATURATION, SKY, Array, Kernel, Scene
 
 MASK_BITS: Mapping[str, int] = {"saturated": 1, "bleed": 2, "template saturated": 4}
 """Bits of the mask plane."""
@@ -122,6 +96,7 @@ def simulate(
     Returns
     -------
     night : Night
+        The files.
 
     Raises
     ------
@@ -179,12 +154,9 @@ def simulate(
 
 
 def _check(frames: int, size: int, candidates: int, seed: int) -> None:
-    if frames < 1:
-        raise ValueError(f"frames: found {frames}, wanted at least 1")
-    if size < 256:
-        raise ValueError(f"size: found {size}, wanted at least 256 pixels")
-    if seed < 0:
-        raise ValueError(f"seed: found {seed}, wanted 0 or more")
+    for name, value, least in (("frames", frames, 1), ("size", size, 256), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}: found {value}, wanted at least {least}")
     if not 1 <= candidates <= frames * capacity(size):
         raise ValueError(
             f"candidates: found {candidates}, wanted 1 to {frames * capacity(size)} "
@@ -196,52 +168,54 @@ def _simulate_frame(
     folder: Path, kinds: Sequence[tuple[str, float]], size: int, number: int, rng: np.random.Generator
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Draw and write one frame set; return its candidates as (alert, truth), sorted by y as a detector finds them."""
-    kernel = draw_kernel(rng)
-    psf = convolve(star(0.0, 0.0), kernel)
-    fwhm = fwhm_of(psf)
+    kernel = sky.draw_kernel(rng)
+    psf = sky.convolve(sky.star(0.0, 0.0), kernel)
+    fwhm = sky.fwhm_of(psf)
     sources = [design(kind, rank, psf, kernel, fwhm, rng) for kind, rank in kinds]
     place_sources(sources, size, rng)
-    sky = Sky(*(np.zeros((size + 2 * MARGIN,) * 2) for _ in range(3)))
-    draw_field(sky.static, np.array([(source.x, source.y) for source in sources]), rng)
+    scene = Scene(*(np.zeros((size + 2 * MARGIN,) * 2) for _ in range(3)))
+    sky.draw_field(scene.static, np.array([(source.x, source.y) for source in sources]), rng)
     for source in sources:
-        draw_source(sky, source)
-    planes = _observe(sky, sources, kernel, rng)
-    clean = _clean_difference(sky, sources, kernel)
+        source.draw(scene)
+    planes = _observe(scene, sources, kernel, rng)
+    clean = _clean_difference(scene, sources, kernel)
     header = _header(number, size, fwhm)
     _write_frames(folder, planes, header)
     rows = []
     for source in sorted(sources, key=lambda s: (s.y, s.x)):
         alert = _alert(source, planes, psf, header)
         alert["frames"] = {name: f"{folder.name}/{name}.fits" for name in planes}
-        rows.append((alert, truth_of(source, clean, planes["error"], fwhm)))
+        rows.append((alert, source.truth(clean, planes["error"], fwhm)))
     return rows
 
 
-def _observe(sky: Sky, sources: Sequence[Source], kernel: Kernel, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+def _observe(
+    scene: Scene, sources: Sequence[Source], kernel: Kernel, rng: np.random.Generator
+) -> dict[str, NDArray[Any]]:
     """Expose both frames, saturate them and subtract them; return the planes of a frame set, without margins."""
-    light = convolve(sky.static + sky.science_only, kernel)
-    science_variance = (SKY + light + READ_NOISE**2 / GAIN) / GAIN
+    light = sky.convolve(scene.static + scene.science_only, kernel)
     electrons = rng.poisson(GAIN * (SKY + light)) + rng.normal(0, READ_NOISE, light.shape)
     science = electrons / GAIN
     for source in sources:
-        draw_track(science, source, MARGIN)
-    deep = sky.static + sky.template_only
-    template_variance = (SKY + deep + READ_NOISE**2 / GAIN) / GAIN / EXPOSURES
+        source.draw_track(science, MARGIN)
+    deep = scene.static + scene.template_only
+    template_variance = sky.noise_variance(deep) / EXPOSURES
     template = deep + rng.normal(0, 1, deep.shape) * np.sqrt(template_variance)
     lost = deep > SATURATION
     template[lost] = SATURATION
     mask = _saturate(science)
     mask[_grow(lost, REACH)] |= MASK_BITS["template saturated"]
-    convolved = convolve(template, kernel) + SKY
+    convolved = sky.convolve(template, kernel) + SKY
+    # The template's variance goes through the square of the kernel. Its correlation between pixels is left out: it is
+    # below 1 % of the variance on the sky.
+    variance = sky.noise_variance(light) + sky.convolve(template_variance, sky.squared(kernel))
     inside = (slice(MARGIN, -MARGIN),) * 2
     return {
         "science": science[inside].astype(np.float32),
         "template": (template[inside] * TEMPLATE_SCALE + TEMPLATE_SKY).astype(np.float32),
         "convolved": convolved[inside].astype(np.float32),
         "difference": (science - convolved)[inside].astype(np.float32),
-        # The template's variance goes through the square of the kernel. Its correlation between pixels is left out: it
-        # is below 1 % of the variance on the sky.
-        "error": np.sqrt(science_variance + convolve(template_variance, squared(kernel)))[inside].astype(np.float32),
+        "error": np.sqrt(variance)[inside].astype(np.float32),
         "mask": mask[inside],
     }
 
@@ -272,17 +246,17 @@ def _grow(plane: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
     return np.asarray(ndimage.maximum_filter(plane, 2 * reach + 1))
 
 
-def _clean_difference(sky: Sky, sources: Sequence[Source], kernel: Kernel) -> Array:
+def _clean_difference(scene: Scene, sources: Sequence[Source], kernel: Kernel) -> Array:
     """Return the noiseless difference that the candidates leave, without margins."""
-    clean = convolve(sky.science_only - sky.template_only, kernel)[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    clean = sky.convolve(scene.science_only - scene.template_only, kernel)[MARGIN:-MARGIN, MARGIN:-MARGIN]
     for source in sources:
-        draw_track(clean, source, 0)
+        source.draw_track(clean, 0)
     return clean
 
 
 def _detect(x: float, y: float, planes: Mapping[str, NDArray[Any]], psf: Array) -> tuple[float, float, float]:
     """Return x, y and S/N of the highest |S/N| of the matched filter within a FWHM, as a pipeline measures them."""
-    box = box_around(planes["error"].shape, x, y, 2 * HALF)
+    box = sky.box_around(planes["error"].shape, x, y, 2 * HALF)
     weight = np.where(planes["mask"][box] == 0, planes["error"][box].astype(float) ** -2, 0)
     core = psf[HALF - 6 : HALF + 7, HALF - 6 : HALF + 7][::-1, ::-1]
     signal = ndimage.convolve(weight * planes["difference"][box], core, mode="constant")
@@ -290,7 +264,7 @@ def _detect(x: float, y: float, planes: Mapping[str, NDArray[Any]], psf: Array) 
     snr = np.divide(signal, noise, out=np.zeros_like(signal), where=noise > 0)
     rows, columns = np.indices(snr.shape)
     away = np.hypot(columns + box[1].start - x, rows + box[0].start - y)
-    row, column = np.unravel_index(np.argmax(np.where(away <= fwhm_of(psf), np.abs(snr), -1)), snr.shape)
+    row, column = np.unravel_index(np.argmax(np.where(away <= sky.fwhm_of(psf), np.abs(snr), -1)), snr.shape)
     peak = snr[row - 1 : row + 2, column - 1 : column + 2]
     dx, dy = (_vertex(*np.abs(line)) for line in (peak[1], peak[:, 1]))
     return float(column + box[1].start + dx), float(row + box[0].start + dy), float(snr[row, column])
@@ -348,7 +322,7 @@ def _plane_header(name: str, common: fits.Header) -> fits.Header:
         header["NCOMBINE"] = (EXPOSURES, "exposures in this co-add")
         header["EXPTIME"] = (60.0 * EXPOSURES, "[s] of all exposures")
         header["MJD"] = (header["MJD"] - 40.5, "[d] middle of the exposures")
-        header["FWHM"] = (round(fwhm_of(star(0, 0)), 3), "[pixel] of the template PSF")
+        header["FWHM"] = (round(sky.fwhm_of(sky.star(0, 0)), 3), "[pixel] of the template PSF")
         for key in ("DATE-OBS", "MJD-OBS"):
             del header[key]
         # Electrons per unit for Poisson noise: a co-add of many exposures on another flux scale.
@@ -411,15 +385,11 @@ _TRUTH: Mapping[str, tuple[Any, str]] = {
 def _write_tables(night: Night, alerts: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
     lines = [json.dumps(alert, ensure_ascii=False, allow_nan=False) for alert in alerts]
     night.alerts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts = Table(rows=[tuple(row[name] for name in _TRUTH) for row in truth], names=list(_TRUTH))
-    for name, (unit, meaning) in _TRUTH.items():
-        facts[name].info.unit = unit
-        facts[name].info.description = meaning
-    facts.write(night.truth, format="ascii.ecsv")
-    columns: dict[str, list[Any]] = {"id": [a["alertId"] for a in alerts], "frame": [row["frame"] for row in truth]}
+    units, meanings = ({name: about[i] for name, about in _TRUTH.items()} for i in (0, 1))
+    columns: dict[str, list[Any]] = {name: [row[name] for row in truth] for name in _TRUTH}
+    Table(columns, units=units, descriptions=meanings).write(night.truth, format="ascii.ecsv")
+    columns = {"id": [a["alertId"] for a in alerts], "frame": [row["frame"] for row in truth]}
     columns |= {name: [a[name] for a in alerts] for name in ("x", "y", "ra", "dec", "mjd", "fwhm")}
     columns["snr"] = [a["extra"].get("snr", math.nan) for a in alerts]
-    table = Table(columns)
-    for name, unit in {"x": u.pix, "y": u.pix, "ra": u.deg, "dec": u.deg, "mjd": u.d, "fwhm": u.pix}.items():
-        table[name].info.unit = unit
-    table.write(night.candidates, format="ascii.ecsv")
+    units = {"x": u.pix, "y": u.pix, "ra": u.deg, "dec": u.deg, "mjd": u.d, "fwhm": u.pix}
+    Table(columns, units=units).write(night.candidates, format="ascii.ecsv")

@@ -32,8 +32,13 @@ STARS, GALAXIES = 400, 150  # per 1000 × 1000 pixels
 _PSF = ((0.87, 0.95), (0.13, 2.0))  # share, sigma in pixels
 
 
+def noise_variance(light: Array) -> Array:
+    """Return the variance of one exposure with this light, both in adu: Poisson noise of light and sky, read noise."""
+    return (SKY + light + READ_NOISE**2 / GAIN) / GAIN
+
+
 @dataclass
-class Sky:
+class Scene:
     """Noiseless planes in science adu without background, seen through the template's PSF; with margins."""
 
     static: Array
@@ -163,6 +168,7 @@ def draw_field(plane: Array, candidates: Array, rng: np.random.Generator) -> Non
     candidates : ndarray, shape (n, 2)
         Positions x, y on the frame. Field sources keep clear of them.
     rng : numpy.random.Generator
+        Source of the random numbers.
     """
     low, high = -MARGIN, plane.shape[0] - MARGIN
     million = plane.size / 1e6

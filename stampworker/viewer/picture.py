@@ -261,6 +261,7 @@ def describe(packet: Packet) -> str:
     Parameters
     ----------
     packet : Packet
+        The packet to describe.
 
     Returns
     -------

@@ -63,7 +63,7 @@ def test_wire_format(tmp_path):
     path = tmp_path / "alert.bin"
     path.write_bytes(b"\0\0\0\0\x05" + body.getvalue())
     (tmp_path / "5.avsc").write_text(schema_text(*ALERT))
-    assert read_alerts(path, None, tmp_path)[0] == ALERTS[:1]
+    assert read_alerts(path, tmp_path)[0] == ALERTS[:1]
     (error,) = read_alerts(path)[0]
     assert type(error) is UnknownSchema
 

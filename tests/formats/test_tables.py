@@ -14,7 +14,7 @@ from helpers.night import alert_record
 from stampworker.errors import AlertError
 from stampworker.formats.alerts import Alert, decode, encode
 from stampworker.formats.files import read_alerts
-from stampworker.formats.tables import TableOptions, from_table, is_table, masked_column
+from stampworker.formats.tables import from_table, is_table, masked_column
 
 FRAMES = {"science": "s.fits", "difference": "file:///d.fits#SCI,2"}
 
@@ -180,7 +180,7 @@ def test_tables_of_every_format(tmp_path, name, form):
     )
     table.write(tmp_path / name, format=form)
     assert is_table(tmp_path / name)
-    alerts, read = read_alerts(tmp_path / name, TableOptions(FRAMES))
+    alerts, read = read_alerts(tmp_path / name, frames=FRAMES)
     assert read.colnames == table.colnames
     assert [(a.alert_id, a.x, a.y, a.fwhm) for a in alerts] == [("p", 1.5, 3.5, 2.0), ("q", 2.5, 4.5, None)]
     assert alerts[0].extra == {"id": "p", "n": 1}
@@ -192,12 +192,12 @@ def test_tables_take_options(tmp_path):
     path = tmp_path / "sex.csv"
     path.write_text("X_IMAGE,Y_IMAGE\n10,20.5\n")
     columns = {"x": "X_IMAGE", "y": "Y_IMAGE"}
-    alerts, _ = read_alerts(path, TableOptions(FRAMES, columns, 1))
+    alerts, _ = read_alerts(path, frames=FRAMES, columns=columns, pixel_origin=1)
     assert [(a.alert_id, a.x, a.y) for a in alerts] == [("sex.csv-0", 9.0, 19.5)]
-    assert read_alerts(path, TableOptions(columns=columns))[0][0].frames == {}
+    assert read_alerts(path, columns=columns)[0][0].frames == {}
     path.write_text("")
     with pytest.raises(AlertError, match=r"sex\.csv: found the columns none; wanted x, y or ra, dec"):
-        read_alerts(path, TableOptions(FRAMES))
+        read_alerts(path, frames=FRAMES)
 
 
 def test_fields_become_columns(tmp_path):
@@ -231,6 +231,6 @@ def test_sextractor_catalogues(tmp_path):
     fits.HDUList([*hdus, fits.BinTableHDU(candidates, name="LDAC_OBJECTS")]).writeto(tmp_path / "two.ldac")
     columns = {"x": "X_IMAGE", "y": "Y_IMAGE", "fwhm": "FWHM_IMAGE"}
     for name in ("head.cat", "two.ldac"):
-        alerts, _ = read_alerts(tmp_path / name, TableOptions({"science": "s.fits"}, columns, pixel_origin=1))
+        alerts, _ = read_alerts(tmp_path / name, frames={"science": "s.fits"}, columns=columns, pixel_origin=1)
         assert [(a.x, a.y, a.fwhm) for a in alerts] == [(9.5, 19.25, 4.5), (29.0, 39.0, 5.5)]
         assert [a.extra["NUMBER"] for a in alerts] == [1, 2]
