@@ -1,4 +1,4 @@
-"""The command line: the only reader of arguments and environment.
+"""The command line, the only reader of arguments and environment.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 """
@@ -16,12 +16,10 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astropy.table import Column, Table, vstack
-from astropy.units import Quantity
 from tqdm import tqdm
 
 import stampworker
@@ -31,12 +29,11 @@ from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
 from stampworker.enrich import Enricher, check_frames, file_url
 from stampworker.errors import AlertError, ConfigError, StampworkerError
-from stampworker.formats import files
-from stampworker.formats.alerts import Alert, encode, masked_column
+from stampworker.formats import files, tables
+from stampworker.formats.alerts import Alert, encode
 from stampworker.formats.packets import Packet
 from stampworker.formats.packets import encode as encode_packet
 from stampworker.formats.rejects import Reject
-from stampworker.formats.tables import results_table
 from stampworker.frames import FrameStore
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 from stampworker.simulation import demo
@@ -48,10 +45,9 @@ from stampworker.viewer import picture
 
 log = logging.getLogger("stampworker")
 
-# Alerts that are worked on together: enough to group them by frame, few enough to show progress.
+# Alerts in a batch: enough to group them by frame, few enough to show progress.
 _CHUNK = 256
-_TABLE_FORMATS = {".ecsv": "ascii.ecsv", ".vot": "votable", ".xml": "votable", ".fits": "fits", ".csv": "ascii.csv"}
-_FLAGS = (  # settings with a flag of their own, whose name is the key's
+_FLAGS = (  # settings with a flag of their own; the key is the argument's name
     "worker.slot",
     "worker.group",
     "enrich.radius",
@@ -60,7 +56,7 @@ _FLAGS = (  # settings with a flag of their own, whose name is the key's
     "resolve.root",
     "log.level",
 )
-# A worker that was told to end and hangs in its client is ended after its deadline and this long.
+# After a stop signal, the process is ended this long after the worker's deadline, even if the Kafka client hangs.
 _GRACE_S = 30.0
 
 
@@ -102,7 +98,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     for text in args.set or ():
         name, mark, value = text.partition("=")
         if not mark or "." not in name:
-            # Only what stands before the value, which may be a secret.
+            # Without the value: it may be a secret.
             raise ConfigError(f"--set: found {name.partition(' ')[0]!r}, wanted section.key=value")
         flags[name] = value
     for name in _FLAGS:
@@ -123,11 +119,11 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     flags = _table_frames(args, paths, resolver)
     urls = {plane: file_url(path) for plane, path in flags.items()}
     if urls:
-        # What is wrong with a file of a flag is wrong for every row: say so before anything is written.
+        # A frame that cannot be read is wrong for every row, so the command fails before it writes anything.
         with FrameStore(settings.frames, allowed=urls.values()) as store:
             check_frames(urls, store)
-    options = files.TableOptions(urls, _columns(args.columns), args.pixel_origin)
-    read = [files.read_alerts(path, options, settings.alerts.schema_folder) for path in paths]
+    options = {"frames": urls, "columns": _columns(args.columns), "pixel_origin": args.pixel_origin}
+    read = [files.read_alerts(path, settings.alerts.schema_folder, **options) for path in paths]
     to = _empty_folder(args.to)
     total = sum(len(alerts) for alerts, _ in read)
     results: list[Packet | Reject] = []
@@ -136,23 +132,26 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
             frames = settings.frames.model_copy(update={"frame_roots": roots})
             with FrameStore(frames, allowed=urls.values()) as store:
                 batches = (alerts[start : start + _CHUNK] for start in range(0, len(alerts), _CHUNK))
-                for made in Enricher(settings, store, resolver).stream(batches):
-                    _write_results(to, made, args.cutouts)
-                    results += made if args.table else [r for r in made if isinstance(r, Reject)]
-                    bar.update(len(made))
+                for batch in Enricher(settings, store, resolver).stream(batches):
+                    _write_results(to, batch, args.cutouts)
+                    # Packets have stamps: they are kept only for the table.
+                    results += batch if args.table else [r for r in batch if isinstance(r, Reject)]
+                    bar.update(len(batch))
     if args.table:
-        _write_table(Path(args.table), [table for _, table in read], results)
+        rows = iter(results)
+        parts = [tables.results_table(table, itertools.islice(rows, len(table))) for _, table in read]
+        tables.write_tables(Path(args.table), parts)
     return _report(args, total, [r for r in results if isinstance(r, Reject)], to)
 
 
 def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Resolver) -> dict[str, str]:
-    """Return the frames that flags name for the rows of tables."""
+    """Return the frames that the flags name for the rows of tables."""
     flags = {plane: str(getattr(args, plane)) for plane in PLANES if getattr(args, plane)}
-    tables = [path for path in paths if files.is_table(path)]
-    if flags and not tables:
+    table = next((path for path in paths if tables.is_table(path)), None)
+    if flags and table is None:
         raise ConfigError("--science and the like name the frames of a table; these alerts name their own")
-    if tables and "science" not in flags and resolver is ALERT_ONLY:
-        raise ConfigError(f"{tables[0]}: a table names no frames, wanted at least --science FILE, or --resolver NAME")
+    if table is not None and "science" not in flags and resolver is ALERT_ONLY:
+        raise ConfigError(f"{table}: a table names no frames, wanted at least --science FILE, or --resolver NAME")
     if "error" in flags and "variance" in flags:
         raise ConfigError("--error, --variance: found both, wanted one of them")
     return flags
@@ -161,30 +160,32 @@ def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Res
 def _by_roots(
     paths: Sequence[Path], alerts: Sequence[Sequence[Alert | AlertError]], settings: Settings
 ) -> Iterator[tuple[tuple[str, ...], list[Alert | AlertError]]]:
-    """Put together the alerts of neighbouring files whose frames lie under the same roots."""
+    """Yield the frame roots of consecutive files, with their alerts; by default the roots are the files' folders."""
 
     def roots(pair: tuple[Path, object]) -> tuple[str, ...]:
         return settings.frames.frame_roots or (str(pair[0].resolve().parent),)
 
-    for found, pairs in itertools.groupby(zip(paths, alerts, strict=True), roots):
-        yield found, [alert for _, part in pairs for alert in part]
+    for same, pairs in itertools.groupby(zip(paths, alerts, strict=True), roots):
+        yield same, [alert for _, part in pairs for alert in part]
 
 
 def _report(args: argparse.Namespace, total: int, rejects: Sequence[Reject], to: Path) -> int:
     kinds = Counter(type(reject.error).__name__ for reject in rejects)
+    first = {type(reject.error).__name__: reject.error for reject in reversed(rejects)}
     counts = {"alerts": total, "packets": total - len(rejects), "rejects": len(rejects)}
-    if args.json:
-        print(json.dumps({**counts, "errors": kinds}))
-        return 0
-    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {to}")
-    for name, count in kinds.most_common():
-        first = next(reject.error for reject in rejects if type(reject.error).__name__ == name)
-        print(f"  {count} {name}, such as: {first}")
+    lines = [", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {to}"]
+    lines += [f"  {count} {name}, such as: {first[name]}" for name, count in kinds.most_common()]
+    return _print(args, {**counts, "errors": kinds}, "\n".join(lines))
+
+
+def _print(args: argparse.Namespace, values: Mapping[str, Any], text: str) -> int:
+    """Print a result, with --json as an object; return the exit code."""
+    print(json.dumps(values) if args.json else text)
     return 0
 
 
 def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) -> None:
-    # A file name that is not UTF-8 comes as lone surrogates, which JSON can escape and UTF-8 cannot hold.
+    # A file name that is not UTF-8 has lone surrogates. JSON can escape them, UTF-8 cannot encode them.
     with (to / "rejects.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as rejects:
         for result in results:
             if isinstance(result, Reject):
@@ -198,61 +199,15 @@ def _write_results(to: Path, results: Sequence[Packet | Reject], cutouts: bool) 
 def _check_table(name: str | None, to: str) -> None:
     if name is None:
         return
-    if Path(name).suffix.lower() not in _TABLE_FORMATS:
-        raise ConfigError(f"--table: found {name!r}, wanted a name that ends in {', '.join(_TABLE_FORMATS)}")
+    if Path(name).suffix.lower() not in tables.WRITTEN:
+        raise ConfigError(f"--table: found {name!r}, wanted a name that ends in {', '.join(tables.WRITTEN)}")
     if not Path(name).parent.is_dir() and Path(name).parent.resolve() != Path(to).resolve():
         raise ConfigError(f"--table: found no folder {str(Path(name).parent)!r} for {name!r}")
 
 
-def _write_table(path: Path, tables: Sequence[Table], results: Sequence[Packet | Reject]) -> None:
-    made, start = [], 0
-    for table in tables:
-        made.append(results_table(table, results[start : start + len(table)]))
-        start += len(table)
-    _reconcile(made)
-    joined = vstack(made, metadata_conflicts="silent") if len(made) > 1 else made[0]
-    form = _TABLE_FORMATS[path.suffix.lower()]
-    _simplify(joined, form)
-    joined.write(path, format=form, overwrite=True)
-
-
-def _simplify(table: Table, form: str) -> None:
-    """Make text of the columns that a format cannot hold, and ASCII of the text in FITS: ECSV holds everything."""
-    for name in table.colnames:
-        column = table[name]
-        is_plain = isinstance(column, Column | Quantity)
-        if (form in ("votable", "ascii.csv") and not is_plain) or (form == "ascii.csv" and column.ndim > 1):
-            table[name] = [str(value) for value in column]
-        elif form == "fits" and is_plain and column.dtype.kind == "U":
-            table[name] = masked_column([None if value is None else _ascii(value) for value in column.tolist()], str)
-        if form == "fits":
-            table.rename_column(name, _ascii(name))
-
-
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
-
-
-def _reconcile(tables: Sequence[Table]) -> None:
-    """Make text of the columns that are text, or boolean, in one table and something else in another."""
-    kinds: dict[str, set[str]] = {}
-    for table in tables:
-        for name in table.colnames:
-            if isinstance(table[name], Column):
-                kind = table[name].dtype.kind
-                kinds.setdefault(name, set()).add({"i": "f", "u": "f", "S": "U"}.get(kind, kind))
-    for name in (name for name, found in kinds.items() if len(found) > 1):
-        for table in tables:
-            if name in table.colnames:
-                values = table[name].tolist()  # None where it is masked
-                table[name] = masked_column([None if value is None else str(value) for value in values], str)
-
-
 def _require_roots(settings: Settings) -> None:
     if not settings.frames.frame_roots:
-        raise ConfigError(
-            "frames.frame_roots: found nothing, wanted the folders or URL prefixes that alerts may name frames of"
-        )
+        raise ConfigError("frames.frame_roots: found nothing, wanted the folders or URL prefixes of the frames")
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:
@@ -278,13 +233,11 @@ def _replay(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _totals(args: argparse.Namespace, totals: Totals) -> int:
-    values = vars(totals)
-    print(json.dumps(values) if args.json else ", ".join(f"{value} {name}" for name, value in values.items()))
-    return 0
+    return _print(args, vars(totals), ", ".join(f"{value} {name}" for name, value in vars(totals).items()))
 
 
 def _stop_on_signals(worker: Worker, settings: Settings) -> None:
-    """Finish the batch at the first SIGTERM or SIGINT, and drop it at the second."""
+    """Finish the batch at the first SIGTERM or SIGINT, drop it at the second."""
 
     def handle(number: int, _frame: object) -> None:
         if worker.stopping:
@@ -303,17 +256,16 @@ def _publish(args: argparse.Namespace, settings: Settings) -> int:
     topic = args.topic or settings.worker.input_topic[0]
     alerts = []
     for name in args.alerts:
-        if files.is_table(Path(name)):
+        if tables.is_table(Path(name)):
             raise ConfigError(f"{name}: a table of candidates names no frames, wanted alerts")
-        for alert in files.read_alerts(Path(name), None, settings.alerts.schema_folder)[0]:
+        for alert in files.read_alerts(Path(name), settings.alerts.schema_folder)[0]:
             if isinstance(alert, AlertError):
                 raise AlertError(f"{name}: {alert}", alert.alert_id) from alert
             alerts.append(alert)
     check_topics(settings, [topic] if settings.worker.guarantee == "exactly-once" else [])
     records = (Record(topic, alert.key.encode(), encode(alert)) for alert in alerts)
     publish_all(settings, records)
-    print(json.dumps({"alerts": len(alerts)}) if args.json else f"{len(alerts)} alerts to {topic}")
-    return 0
+    return _print(args, {"alerts": len(alerts)}, f"{len(alerts)} alerts to {topic}")
 
 
 def _show(args: argparse.Namespace, _settings: Settings) -> int:
@@ -331,7 +283,7 @@ def _show(args: argparse.Namespace, _settings: Settings) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value with null for the numbers that JSON has no word for."""
+    """Return a value with None instead of NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return {name: _finite(item) for name, item in value.items()} if isinstance(value, dict) else value
@@ -347,9 +299,8 @@ def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
         progress=not args.json,
     )
     count = len(files.read_alerts(night.alerts)[0])
-    counts = {"directory": str(night.directory), "alerts": count}
-    print(json.dumps(counts) if args.json else f"{count} alerts in {night.directory}")
-    return 0
+    values = {"directory": str(night.directory), "alerts": count}
+    return _print(args, values, f"{count} alerts in {night.directory}")
 
 
 def _demo(args: argparse.Namespace, settings: Settings) -> int:
@@ -374,35 +325,35 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_enrich(commands)
     run = _add(commands, "run", _run, "consume alerts and publish packets until stopped")
-    run.add_argument("--drain", action="store_true", help="end where the topic ends now")
+    run.add_argument("--drain", action="store_true", help="stop at the end that the topic has now")
     _worker_flags(run)
     _add_replay(commands)
     publish = _add(commands, "publish", _publish, "send the alerts of files to a topic")
     publish.add_argument("alerts", nargs="+", metavar="ALERTS", help="JSON or Avro files")
-    publish.add_argument("--topic", help="by default the first of worker.input_topic")
-    show = _add(commands, "show", _show, "print a packet, and draw its stamps")
+    publish.add_argument("--topic", help="default: the first of worker.input_topic")
+    show = _add(commands, "show", _show, "print a packet and draw its stamps")
     show.add_argument("packet", metavar="PACKET", help="an Avro file")
     show.add_argument("--png", metavar="FILE", help="write a picture of the stamps")
     sim = _add(commands, "simulate", _simulate, "write a small survey night with known truth")
-    sim.add_argument("directory", metavar="DIR", help="a folder that is empty or absent")
+    sim.add_argument("directory", metavar="DIR", help="an empty or absent folder")
     sim.add_argument("--frames", type=int, default=1, help="pointings (%(default)s)")
     sim.add_argument("--size", type=int, default=1024, help="side of a frame, pixels (%(default)s)")
-    sim.add_argument("--candidates", type=int, default=60, help="of all frames together (%(default)s)")
-    sim.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    sim.add_argument("--candidates", type=int, default=60, help="on all frames together (%(default)s)")
+    sim.add_argument("--seed", type=int, default=1, help="of the random numbers (%(default)s)")
     show_demo = _add(commands, "demo", _demo, "run the worker on a simulated night and an embedded broker")
-    show_demo.add_argument("directory", nargs="?", default="demo", metavar="DIR", help="where it writes (%(default)s)")
-    show_demo.add_argument("--candidates", type=int, default=60, help="(%(default)s)")
-    show_demo.add_argument("--seed", type=int, default=1, help="(%(default)s)")
-    _add(commands, "config", _config, "print the effective configuration, secrets masked")
+    show_demo.add_argument("directory", nargs="?", default="demo", metavar="DIR", help="output folder (%(default)s)")
+    show_demo.add_argument("--candidates", type=int, default=60, help="number of candidates (%(default)s)")
+    show_demo.add_argument("--seed", type=int, default=1, help="of the random numbers (%(default)s)")
+    _add(commands, "config", _config, "print all settings, with secrets masked")
     return parser
 
 
 def _add(commands: Any, name: str, command: Callable[..., int], what: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(command=command)
-    parser.add_argument("--config", metavar="FILE", help="settings in TOML; or STAMPWORKER_CONFIG")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of settings (default: $STAMPWORKER_CONFIG)")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")
-    parser.add_argument("--level", metavar="LEVEL", help="of the log: DEBUG, INFO, WARNING, ERROR")
+    parser.add_argument("--level", metavar="LEVEL", help="lowest severity in the log: DEBUG, INFO, WARNING, ERROR")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -414,41 +365,29 @@ def _worker_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _frame_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--frame-root",
-        dest="frame_roots",
-        action="append",
-        metavar="DIR",
-        help="frames are read beneath this folder, or URL prefix, only, and where a flag names them; repeatable",
-    )
-    parser.add_argument(
-        "--resolver",
-        metavar="NAME",
-        help="where frames lie that alerts do not name: template, ztf, stdweb, or one of another package",
-    )
-    parser.add_argument(
-        "--resolver-root",
-        dest="root",
-        metavar="DIR",
-        help="folder or URL prefix of the resolver's frames, beneath a frame root; a relative one starts at the first",
-    )
+    where = "frames may be read beneath this folder or URL prefix, and if a flag names them; repeatable"
+    parser.add_argument("--frame-root", dest="frame_roots", action="append", metavar="DIR", help=where)
+    names = "finds frames that alerts do not name: template, ztf, stdweb, or the resolver of another package"
+    parser.add_argument("--resolver", metavar="NAME", help=names)
+    root = "folder or URL prefix of the resolver's frames, beneath a frame root; relative to the first frame root"
+    parser.add_argument("--resolver-root", dest="root", metavar="DIR", help=root)
     parser.add_argument("--radius", type=float, help="half-size of a stamp, pixels")
 
 
 def _add_enrich(commands: Any) -> None:
-    parser = _add(commands, "enrich", _enrich, "make packets of the alerts of files, without Kafka")
+    parser = _add(commands, "enrich", _enrich, "make packets of alerts in files, without Kafka")
     parser.add_argument("alerts", nargs="+", metavar="ALERTS", help="JSON, Avro, or a table (ECSV, VOTable, FITS, CSV)")
-    parser.add_argument("--to", required=True, metavar="DIR", help="a folder that is empty or absent")
-    parser.add_argument("--table", metavar="FILE", help="write one row a candidate: its columns and the metrics")
-    parser.add_argument("--cutouts", action="store_true", help="write cutouts as FITS files, too")
+    parser.add_argument("--to", required=True, metavar="DIR", help="an empty or absent folder")
+    parser.add_argument("--table", metavar="FILE", help="write a table with the columns and metrics of each candidate")
+    parser.add_argument("--cutouts", action="store_true", help="write the cutouts as FITS files, too")
     _frame_flags(parser)
     table = parser.add_argument_group("tables of candidates")
     for plane in PLANES:
         table.add_argument(
             f"--{plane}", metavar="FILE", help=f"the {plane} frame of every row, file or URL; FILE#HDU is an HDU"
         )
-    table.add_argument("--columns", metavar="x=X_IMAGE,...", help="columns by other names")
-    table.add_argument("--pixel-origin", type=int, choices=(0, 1), default=0, help="of x and y in the table")
+    table.add_argument("--columns", metavar="x=X_IMAGE,...", help="names of columns that differ")
+    table.add_argument("--pixel-origin", type=int, choices=(0, 1), default=0, help="number of the table's first pixel")
 
 
 def _add_replay(commands: Any) -> None:
@@ -459,11 +398,13 @@ def _add_replay(commands: Any) -> None:
         "--from",
         dest="start",
         metavar="WHEN",
-        help="begin at this offset, in every partition, or at this ISO time (UTC where it names no zone)",
+        help="begin at this offset of every partition, or at this ISO time (UTC if it has no zone)",
     )
     parser.add_argument("--until", dest="end", metavar="WHEN", help="end before this offset or time")
     parser.add_argument(
-        "--run", metavar="NAME", help="name of the replay; the same name goes on with it (by default the present time)"
+        "--run",
+        metavar="NAME",
+        help="name of the replay; running it again with the same name resumes (default: the time)",
     )
     _worker_flags(parser)
 

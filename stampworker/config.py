@@ -1,9 +1,9 @@
 """Settings: frozen, checked once, secrets hidden.
 
-Three sources, each over the one before it: a TOML file with a table per section, the environment
-(``STAMPWORKER_<SECTION>_<KEY>``) and command-line flags. An unknown name is an error that names the nearest known one.
-librdkafka's own properties stand in ``[kafka]`` under their dotted names, and in the environment as
-``STAMPWORKER_KAFKA_`` and the name in capitals with underscores for dots.
+They come from a TOML file with a table per section, from the environment (``STAMPWORKER_<SECTION>_<KEY>``) and from
+command-line flags; each source overrides the one before it. An unknown name is an error that names the nearest known
+one. librdkafka's properties are in ``[kafka]`` under their dotted names. In the environment their prefix is
+``STAMPWORKER_KAFKA_``, in capitals and with underscores instead of dots.
 """
 
 from __future__ import annotations
@@ -34,32 +34,30 @@ PREFIX = "STAMPWORKER_"
 PLANES = ("science", "template", "difference", "convolved", "error", "variance", "mask")
 """The planes that an alert may name."""
 
-# Settings that were renamed, where the old name is not near the new one.
+# Settings that were renamed and whose old name is not similar to the new one.
 _RENAMED = {"verdict.needed": "min_delta_chi2", "verdict.point_gain": "max_point_delta_chi2"}
-_KAFKA_ABOUT = "librdkafka's properties, shared by consumer and producer."
 _SECRET = re.compile(r"password|passphrase|secret|jaas|token|\.pem$|oauthbearer\.config", re.IGNORECASE)
 
 
 def _split(value: object) -> object:
-    """Let a comma-separated string, or a list as `describe` prints it, stand for a list."""
+    """Turn text into a list: names between commas, or a list as `describe` prints it."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as exc:
-            raise ValueError(f'a list is written a,b or ["a", "b"]: {exc}') from None
+        return _from_json(value, 'a list is written a,b or ["a", "b"]')
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _object(value: object) -> object:
-    """Let a JSON object stand for a table, in the environment and in flags."""
-    if not isinstance(value, str):
-        return value
+    """Turn a JSON object, in the environment and in flags, into a table."""
+    return _from_json(value, 'a table is written {"key": "value"}') if isinstance(value, str) else value
+
+
+def _from_json(text: str, example: str) -> object:
     try:
-        return json.loads(value)
+        return json.loads(text)
     except json.JSONDecodeError as exc:
-        raise ValueError(f'a table is written {{"key": "value"}}: {exc}') from None
+        raise ValueError(f"{example}: {exc}") from None
 
 
 def _planes_only(value: Collection[str]) -> Collection[str]:
@@ -79,172 +77,174 @@ class _Section(BaseModel):
 
 
 class EnrichSettings(_Section):
-    """What goes into a packet."""
+    """The content of a packet."""
 
     radius: float = Field(31, gt=0, le=500)
-    """Half-size of a stamp, pixels; a stamp is 2·ceil(radius) + 1 square."""
+    """Half-size of a stamp, pixels. A stamp is a square of 2·ceil(radius) + 1 pixels."""
     required_planes: Planes = ()
-    """Planes without which an alert is rejected: science, template, difference, convolved, error, variance, mask."""
+    """An alert without one of these planes is rejected. Planes: science, template, difference, convolved, error,
+    variance, mask."""
     mask_ignore_flags: int = Field(0, ge=0, lt=1 << 63)
-    """Bits of the mask that do not make a pixel bad, as a sum, for fit, noise and verdict; the mask's stamp keeps them.
-    ZTF's masks want 2050: two of their bits mark detected sources."""
+    """Sum of the mask bits that do not make a pixel bad in fit, noise and verdict. The mask's stamp keeps them. For
+    ZTF's masks set 2050: two of their bits mark detected sources."""
     gzip: bool = True
-    """Compress the stamps (gzip)."""
+    """Compress the stamps with gzip."""
 
 
 class FitSettings(_Section):
     """How the convolved template is adjusted; see `stampworker.cutouts.adjust_cutout`."""
 
     max_shift: float = Field(1.0, gt=0, le=5)
-    """Largest shift along x and along y, pixels."""
+    """Largest shift along x and largest along y, pixels."""
     max_scale: float = Field(1.1, gt=1, le=10)
-    """Largest flux scale; the smallest is its inverse."""
+    """Largest flux scale. The smallest is its inverse."""
     inner: int | None = Field(None, ge=3)
-    """Side of the central box that is fitted, pixels; by default ceil(2·fwhm) made odd, at least 7."""
+    """Side of the fitted box in the middle of the stamp, pixels. By default ceil(2·fwhm), made odd, at least 7."""
     fit_bg: bool = False
     """Fit the background offset too."""
     fwhm: float = Field(3.0, gt=0, le=100)
-    """FWHM of the PSF where the alert has none, pixels."""
+    """FWHM of the PSF for alerts that give none, pixels."""
 
 
 class VerdictSettings(_Section):
-    """When a candidate is called an artefact; see `stampworker.cutouts.is_artefact`."""
+    """Thresholds of the verdict that a candidate is an artefact; see `stampworker.cutouts.is_artefact`."""
 
     p_value: float = Field(0.01, ge=0, le=1)
-    """The adjustment explains the residual where the p-value is above this, ..."""
+    """The adjustment explains the residual if the p-value is above this, or by chi2_ratio."""
     chi2_ratio: float = Field(0.33, ge=0, le=1)
-    """... or chi2 is below this share of chi2_0."""
+    """The adjustment explains the residual if chi2 is below this fraction of chi2_0, or by p_value."""
     min_scale: float = Field(0.8, gt=0, le=1)
-    """Smallest scale of an artefact."""
+    """Smallest flux scale of an artefact."""
     max_scale: float = Field(1.2, ge=1)
-    """Largest scale of an artefact."""
+    """Largest flux scale of an artefact."""
     min_delta_chi2: float = Field(16.3, ge=0)
-    """The adjustment was needed where chi2_0 − chi2 is above this (three parameters at 1e-3)."""
+    """The adjustment was needed if chi2_0 − chi2 is above this. The default is the level 1e-3 for three parameters."""
     max_point_delta_chi2: float = Field(12.0, ge=0)
-    """No artefact where a point source lowers chi2 by more than this below a shift and scale of the template."""
+    """Not an artefact if a point source fits better than the adjusted template by more than this in chi2."""
 
 
 class FrameSettings(_Section):
-    """Which frames may be read, and how much of them is kept."""
+    """Which frames may be read, and the limits of time and memory."""
 
     frame_roots: Names = ()
-    """Folders, which must be there at the start, and URL prefixes (``https://host/path/``, ``s3://bucket/prefix/``,
-    ``gs:``, ``abfs://container/prefix/``, ``memory:``) beneath which frames may be read; relative paths start at the
-    first. Loopback and link-local addresses must be named themselves."""
+    """Folders and URL prefixes (``https://host/path/``, ``s3://bucket/prefix/``, ``gs:``, ``abfs://container/prefix/``,
+    ``memory:``) beneath which frames may be read. Relative paths start at the first. Folders must exist when the
+    program starts. Loopback and link-local addresses are refused unless they are named here."""
     max_open_frames: int = Field(64, ge=1)
-    """Frames kept open."""
+    """Largest number of open frames."""
     cache_bytes: int = Field(2 << 30, ge=0)
-    """Data kept in memory, decompressed or from servers, bytes; for a batch at most half of it is fetched ahead."""
+    """Memory for data from servers and decompressed data, bytes. At most half of it is for prefetching a batch."""
     max_header_bytes: int = Field(1 << 20, ge=2880)
-    """Longest header of one HDU, bytes; all headers of a file together may have 32 times as many."""
+    """Longest header of one HDU, bytes. All headers of a file together may be 32 times as long."""
     max_axis: int = Field(100_000, ge=1)
     """Longest axis of a frame, pixels."""
     max_decompressed_bytes: int = Field(1 << 30, ge=1)
-    """Largest gzip file, decompressed as far as its HDUs go, and largest tile, bytes. One frame may take so much memory
-    (a tile half as much again), prefetch_threads of them at a time, and is then kept within cache_bytes: a file of a
-    few megabytes is enough."""
+    """Largest decompressed gzip file and largest decompressed tile, bytes. Even a file of a few megabytes can need this
+    much memory while it is read (a tile 1.5 times as much), and prefetch_threads files are read at the same time."""
     max_download_bytes: int = Field(1 << 30, ge=1 << 16)
-    """Most that is taken from a server in one answer, bytes: a stamp's rows; a whole file where it is gzip or the
-    server serves no ranges."""
+    """Largest answer of a server, bytes. An answer has the rows of a stamp, or the whole file if it is a gzip file or
+    if the server has no ranges."""
     max_alert_bytes: int = Field(8 << 30, ge=1 << 16)
-    """Most that the stamps of one alert may need to be read from servers and decompressed, bytes: rows, tiles, and each
-    gzip frame whole. By default more than the largest frame that the limits above let pass."""
+    """Most data that may be read from servers and decompressed for the stamps of one alert, bytes: rows, tiles and
+    whole gzip files. The default is above the largest frame that the other limits allow."""
     connect_s: float = Field(5.0, gt=0, le=300)
     """Longest wait for a connection to a server of frames, seconds."""
     read_s: float = Field(10.0, gt=0, le=300)
-    """Longest silence of such a server, seconds."""
+    """Longest wait for data from a server of frames, seconds."""
     total_s: float = Field(30.0, gt=0, le=3600)
-    """Longest time that opening a frame, decompressing it included, or reading one section of a remote one may take,
-    and all frames of one alert together, seconds."""
+    """Longest time for opening a frame with its decompression, for reading a section of a remote frame, and for all
+    frames of one alert together, seconds."""
     failure_ttl_s: float = Field(5.0, ge=0, le=3600)
-    """A remote frame that was missing or unavailable is not asked for again for so long, seconds; nor is any other of a
-    server that cannot be connected to, or left three frames unanswered and answered nothing meanwhile. A server's own
-    Retry-After may make it longer."""
+    """Time before a missing or unavailable remote frame is requested again, seconds. It also holds for all frames of a
+    server that refuses connections, or that left three frames in a row unanswered. A server's Retry-After may extend
+    it."""
     remote_ttl_s: float = Field(300.0, ge=0)
-    """A remote frame is opened anew, and nothing kept of it used, when it was opened longer ago than this, seconds."""
+    """Time after which a remote frame is opened again and its cached data are dropped, seconds."""
     prefetch_threads: int = Field(8, ge=1, le=64)
-    """Remote frames of a batch that are opened, then sections of them that are fetched, at a time."""
+    """Number of remote frames of a batch that are opened, and of sections that are fetched, at the same time."""
     s3_endpoint: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+/?$")
-    """Where ``s3:`` frames are, ``https://host:port``; by default the environment's AWS_ENDPOINT_URL, else Amazon.
-    Credentials are always the environment's (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role)."""
+    """Endpoint of ``s3:`` frames, ``https://host:port``. By default AWS_ENDPOINT_URL of the environment, else Amazon.
+    Credentials always come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role)."""
     s3_region: str | None = None
-    """Region of the buckets; by default the environment's AWS_REGION, else us-east-1."""
+    """Region of the buckets. By default AWS_REGION of the environment, else us-east-1."""
     s3_anonymous: bool = False
     """Read public buckets without credentials."""
     gs_endpoint: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+/?$")
-    """Where ``gs:`` frames are; by default the environment's GOOGLE_BASE_URL, else Google. Credentials are the
-    environment's (GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account)."""
+    """Endpoint of ``gs:`` frames. By default GOOGLE_BASE_URL of the environment, else Google. Credentials always come
+    from the environment (GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, the machine's account)."""
     gs_anonymous: bool = False
-    """Read Google's public buckets without credentials."""
+    """Read public buckets of Google without credentials."""
     abfs_account: str | None = Field(None, pattern=r"^[a-z0-9]{3,24}$")
-    """Azure's storage account, whose containers ``abfs://container/path`` names; by default the environment's
-    AZURE_STORAGE_ACCOUNT_NAME. Credentials are the environment's (AZURE_STORAGE_ACCOUNT_KEY,
-    AZURE_STORAGE_SAS_TOKEN, an identity)."""
+    """Azure storage account of the containers in ``abfs://container/path``. By default AZURE_STORAGE_ACCOUNT_NAME of
+    the environment. Credentials always come from the environment (AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN,
+    an identity)."""
     abfs_endpoint: str | None = Field(None, pattern=r"^https?://[^?#@\s]+$")
-    """Where the account is, by default the environment's AZURE_STORAGE_ENDPOINT, else Azure."""
+    """Endpoint of the account. By default AZURE_STORAGE_ENDPOINT of the environment, else Azure."""
     abfs_anonymous: bool = False
-    """Read Azure's public containers without credentials."""
+    """Read public containers of Azure without credentials."""
 
 
 class ResolveSettings(_Section):
-    """Where the frames lie that an alert does not name; see `stampworker.resolve`."""
+    """The URLs of frames that an alert does not name; see `stampworker.resolve`."""
 
     resolver: str = Field("alert", min_length=1)
-    """What says so: ``alert`` (nothing: alerts name their frames), ``template`` (the templates below), ``ztf`` (ZTF's
+    """Name of the resolver: ``alert`` (alerts name their frames), ``template`` (the templates below), ``ztf`` (ZTF's
     archive, from pdiffimfilename), ``stdweb`` (the folder of an STDWeb task), or an entry point of the group
     stampworker.resolvers."""
     root: str = ""
-    """Folder or URL prefix that {root} stands for in templates; it may hold fields, too. A relative one, or none,
-    starts at the first of frame_roots, beneath which every frame must lie in any case."""
+    """Folder or URL prefix that replaces {root} in templates. It may have fields, too. An empty or relative one starts
+    at the first of frame_roots. Every frame must be beneath one of frame_roots in any case."""
     planes: Planes = ()
-    """Planes that are taken of the resolver's; by default ztf's science, template, difference, and all of others."""
+    """Planes that the resolver gives. By default science, template and difference for ztf, all planes for others."""
     templates: Templates = Field(default_factory=dict)
-    """Where a plane's frame lies, filled with the alert's fields and those of its extra, such as
-    { difference = "{root}/{mjd:%Y%m%d}/{visit}-{ccd:02d}_diff.fits.fz#1" }: they stand over the resolver's own.
-    JSON in the environment and in flags."""
+    """Plane and URL with fields of the alert and of its extra in braces, such as
+    { difference = "{root}/{mjd:%Y%m%d}/{visit}-{ccd:02d}_diff.fits.fz#1" }. They replace the resolver's own templates.
+    In the environment and in flags they are JSON."""
 
 
 class AlertSettings(_Section):
-    """How incoming alerts are decoded."""
+    """Decoding of the incoming alerts."""
 
     schema_folder: Path | None = None
-    """Folder of ``<schema id>.avsc``, for alerts in Confluent wire format."""
+    """Folder with the files ``<schema id>.avsc``, for alerts in Confluent wire format."""
 
 
 class WorkerSettings(_Section):
-    """The loop: topics, group, batches, promise."""
+    """The worker: topics, group, retries, batches and transactions."""
 
     input_topic: Names = Field(("alerts",), min_length=1)
-    """Topics that alerts are read from."""
+    """Topics with the alerts."""
     packet_topic: str = Field("packets", min_length=1)
-    """Topic that packets are published to."""
+    """Topic for the packets."""
     reject_topic: str = Field("rejects", min_length=1)
-    """Topic that rejected alerts are published to."""
+    """Topic for rejected alerts (dead letters)."""
     retry_topic: str | None = Field(None, min_length=1)
-    """Topic of the group's own in which alerts wait whose frames are missing or unavailable, to be tried again; without
-    one they are rejected at once."""
+    """Topic, for this group alone, in which alerts with missing or unavailable frames wait for another attempt. Without
+    it they are rejected at once."""
     retry_delay_s: float = Field(30.0, gt=0, le=86_400)
-    """Time between two attempts at an alert, seconds."""
+    """Time between two attempts, seconds."""
     retry_missing_for_s: float = Field(600.0, ge=0)
-    """A missing frame may only be late: an alert is tried again for so long after its first attempt, seconds."""
+    """Time after the first attempt in which an alert with a missing frame is tried again, seconds. The frame may be
+    late."""
     retry_unavailable_for_s: float = Field(3600.0, ge=0)
-    """The same for a frame that cannot be read now: a server that is down, busy or wants other credentials."""
+    """The same for an unavailable frame, seconds. Its server may be down or busy, or may want other credentials."""
     group: str = Field("stampworker", min_length=1)
     """Kafka consumer group."""
     slot: int | None = Field(None, ge=0)
-    """Number of this worker in its group, for its transactional id; by default the host name's last digits, else 0."""
+    """Number of this worker in its group, for its transactional id. By default the last digits of the host name, else
+    0."""
     guarantee: Literal["exactly-once", "at-least-once"] = "exactly-once"
-    """At-least-once is for brokers without transactions."""
+    """Use at-least-once for brokers without transactions."""
     batch_count: int = Field(200, ge=1)
-    """A batch is closed at this many alerts, ..."""
+    """Largest number of alerts in a batch."""
     batch_bytes: int = Field(16 << 20, ge=1)
-    """... at this many bytes of alerts, ..."""
+    """Size of a batch's alerts at which it is closed, bytes."""
     batch_s: float = Field(0.5, gt=0)
-    """... or this long after its first alert, seconds."""
+    """Time after its first alert at which a batch is closed, seconds."""
     transaction_timeout_s: float = Field(10.0, ge=1, le=900)
-    """The broker aborts a transaction that stays open for longer, seconds; a crash may block readers so long."""
+    """The broker aborts a transaction that is open for longer, seconds. After a crash, readers may wait this long."""
     deadline_s: float = Field(60.0, gt=0, le=240)
-    """Longest time for publishing and committing one batch, seconds; below the group's poll interval of 300 s."""
+    """Longest time for publishing and committing one batch, seconds. It is below the group's poll interval of 300 s."""
 
     @model_validator(mode="after")
     def _no_loop(self) -> Self:
@@ -256,26 +256,26 @@ class WorkerSettings(_Section):
         return self
 
     def slot_number(self) -> int:
-        """Return the slot as set, else the number that the host's name ends in (a StatefulSet's ordinal), else 0."""
+        """Return the slot: the setting, else the last digits of the host name (a StatefulSet's ordinal), else 0."""
         if self.slot is not None:
             return self.slot
         found = re.search(r"(\d{1,6})$", socket.gethostname().split(".")[0])
         return int(found[1]) if found else 0
 
     def transactional_id(self) -> str:
-        """Return ``<group>-<slot>``: stable, so that a restarted worker ends what it left open."""
+        """Return ``<group>-<slot>``. It is stable, so a restarted worker ends the transaction that it left open."""
         return f"{self.group}-{self.slot_number()}"
 
 
 class LogSettings(_Section):
-    """What is logged, to standard error."""
+    """The log, on standard error."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severity that is logged."""
+    """Lowest severity in the log."""
 
 
 class Settings(_Section):
-    """Every setting of a run."""
+    """All settings."""
 
     enrich: EnrichSettings = EnrichSettings()
     fit: FitSettings = FitSettings()
@@ -304,7 +304,7 @@ def _without_credentials(text: str) -> str:
 
 
 def nearest(name: str, known: object) -> str:
-    """Return ``; the nearest known is …``, or nothing where none is near."""
+    """Return ``; the nearest known is …`` for a message, or nothing if no known name is similar."""
     found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)  # type: ignore[attr-defined]
     return f"; the nearest known is {found[0]!r}" if found else ""
 
@@ -319,26 +319,27 @@ def load(
     path : Path, optional
         A TOML file.
     environ : mapping, optional
-        The environment; only names that start with ``STAMPWORKER_`` count, without ``STAMPWORKER_TEST_*`` (the tests')
-        and ``STAMPWORKER_CONFIG`` (the path of the file, see the command line).
+        The environment. Names without the prefix ``STAMPWORKER_`` are ignored, and so are ``STAMPWORKER_TEST_*`` (for
+        the tests) and ``STAMPWORKER_CONFIG`` (the path of the file, for the command line).
     flags : mapping, optional
-        ``section.key`` → value; ``kafka.<name>`` for librdkafka's properties. They win.
+        ``section.key`` → value; ``kafka.<name>`` for librdkafka's properties.
 
     Returns
     -------
     settings : Settings
+        The checked settings.
 
     Raises
     ------
     ConfigError
-        The file cannot be read, a name is unknown, or a value is not what is wanted.
+        The file cannot be read, a name is unknown, or a value is not allowed.
     """
     values: dict[str, dict[str, object]] = {}
     for section, keys in _read_toml(path).items() if path else ():
         if not isinstance(keys, dict):
             if section in Settings.model_fields:
                 raise ConfigError(f"{path}: {section!r} is a section, wanted a table [{section}]")
-            raise ConfigError(f"{path}: {section!r} stands outside a section")
+            raise ConfigError(f"{path}: {section!r} is outside a section")
         values[section] = {**_flatten(keys)} if section == "kafka" else dict(keys)
     sources = {f"{s}.{k}": str(path) for s, keys in values.items() for k in keys}
     for name, value in (environ or {}).items():
@@ -358,25 +359,26 @@ def load(
 
 
 def describe(settings: Settings) -> str:
-    """Return the settings as TOML, each with a comment that says what it does; secrets are masked.
+    """Return the settings as TOML, each with its description as a comment; secrets are masked.
 
     Parameters
     ----------
     settings : Settings
+        The settings to describe.
 
     Returns
     -------
     text : str
-        What `load` reads.
+        TOML that `load` reads.
     """
     lines = []
     for section, values in settings.model_dump(mode="json").items():
-        about = type(getattr(settings, section)).__doc__ if section != "kafka" else _KAFKA_ABOUT
-        lines += [f"[{section}]", f"# {(about or '').splitlines()[0]}"]
+        model = _sections().get(section)
+        about = model.__doc__ if model else Settings.model_fields[section].description
+        lines += [f"[{section}]", f"# {about}"]
         for key, value in values.items():
-            what = _sections()[section].model_fields[key].description if section != "kafka" else None
-            if what:
-                lines += ["", *(f"# {line}" for line in what.splitlines())]
+            if model:
+                lines += ["", *(f"# {line}" for line in (model.model_fields[key].description or "").splitlines())]
             name = json.dumps(key) if section == "kafka" else key
             shown = "********" if section == "kafka" and _SECRET.search(key) else value
             written = _without_credentials(_toml(shown))
@@ -387,7 +389,7 @@ def describe(settings: Settings) -> str:
 
 def _toml(value: object) -> str:
     """Write a value as TOML: JSON's strings, numbers, booleans and lists are TOML's too; TOML has no null."""
-    if isinstance(value, Mapping):  # its keys are names of ours
+    if isinstance(value, Mapping):  # its keys are planes
         return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False)
 
@@ -432,7 +434,7 @@ def _complaint(error: Any, sources: Mapping[str, str]) -> str:
     source = sources.get(key) or next((s for name, s in sources.items() if name.startswith(f"{key}.")), None)
     prefix = f"{source}: {where}" if source else where
     if error["type"] != "extra_forbidden":
-        # Not the input of a whole section: it may hold secrets, and the message says what is wrong.
+        # The input of a whole section is left out: it may have secrets.
         found = "" if isinstance(error["input"], Mapping) else f"found {_without_credentials(repr(error['input']))}; "
         problem = error["msg"].removeprefix("Value error, ")
         return f"{prefix}: {found}{problem[0].lower()}{problem[1:]}"

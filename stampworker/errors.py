@@ -3,20 +3,21 @@
 ::
 
     StampworkerError
-    ├── AlertError              set the alert aside
-    │   └── UnknownSchema       set the alert aside
-    ├── ConfigError             stop, exit 2
-    ├── FrameError              carries the URL
-    │   ├── FrameMissing        retry while it may only be late, then set the alert aside
-    │   ├── FrameRefused        outside the allowed roots, or over a limit: set the alert aside
-    │   ├── FrameCorrupt        set the alert aside
-    │   ├── FrameMismatch       shape or grid does not fit: set the alert aside
-    │   └── FrameUnavailable    retry later
+    ├── AlertError              reject the alert
+    │   └── UnknownSchema       reject the alert
+    ├── ConfigError             stop with exit code 2
+    ├── FrameError              has the URL
+    │   ├── FrameMissing        retry, because the frame may be late; then reject the alert
+    │   ├── FrameRefused        outside the allowed roots, or above a limit: reject the alert
+    │   ├── FrameCorrupt        reject the alert
+    │   ├── FrameMismatch       shape or grid does not fit: reject the alert
+    │   └── FrameUnavailable    retry later; then reject the alert
+    ├── BrokerUnavailable       stop with exit code 1
     └── PublishError
         ├── TransactionAborted  read again from the last commit
         └── ProducerFenced      stop this worker
 
-Messages name the thing, the value found and the value wanted. Wrong arguments of a function are ``ValueError``.
+A message names the thing, the value found and the value wanted. A wrong argument of a function is a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class StampworkerError(Exception):
 
 
 class AlertError(StampworkerError):
-    """An alert cannot be read or lacks what is required: set it aside.
+    """An alert cannot be read or lacks what is required: reject it.
 
     Parameters
     ----------
     problem : str
         What was found and what was expected.
     alert_id : str, optional
-        The alert's identifier, where it could be read.
+        The alert's identifier, if it could be read.
     """
 
     def __init__(self, problem: str, alert_id: str | None = None) -> None:
@@ -43,11 +44,11 @@ class AlertError(StampworkerError):
 
 
 class UnknownSchema(AlertError):
-    """An alert in wire format names a schema id that is not known here."""
+    """An alert in wire format has an unknown schema id."""
 
 
 class ConfigError(StampworkerError):
-    """A setting is unknown, malformed or missing: stop, exit 2."""
+    """A setting is unknown, malformed or missing: stop with exit code 2."""
 
 
 class FrameError(StampworkerError):
@@ -56,7 +57,7 @@ class FrameError(StampworkerError):
     Parameters
     ----------
     url : str
-        Address of the frame, without credentials.
+        URL of the frame, without credentials.
     problem : str
         What was found and what was expected.
     """
@@ -68,15 +69,15 @@ class FrameError(StampworkerError):
 
 
 class FrameMissing(FrameError):
-    """There is no such frame, now; it may only be late."""
+    """The frame does not exist; it may be late."""
 
 
 class FrameRefused(FrameError):
-    """The frame lies outside the allowed roots or exceeds a limit."""
+    """The frame is outside the allowed roots or exceeds a limit."""
 
 
 class FrameCorrupt(FrameError):
-    """The file is not the FITS image that it should be."""
+    """The file is not a FITS image that can be read."""
 
 
 class FrameMismatch(FrameError):
@@ -84,11 +85,11 @@ class FrameMismatch(FrameError):
 
 
 class FrameUnavailable(FrameError):
-    """The frame could not be read for a reason that may pass."""
+    """The frame could not be read; the reason may pass."""
 
 
 class BrokerUnavailable(StampworkerError):
-    """No broker answers, for a reason that may pass."""
+    """No broker answers; the reason may pass."""
 
 
 class PublishError(StampworkerError):
@@ -101,10 +102,9 @@ class TransactionAborted(PublishError):
     Parameters
     ----------
     problem : str
-        Why.
+        The reason.
     too_large : bool, optional
-        The topic refused a record, or several that went together, for their size: it would refuse the same
-        batch again.
+        The topic refused records because of their size; it would refuse the same batch again.
     """
 
     def __init__(self, problem: str, *, too_large: bool = False) -> None:
@@ -114,3 +114,13 @@ class TransactionAborted(PublishError):
 
 class ProducerFenced(PublishError):
     """Another worker took this worker's transactional id: stop."""
+
+
+def shown(value: object) -> str:
+    """Return at most 200 characters of a value for a message, in ASCII; the value may be anything."""
+    return ascii(value)[:200]
+
+
+def brief(exc: BaseException) -> str:
+    """Return the class and at most 200 characters of another library's error, which may quote whole schemas."""
+    return f"{type(exc).__name__}: {str(exc)[:200]}"

@@ -1,24 +1,23 @@
 """Resolvers: from an alert to the URLs of the frames that it does not name.
 
-A resolver is a function from an alert to a mapping of planes to URLs. What the alert names itself wins, plane by plane;
-an error that it names stands against a variance that is resolved, and the other way round. What may be read stays
-`frame_roots`' business.
+A resolver is a function from an alert to a mapping of planes to URLs. A frame that the alert names has priority, plane
+by plane; ``error`` and ``variance`` count as one plane. The setting `frame_roots` still decides what may be read.
 
-Most archives need no code, but *templates*, one a plane, in the syntax of `str.format`::
+Most archives need no code but *templates*, one per plane, in the syntax of `str.format`::
 
     {root}/{mjd:%Y%m%d}/{visit}-{ccd:02d}_diff.fits.fz#1
 
-``root`` is the setting, everything else a field of the alert by its name in the schema, or of its ``extra``. A date's
-specification makes the UTC date of ``mjd``. What a field holds never changes what is addressed but where it stands: it
-cannot leave its folder, begin a query or name an HDU; an alert whose field tries to is rejected. Slashes inside stay.
+``root`` is the setting; every other name is a field of the alert, as in its schema, or a key of its ``extra``. A date
+format gives the UTC date of ``mjd``. The value of a field may have slashes, but it cannot leave its folder, begin a
+query or name an HDU: an alert with such a value is rejected.
 
-A package adds a resolver by an entry point of the group ``stampworker.resolvers``, whose name is what the setting
-``resolve.resolver`` then takes::
+A package adds a resolver by an entry point of the group ``stampworker.resolvers``. Its name is a value of the setting
+``resolve.resolver``::
 
     [project.entry-points."stampworker.resolvers"]
     mysurvey = "mysurvey.frames:make_resolver"
 
-It is called once, at start, with the `ResolveSettings`, and gives the resolver::
+The entry point is a function that is called once, at the start, with the `ResolveSettings`. It returns the resolver::
 
     def make_resolver(settings):
         def resolve(alert):
@@ -28,8 +27,8 @@ It is called once, at start, with the `ResolveSettings`, and gives the resolver:
 
         return resolve
 
-An AlertError or FrameError of it rejects the alert; so does any other exception, which is logged with its traceback.
-A ConfigError of the factory stops the worker before it reads anything.
+If the resolver raises an exception, the alert is rejected; unless it is an AlertError or a FrameError, the traceback is
+logged. A ConfigError of ``make_resolver`` stops the worker before it reads anything.
 """
 
 from __future__ import annotations
@@ -42,28 +41,28 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib.metadata import entry_points
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from astropy.time import Time
 
-from stampworker.config import PLANES, ResolveSettings, nearest
-from stampworker.errors import AlertError, ConfigError
-from stampworker.formats.alerts import FIELDS, Alert, Scalar, is_text
+from stampworker.config import ResolveSettings, nearest
+from stampworker.errors import AlertError, ConfigError, shown
+from stampworker.formats.alerts import FIELDS, Alert, Scalar, check_frames, check_urls
 from stampworker.frames.urls import REMOTE, WEB, scheme_of, without_credentials
 
 GROUP = "stampworker.resolvers"
-"""Entry points of other packages' resolvers."""
+"""Group of the entry points of other packages' resolvers."""
 
 Find = Callable[[Alert], Mapping[str, str]]
 """A resolver: alert → plane → URL or path, with an optional ``#HDU``."""
 
 _NOISE = {"error": "variance", "variance": "error"}
-# Of a URL, what must stand before the first field.
+# The part of a URL that must come before the first field.
 _FIXED = re.compile(r"file:(//(localhost)?)?/|[a-z][a-z0-9]*://[^/?#]+/", re.IGNORECASE)
 _DATE = re.compile(r"%[A-Za-z]")
-_MJD_0 = datetime(1858, 11, 17)  # UTC, as every date here
-# In a value: what has a meaning in a path or URL, or none in a file's name; and what makes an empty folder.
+_MJD_0 = datetime(1858, 11, 17)  # UTC, like every date in this module
+# Refused in a value: characters with a meaning in a path or URL, or without one in a file's name; and empty folders.
 _REFUSED = re.compile(r"[\x00-\x1f\x7f-\x9f\\#?%\ud800-\udfff]|^/|/$|//|^$")
 _ZTF_NAME = re.compile(
     r"(?:.*/)?ztf_(?P<exposure>(?P<year>[0-9]{4})(?P<monthday>[0-9]{4})(?P<fraction>[0-9]{6}))"
@@ -71,7 +70,7 @@ _ZTF_NAME = re.compile(
     r"_scimrefdiffimg\.fits(?:\.fz)?"
 )
 _ZTF_EXPOSURE = (
-    "{root}/sci/{year}/{monthday}/{fraction}/ztf_{exposure}_{field}_{filter}_c{ccd}_o_q{quadrant}_"  # one quadrant's
+    "{root}/sci/{year}/{monthday}/{fraction}/ztf_{exposure}_{field}_{filter}_c{ccd}_o_q{quadrant}_"  # of one quadrant
 )
 _ZTF_REFERENCE = (
     "{root}/ref/{fieldprefix}/field{field}/{filter}/ccd{ccd}/q{quadrant}/"
@@ -79,32 +78,28 @@ _ZTF_REFERENCE = (
 )
 
 
-def _nothing(_alert: Alert) -> dict[str, str]:
-    return {}
-
-
 def _ztf_fields(alert: Alert) -> Mapping[str, str]:
-    """Take the name of ZTF's difference image apart."""
+    """Return the parts of the name of ZTF's difference image."""
     name = alert.extra.get("pdiffimfilename")
     match = _ZTF_NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         wanted = "ztf_<yyyymmddffffff>_<field>_<filter>_c<ccd>_o_q<quadrant>_scimrefdiffimg.fits"
-        raise AlertError(f"extra.pdiffimfilename: found {ascii(name)[:200]}, wanted {wanted}")
+        raise AlertError(f"extra.pdiffimfilename: found {shown(name)}, wanted {wanted}")
     return match.groupdict()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an archive lays out its frames.
+    """The layout of an archive's frames.
 
     Attributes
     ----------
     templates : mapping
         Plane → template.
     planes : tuple of str
-        Those that are taken where the settings name none.
+        The planes that are used if the settings name none.
     derive : callable, optional
-        From an alert to fields that templates may use besides the alert's own, over which they stand.
+        From an alert to more fields for the templates. They replace fields of the alert with the same name.
     by_sky : bool
         See `Resolver`.
     """
@@ -118,7 +113,8 @@ class Layout:
 LAYOUTS = {
     "template": Layout(),
     # The reference is a co-add on its own grid. Bits 1 and 11 of mskimg mark detected sources (ZTF Science Data System
-    # Explanatory Supplement): to use it, name it among the planes and set enrich.mask_ignore_flags to 2050, their sum.
+    # Explanatory Supplement). To use the mask, add it to resolve.planes and set enrich.mask_ignore_flags to 2050, the
+    # sum of the two.
     "ztf": Layout(
         {
             "science": _ZTF_EXPOSURE + "sciimg.fits",
@@ -129,8 +125,8 @@ LAYOUTS = {
         ("science", "template", "difference"),
         _ztf_fields,
     ),
-    # Of an image that STDWeb splits (above its sub_size) the folder keeps the last part only, and x, y of a candidate
-    # are those on its own part: only ra, dec say where it lies. Its ZOGY leaves neither sub_conv nor sub_ediff.
+    # STDWeb splits an image above its sub_size and keeps only the last part in the folder. A candidate's x, y are those
+    # on its own part, so only ra, dec give its position. STDWeb's ZOGY writes neither sub_conv nor sub_ediff.
     "stdweb": Layout(
         {
             "science": "{root}/sub_image.fits",
@@ -144,23 +140,23 @@ LAYOUTS = {
         by_sky=True,
     ),
 }
-"""The layouts that are built in, by the resolver's name."""
+"""Resolver → its built-in layout."""
 
 
 @dataclass(frozen=True)
 class Resolver:
-    """Gives the frames of alerts, made by `load_resolver`, or of a function of one's own.
+    """Finds the frames of alerts. `load_resolver` makes one from the settings; a function of your own makes another.
 
     Attributes
     ----------
     name : str
-        For messages.
+        The resolver's name, for messages.
     find : callable
-        From an alert to a mapping of planes to URLs; it may leave out what the alert names.
+        From an alert to a mapping of planes to URLs. It may leave out the planes that the alert names.
     planes : tuple of str
-        Those that are taken of what it finds; by default all.
+        The planes that are taken from the result of ``find``; by default all.
     by_sky : bool
-        Whether a candidate's ``ra, dec`` stand over its ``x, y``, which are not those on the science frame.
+        Whether a candidate's ``ra, dec`` give its position, because its ``x, y`` are not on the science frame.
     """
 
     name: str
@@ -169,50 +165,40 @@ class Resolver:
     by_sky: bool = False
 
     def frames(self, alert: Alert) -> Mapping[str, str]:
-        """Return the URLs of all frames of an alert: those that it names, and those that are found.
+        """Return the URLs of all frames of an alert: those that it names and those that the resolver finds.
 
         Parameters
         ----------
         alert : Alert
+            The alert, with or without frames.
 
         Returns
         -------
         frames : mapping
-            Plane → URL or path; ``science`` is among them.
+            Plane → URL or path, at least of ``science``.
 
         Raises
         ------
         AlertError
-            The alert lacks what is needed to find them, or they are not frames of an alert.
+            The alert lacks a field that the resolver needs, or the frames are wrong: no science frame, an unknown
+            plane, or both ``error`` and ``variance``.
         """
-        found = self.find(alert)
-        frames = self._merged(alert.frames, found) if found else alert.frames
-        if "science" not in frames:
-            # Not the values: a URL may hold credentials.
-            known = ", ".join(frames) or "none"
-            raise AlertError(f"frames: found {known}, wanted at least science; the resolver is {self.name!r}")
-        if "error" in frames and "variance" in frames:
-            raise AlertError(f"frames: found both error and variance, wanted one; the resolver is {self.name!r}")
-        return frames
-
-    def _merged(self, named: Mapping[str, str], found: object) -> dict[str, str]:
-        if not isinstance(found, Mapping):
-            raise AlertError(f"resolver {self.name!r}: found {type(found).__name__}, wanted a map of plane to URL")
-        frames = dict(named)
-        for plane, url in found.items():
-            if plane not in PLANES:
-                raise AlertError(f"resolver {self.name!r}: no plane is called {plane!r}{nearest(str(plane), PLANES)}")
-            if not isinstance(url, str) or not url:
-                raise AlertError(f"resolver {self.name!r}: {plane}: found {type(url).__name__}, wanted a URL or path")
-            if not is_text(url):  # a file's name that is not UTF-8, as os.listdir gives it
-                raise AlertError(f"resolver {self.name!r}: {plane}: found {ascii(url)[:200]}, wanted text")
-            if not _is_named(plane, named) and (not self.planes or plane in self.planes):
-                frames[plane] = url
+        found = self.find(alert) or {}
+        try:
+            check_urls(found)
+            taken = [plane for plane in self.planes or found if plane in found and not _is_named(plane, alert.frames)]
+            frames = {**alert.frames, **{plane: found[plane] for plane in taken}} if taken else alert.frames
+            if "science" not in frames:
+                # The message has no URLs: they may have credentials.
+                raise AlertError(f"frames: found {', '.join(frames) or 'none'}, wanted at least science")
+            check_frames(frames)
+        except AlertError as exc:
+            raise AlertError(f"{exc}; the resolver is {self.name!r}") from None
         return frames
 
 
-ALERT_ONLY = Resolver("alert", _nothing)
-"""The default: frames are what the alert names."""
+ALERT_ONLY = Resolver("alert", lambda _alert: {})
+"""The default: it finds no frames, so the alert must name them."""
 
 
 def load_resolver(settings: ResolveSettings) -> Resolver:
@@ -221,15 +207,17 @@ def load_resolver(settings: ResolveSettings) -> Resolver:
     Parameters
     ----------
     settings : ResolveSettings
+        Name of the resolver, planes, templates and root.
 
     Returns
     -------
     resolver : Resolver
+        The resolver with its planes.
 
     Raises
     ------
     ConfigError
-        There is no such resolver, or it cannot be loaded; a template is malformed; or a plane has none.
+        The resolver does not exist or cannot be loaded, a template is malformed, or a plane has none.
     """
     if settings.resolver == ALERT_ONLY.name:
         if settings.templates:
@@ -242,7 +230,7 @@ def load_resolver(settings: ResolveSettings) -> Resolver:
 
 
 def _is_named(plane: str, named: Mapping[str, str]) -> bool:
-    """Tell whether an alert names a plane, or the other form of the same noise."""
+    """Return True if an alert names a plane; ``error`` and ``variance`` are two forms of the same plane."""
     return plane in named or _NOISE.get(plane) in named
 
 
@@ -275,7 +263,7 @@ def _layout(layout: Layout, settings: ResolveSettings) -> Find:
 
 
 def _installed(settings: ResolveSettings) -> Find:
-    """Make the resolver of an entry point."""
+    """Make the resolver of another package's entry point."""
     name = settings.resolver
     points = list(entry_points(group=GROUP))
     chosen = {point.value: point for point in points if point.name == name}
@@ -291,7 +279,7 @@ def _installed(settings: ResolveSettings) -> Find:
         find: object = point.load()(settings)
     except ConfigError:
         raise
-    except Exception as exc:  # of others' code
+    except Exception as exc:  # another package may raise anything
         problem = f"{type(exc).__name__}: {exc}"
         raise ConfigError(f"resolve.resolver: {name!r} ({point.value}) cannot be loaded: {problem}") from exc
     if not callable(find):
@@ -301,29 +289,29 @@ def _installed(settings: ResolveSettings) -> Find:
     return find
 
 
-@dataclass(frozen=True, slots=True)
-class _Hole:
-    """A place in a template that a field fills."""
+class _Field(NamedTuple):
+    """A field in a template, with its format specification."""
 
     name: str
     spec: str
 
 
 class _Template:
-    """A template of one plane, checked and taken apart.
+    """A parsed template of one plane.
 
     Parameters
     ----------
     plane : str
+        The plane, for messages.
     text : str
-        As in the settings.
+        The template in the settings.
     root : str
-        What ``{root}`` stands for.
+        The folder or URL prefix that replaces ``{root}``.
 
     Raises
     ------
     ConfigError
-        It is malformed.
+        The template is malformed.
     """
 
     def __init__(self, plane: str, text: str, root: str) -> None:
@@ -336,9 +324,9 @@ class _Template:
             raise self._malformed(full, str(exc)) from None
         scheme = self._scheme(parsed[0][0] if parsed else "", full)
         self._is_path = scheme is None
-        self._is_encoded = scheme == "file" or scheme in WEB  # a key is not
-        self._path: list[str | _Hole] = []
-        self._fragment: list[str | _Hole] = []
+        self._is_encoded = scheme == "file" or scheme in WEB  # a bucket's key is not
+        self._path: list[str | _Field] = []
+        self._fragment: list[str | _Field] = []
         into = self._path
         for literal, name, spec, conversion in parsed:
             before, mark, after = literal.partition("#")
@@ -348,23 +336,27 @@ class _Template:
                 into.append(mark + after)
             if name is not None:
                 self._check(full, name, spec or "", conversion)
-                into.append(_Hole(name, spec or ""))
+                into.append(_Field(name, spec or ""))
         sample = "".join(piece if isinstance(piece, str) else "x" for piece in self._path)
         if not sample.strip("/") or not {".", ".."}.isdisjoint(sample.split("/")):
             raise self._malformed(full, "wanted a path without the folders . and ..")
 
     def fill(self, alert: Alert, fields: Mapping[str, Scalar]) -> str:
         """Return the URL of an alert's frame."""
-        path = "".join([p if isinstance(p, str) else self._value(p, alert, fields) for p in self._path])
-        fragment = "".join([p if isinstance(p, str) else self._value(p, alert, fields) for p in self._fragment])
+        path, fragment = (
+            "".join([piece if isinstance(piece, str) else self._value(piece, alert, fields) for piece in pieces])
+            for pieces in (self._path, self._fragment)
+        )
         if ("/." in path or path[:1] == ".") and not {".", ".."}.isdisjoint(path.split("/")):
-            raise AlertError(f"{self._where}: found the folder . or .. in {_shown(path)}, wanted names")
-        if self._is_path and scheme_of(path) is not None:
-            raise AlertError(f"{self._where}: found {_shown(path)}, wanted a path and no URL")
-        return path + fragment
+            problem = "found the folder . or .. in {}, wanted names"
+        elif self._is_path and scheme_of(path) is not None:
+            problem = "found {}, wanted a path and no URL"
+        else:
+            return path + fragment
+        raise AlertError(f"{self._where}: {problem.format(shown(without_credentials(path)))}")
 
     def _with_root(self, text: str, root: str) -> str:
-        """Put the root in, so that its own fields are filled like the others."""
+        """Insert the root; its fields become fields of the template."""
         if not text.startswith("{root}"):
             return text
         rest = text.removeprefix("{root}")
@@ -375,7 +367,7 @@ class _Template:
         return root.rstrip("/") + rest if root else rest.lstrip("/")
 
     def _scheme(self, start: str, full: str) -> str | None:
-        """Return the scheme of a URL, None of a path; of a URL, no field may stand before the path."""
+        """Return the scheme of a URL, None for a path. In a URL, fields are allowed only after the host."""
         scheme = scheme_of(start)
         if scheme not in (None, "file", *REMOTE):
             raise self._malformed(full, f"scheme {scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:")
@@ -389,7 +381,7 @@ class _Template:
         if not name or name.isdigit() or not {".", "["}.isdisjoint(name):
             raise self._malformed(full, f"found {{{name}}}, wanted the plain name of a field")
         if name in ("extra", "frames"):
-            raise self._malformed(full, f"found {{{name}}}, wanted one value; the keys of extra stand by themselves")
+            raise self._malformed(full, f"found {{{name}}}, wanted one value; write a key of extra alone")
         if conversion or "{" in spec:
             raise self._malformed(full, f"{{{name}}}: found a conversion or a nested field, wanted {{{name}:spec}}")
         if _DATE.search(spec):
@@ -401,20 +393,20 @@ class _Template:
     def _malformed(self, text: str, problem: str) -> ConfigError:
         return ConfigError(f"resolve.templates.{self.plane}: {without_credentials(text)!r}: {problem}")
 
-    def _value(self, hole: _Hole, alert: Alert, fields: Mapping[str, Scalar]) -> str:
-        """Return what fills a hole."""
-        name, spec = hole.name, hole.spec
+    def _value(self, field: _Field, alert: Alert, fields: Mapping[str, Scalar]) -> str:
+        """Return the text that replaces a field."""
+        name, spec = field
         value = fields[name] if name in fields else _field(alert, name)
         if value is None:
             raise AlertError(f"{self._where}: found no {name!r}{_what_there_is(name, alert, fields)}")
         try:
             text = _formatted(value, spec, alert)
         except (ValueError, TypeError, OverflowError) as exc:
-            shown = f"{ascii(value)[:200]} for {{{name}{':' * bool(spec)}{spec}}}"
-            raise AlertError(f"{self._where}: found {shown}: {exc}") from None
+            found = f"{shown(value)} for {{{name}{':' * bool(spec)}{spec}}}"
+            raise AlertError(f"{self._where}: found {found}: {exc}") from None
         if _REFUSED.search(text):
             raise AlertError(
-                f"{self._where}: {name!r} is {ascii(text)[:200]}, wanted text without # ? % \\, control characters "
+                f"{self._where}: {name!r} is {shown(text)}, wanted text without # ? % \\, control characters "
                 "and empty folders"
             )
         return quote(text) if self._is_encoded else text
@@ -432,19 +424,15 @@ def _formatted(value: Scalar, spec: str, alert: Alert) -> str:
         if _DATE.search(spec):
             return format(_date(value, alert.mjd_scale), spec)
         if spec.endswith("d") and value.is_integer():
-            value = int(value)  # many writers have no integers beside missing values
+            value = int(value)  # many tables turn integers into floats if some are missing
     return format(value, spec)
 
 
-@lru_cache(maxsize=1024)  # the alerts of an exposure share it
+@lru_cache(maxsize=1024)  # all alerts of an exposure have the same date
 def _date(mjd: float, scale: str) -> datetime:
-    # UT1, which only measurements tell from UTC, is within a second of it.
+    # UT1 is within a second of UTC; the exact difference is measured, not computed.
     utc = mjd if scale in ("utc", "ut1") else float(Time(mjd, format="mjd", scale=scale).utc.mjd)
     return _MJD_0 + timedelta(days=utc)
-
-
-def _shown(path: str) -> str:
-    return ascii(without_credentials(path))[:200]
 
 
 def _what_there_is(name: str, alert: Alert, fields: Mapping[str, Scalar]) -> str:

@@ -1,9 +1,9 @@
-"""The samples beside the schemas: what they hold, and how they are made.
+"""The samples beside the schemas: their content, and how they are made.
 
     python tests/samples.py
 
-writes those of the current versions anew. Do so before a version is released, and never afterwards: a sample is what
-that version wrote. The frames come from `night.py`; their places are replaced by made-up ones.
+writes the samples of the current versions. Run it before the release of a version, never afterwards: a sample is what
+that version wrote. The frames come from `night.py`; the sample names them by made-up URLs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from stampworker.formats.alerts import encode as encode_alert
 from stampworker.formats.alerts import from_record
 from stampworker.formats.packets import Packet
 from stampworker.formats.packets import encode as encode_packet
+from stampworker.formats.schema import ALERT, PACKET
 from stampworker.frames import FrameStore
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
-ALERT_FOLDER = SCHEMAS / "stampworker.alert" / "1.0"
-PACKET_FOLDER = SCHEMAS / "stampworker.packet" / "1.0"
+ALERT_FOLDER = SCHEMAS.joinpath(*ALERT)
+PACKET_FOLDER = SCHEMAS.joinpath(*PACKET)
 
 _FIELDS: dict[str, Any] = {
     "alertId": "20261124-17",

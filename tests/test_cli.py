@@ -30,7 +30,7 @@ PLANES = ("science", "template", "difference", "mask")
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """Keep the settings of whoever runs the tests out of them."""
+    """Remove the user's settings from the environment."""
     for name in os.environ:
         if name.startswith("STAMPWORKER_"):
             monkeypatch.delenv(name)
@@ -50,12 +50,12 @@ def alerts(count=3, **fields):
 
 
 def lines(path):
-    """Return the objects of a file with one a line."""
+    """Return the objects of a file with one per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def enrich(*arguments):
-    """Run the command in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     return main(["enrich", *map(str, arguments), "--radius", "5"])
 
 
@@ -71,7 +71,7 @@ def packets(folder):
 
 @pytest.mark.parametrize("form", ["object", "list", "lines", "container"])
 def test_alert_files_of_every_form(night, tmp_path, capsys, form):
-    """One packet a candidate, named by its packet id; frames lie beside the alert file by default."""
+    """Each candidate gives a packet, named by its packet id; frames are beside the alert file by default."""
     path, records = night / "alerts", alerts(1 if form == "object" else 3)
     if form == "container":
         out = io.BytesIO()
@@ -99,7 +99,7 @@ def test_alert_files_of_every_form(night, tmp_path, capsys, form):
 
 
 def test_each_alert_leaves_as_packet_or_reject(night, tmp_path, capsys):
-    """What cannot become a packet is a line of rejects.jsonl, the screen says why, and the exit code is 0."""
+    """A reject is a line of rejects.jsonl, its reason is printed, and the exit code is 0."""
     good = alerts(1)[0]
     records = [
         good,
@@ -129,7 +129,7 @@ def test_each_alert_leaves_as_packet_or_reject(night, tmp_path, capsys):
 
 
 def test_names_that_are_not_utf8_can_be_rejected(night, tmp_path):
-    """A frame whose name is not UTF-8 is told of like any other."""
+    """A missing frame whose name is not UTF-8 is rejected like any other."""
     record = alerts(1)[0] | {"frames": {"science": "file:///%FF%FE.fits"}}
     (night / "a.json").write_text(json.dumps(record))
     assert enrich(night / "a.json", "--to", tmp_path / "out", "--frame-root", "/") == 0
@@ -153,7 +153,7 @@ def test_no_alerts_is_done(night, tmp_path, capsys):
 
 
 def test_relative_frames_lie_beside_their_own_alert_file(tmp_path):
-    """Of two alert files in two folders each names its own frames, and neither reaches into the other's folder."""
+    """Alert files in two folders name frames beside them, and neither can read the other's folder."""
     for seed, name in ((1, "one"), (2, "two")):
         write_night(tmp_path / name, planes=PLANES, seed=seed)
         record = alerts(1)[0] | {"alertId": name}
@@ -172,7 +172,7 @@ def test_relative_frames_lie_beside_their_own_alert_file(tmp_path):
 
 
 def test_frame_root(night, tmp_path, capsys):
-    """--frame-root takes the place of the alert file's folder, is repeatable, and relative paths start at the first."""
+    """--frame-root replaces the alert file's folder and is repeatable; relative paths start at the first."""
     (tmp_path / "elsewhere").mkdir()
     path = tmp_path / "elsewhere" / "a.json"
     absolute = alerts(1)[0] | {"alertId": "abs", "frames": {"science": str(night / "science.fits")}}
@@ -187,7 +187,7 @@ def test_frame_root(night, tmp_path, capsys):
 
 
 def test_cutouts(night, tmp_path):
-    """--cutouts writes what write_cutout writes, beside each packet."""
+    """--cutouts writes the file of write_cutout beside each packet."""
     (night / "a.json").write_text(json.dumps(alerts(2, extra={"snr": 7.5, "name": "one"})))
     assert enrich(night / "a.json", "--to", tmp_path / "out", "--cutouts") == 0
     for packet in packets(tmp_path / "out").values():
@@ -199,7 +199,7 @@ def test_cutouts(night, tmp_path):
 
 
 def test_folder_must_be_empty_or_absent(night, tmp_path, capsys):
-    """A folder with anything in it, and a file, are refused; nothing is written or deleted. An empty one is used."""
+    """A file, and a folder that is not empty, are refused without a change; an empty folder is used."""
     (night / "a.json").write_text(json.dumps(alerts(1)))
     before = sorted(night.iterdir())
     for name in (night, night / "a.json"):
@@ -214,7 +214,7 @@ def test_folder_must_be_empty_or_absent(night, tmp_path, capsys):
 
 @pytest.mark.parametrize("content", [None, b"no alerts", b"Obj\x01"])
 def test_alert_file_that_cannot_be_read(tmp_path, capsys, content):
-    """A file that is missing, or none of the forms, ends the command before anything is written."""
+    """A missing file, or one of no known form, ends the command before anything is written."""
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     assert enrich(tmp_path / "a.json", "--to", tmp_path / "out") == 1
@@ -229,7 +229,7 @@ FORMATS = {"ecsv": "ascii.ecsv", "vot": "votable", "fits": "fits", "csv": "ascii
 
 
 def candidates(**columns):
-    """Return a table: on the star, without a place, off the frame, and beside the star."""
+    """Return a table: on the star, without a position, off the frame, and beside the star."""
     places = {"x": [STAR[0], np.nan, -99.0, 40.0], "y": [STAR[1], 3.0, 3.0, 30.0]}
     return Table(
         {"id": ["p", "q", "r", "s"], **places, "mag": MaskedColumn([20.0, 21, 22, 23], mask=[0, 0, 0, 1])} | columns
@@ -243,7 +243,7 @@ def flags(night, *planes):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_tables_in_and_out(night, tmp_path, form):
-    """A table of any format gives a packet or a reject a row, and a table of any format with the metrics."""
+    """Each row of a table in any format gives a packet or a reject, and a row of a table in any format."""
     path = tmp_path / f"c.{form}"
     candidates().write(path, format=FORMATS[form])
     result = tmp_path / f"t.{form.upper() if form == 'csv' else form}"
@@ -269,7 +269,7 @@ def test_tables_in_and_out(night, tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_tables_without_one_fit(night, tmp_path, form):
-    """Columns in which nothing is known are written in every format, and so is a table of rejects only."""
+    """Empty columns and a table of rejects alone can be written in every format."""
     for name, rows in (("packets", candidates()[2:3]), ("rejects", candidates()[1:2])):
         rows.write(tmp_path / f"{name}.ecsv")
         out = tmp_path / f"{name}.{form}.out.{form}"
@@ -306,7 +306,7 @@ def test_columns_origin_and_units(night, tmp_path, capsys):
 
 
 def test_frames_of_flags_are_relative_to_the_working_directory(night, tmp_path, monkeypatch):
-    """A file named by a flag is read wherever it lies, with an HDU on demand."""
+    """A flag may name a file in any folder, and an HDU of it."""
     (tmp_path / "else" / "where").mkdir(parents=True)
     candidates().write(tmp_path / "else" / "where" / "c.ecsv")
     monkeypatch.chdir(night)
@@ -316,7 +316,7 @@ def test_frames_of_flags_are_relative_to_the_working_directory(night, tmp_path, 
 
 @pytest.mark.parametrize("plane", ["science", "mask"])
 def test_frame_of_a_flag_that_cannot_be_read(night, tmp_path, capsys, plane):
-    """What is wrong with a file named by a flag is said at once, with exit code 1, before anything is written."""
+    """A frame of a flag that cannot be read ends the command with code 1 before anything is written."""
     candidates().write(tmp_path / "c.ecsv")
     given = {"science": night / "science.fits"} | {plane: night / "typo.fits"}
     named = [part for name, path in given.items() for part in (f"--{name}", path)]
@@ -341,7 +341,7 @@ def test_frames_of_flags_that_do_not_fit(tmp_path, capsys):
 
 
 def test_wrong_usage_of_tables(night, tmp_path, capsys):
-    """Missing or needless flags of frames, and a table of an unknown format, are wrong usage."""
+    """Missing or needless flags of frames, and a table of unknown format, are wrong usage."""
     candidates().write(tmp_path / "c.ecsv")
     (night / "a.json").write_text(json.dumps(alerts(1)))
     table = tmp_path / "c.ecsv"
@@ -378,7 +378,7 @@ def test_tables_and_alerts_together(night, tmp_path):
 
 
 def test_tables_hold_what_their_format_can(night, tmp_path):
-    """Coordinates, times, arrays and text that is not ASCII are no reason to lose the table at the end."""
+    """A table with coordinates, times, arrays and text that is not ASCII can be written."""
     rows = Table({"x": [40.0, 41.0], "y": [30.0, 30.0], "apertures": [[1, 2], [3, 4]], "name": ["ü☃", "b"]})
     rows["place"] = SkyCoord([1, 2] * u.deg, [3, 4] * u.deg)
     rows["time"] = Time([60000, 60001], format="mjd")
@@ -393,7 +393,7 @@ def test_tables_hold_what_their_format_can(night, tmp_path):
 
 
 def test_publish_says_what_is_wrong_before_it_asks_a_broker(night, tmp_path, capsys):
-    """A table, and a file with one bad alert, are named with the alert; nothing is sent."""
+    """A table, or one bad alert in a file, is an error that names it, before a broker is asked."""
     candidates().write(tmp_path / "c.ecsv")
     assert main(["publish", str(tmp_path / "c.ecsv")]) == 2
     assert "c.ecsv: a table of candidates names no frames" in capsys.readouterr().err
@@ -419,7 +419,7 @@ def task(tmp_path):
 
 
 def test_stdweb_folder_needs_nothing_else(task, tmp_path, monkeypatch):
-    """The folder of a task is enriched by its name; frames of flags win, and may lie anywhere."""
+    """The resolver finds the frames of a task's folder; frames of flags have priority and may be anywhere."""
     assert enrich(task / "candidates.vot", "--resolver", "stdweb", "--to", tmp_path / "out") == 0
     found = packets(tmp_path / "out")
     assert set(found) == {"p", "r"}
@@ -434,7 +434,7 @@ def test_stdweb_folder_needs_nothing_else(task, tmp_path, monkeypatch):
 
 
 def test_frame_of_a_flag_beside_a_resolver_that_cannot_be_read(task, tmp_path, capsys):
-    """A typing error in a flag is said before anything is written, with a resolver, too."""
+    """A frame of a flag that cannot be read ends the command before anything is written, with a resolver, too."""
     flags = ("--resolver", "stdweb", "--mask", tmp_path / "typo.fits")
     assert enrich(task / "candidates.vot", *flags, "--to", tmp_path / "out") == 1
     assert "FrameMissing: " in capsys.readouterr().err
@@ -442,7 +442,7 @@ def test_frame_of_a_flag_beside_a_resolver_that_cannot_be_read(task, tmp_path, c
 
 
 def test_resolver_of_the_settings(task, tmp_path, monkeypatch, capsys):
-    """A root with fields, templates of a file or the environment, and flags over them."""
+    """The root may have fields; templates come from a file or the environment, and flags override them."""
     rows = candidates()[:1]
     rows["task"] = ["task"]
     rows.write(tmp_path / "c.ecsv")
@@ -462,7 +462,7 @@ def test_resolver_of_the_settings(task, tmp_path, monkeypatch, capsys):
 
 
 def test_alerts_without_frames(night, tmp_path, capsys):
-    """They are rejected one by one where no resolver is set, and served where one is."""
+    """Alerts without frames are rejected without a resolver, and become packets with one."""
     records = [{k: v for k, v in record.items() if k != "frames"} for record in alerts(2)]
     (night / "a.json").write_text(json.dumps(records))
     assert enrich(night / "a.json", "--to", tmp_path / "none") == 0
@@ -478,7 +478,7 @@ def test_alerts_without_frames(night, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [["enrich", "c.ecsv", "--to", "out"], ["run"], ["replay", "a", "--to-topic", "b"]])
 def test_resolver_that_does_not_serve_is_wrong_usage(command, tmp_path, monkeypatch, capsys):
-    """It is said at start, before a file is written or a broker is asked."""
+    """A resolver that cannot be loaded ends the command before a file is written or a broker is asked."""
     monkeypatch.chdir(tmp_path)
     candidates().write("c.ecsv")
     command += ["--frame-root", str(tmp_path)]
@@ -502,7 +502,7 @@ def test_resolver_that_does_not_serve_is_wrong_usage(command, tmp_path, monkeypa
 
 
 def test_precedence(tmp_path, monkeypatch, capsys):
-    """File, environment, --set, and the flag that has its own name, each over the one before."""
+    """File, environment, --set and a setting's own flag: each overrides the one before."""
     path = tmp_path / "s.toml"
     path.write_text('[enrich]\nradius = 10\n[fit]\nfwhm = 4\n[worker]\ngroup = "file"\nslot = 1\n')
     monkeypatch.setenv("STAMPWORKER_ENRICH_RADIUS", "20")
@@ -521,7 +521,7 @@ def test_precedence(tmp_path, monkeypatch, capsys):
 
 
 def test_settings_reach_the_packets(night, tmp_path, monkeypatch):
-    """What is set is used and kept in the packet; --radius is over the rest."""
+    """Settings are used and are in the packet; --radius overrides the others."""
     monkeypatch.setenv("STAMPWORKER_FIT_INNER", "9")
     monkeypatch.setenv("STAMPWORKER_ENRICH_RADIUS", "20")
     (night / "a.json").write_text(json.dumps(alerts(1)))
@@ -564,7 +564,7 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_broker_that_does_not_answer_exits_1(capsys, monkeypatch, tmp_path):
-    """It may answer later: nothing is wrong with the usage or the configuration."""
+    """A broker that does not answer is a failure, not wrong usage: it may answer later."""
     monkeypatch.setattr("stampworker.stream.kafka._CONTACT_S", 0.5)
     monkeypatch.setenv("STAMPWORKER_FRAMES_FRAME_ROOTS", str(tmp_path))
     nobody = ["--set", "kafka.bootstrap.servers=127.0.0.1:1", "--set", "kafka.log_level=0"]
@@ -574,7 +574,7 @@ def test_broker_that_does_not_answer_exits_1(capsys, monkeypatch, tmp_path):
 
 
 def test_run_and_replay_need_frame_roots(capsys):
-    """Before a broker is asked, it must be said where frames may lie."""
+    """Without frame roots, run and replay end before a broker is asked."""
     for arguments in (["run"], ["replay", "a", "--to-topic", "b"]):
         assert main(arguments) == 2
         assert "frames.frame_roots: found nothing" in capsys.readouterr().err
@@ -585,7 +585,7 @@ def test_run_and_replay_need_frame_roots(capsys):
 
 @pytest.fixture
 def packet(night, tmp_path):
-    """Return the file of a packet whose extra has a NaN, which JSON has no word for."""
+    """Return the file of a packet with NaN in extra, which JSON does not have."""
     (night / "a.json").write_text(json.dumps(alerts(1, extra={"snr": float("nan"), "band": "r"}, objectId="o☃")))
     assert enrich(night / "a.json", "--to", tmp_path / "p") == 0
     (path,) = (tmp_path / "p").glob("*.avro")
@@ -593,7 +593,7 @@ def packet(night, tmp_path):
 
 
 def test_show_prints_a_packet(packet, capsys):
-    """A table of what the packet says: identifiers, verdict, metrics, planes."""
+    """The text has the identifiers, verdict, metrics and planes."""
     capsys.readouterr()
     assert main(["show", str(packet)]) == 0
     out = capsys.readouterr().out
@@ -603,7 +603,7 @@ def test_show_prints_a_packet(packet, capsys):
 
 
 def test_show_json(packet, capsys):
-    """The record without the stamps' bytes, and their shapes, as JSON that any reader takes."""
+    """The JSON has the record without the stamps' bytes, with their shapes, for any JSON reader."""
     capsys.readouterr()
     assert main(["show", str(packet), "--json"]) == 0
 
@@ -636,7 +636,7 @@ def test_show_what_is_no_packet(night, tmp_path, capsys):
 
 
 def test_simulated_night_through_enrich(tmp_path, capsys):
-    """What ``simulate`` writes, ``enrich`` reads: alerts, or the table with the frames named by flags."""
+    """``enrich`` reads the alerts that ``simulate`` writes."""
     assert main(["simulate", str(tmp_path / "sim"), "--size", "256", "--candidates", "6", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"directory": str(tmp_path / "sim"), "alerts": 6}
     (path,) = (tmp_path / "sim").glob("*.json*")
@@ -662,7 +662,7 @@ def test_as_a_process(night, tmp_path):
 
 
 def test_enrich_does_not_depend_on_the_batch(night, tmp_path, monkeypatch):
-    """The packets of many alerts are, to the byte, those of each alone."""
+    """An alert gives the same bytes alone and among others."""
     monkeypatch.setattr("stampworker.cli._CHUNK", 2)
     records = alerts(5)
     (night / "all.json").write_text(json.dumps(records))
@@ -675,7 +675,7 @@ def test_enrich_does_not_depend_on_the_batch(night, tmp_path, monkeypatch):
 
 
 def test_noise_of_the_night_is_that_of_its_frames():
-    """The error plane of these tests' frames is their scatter."""
+    """The noise of these tests' frames is their scatter."""
     planes = night_planes()
     residual = planes["difference"][:20]
     assert residual.std() == pytest.approx(NOISE, rel=0.1)

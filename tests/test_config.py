@@ -33,7 +33,7 @@ def toml(tmp_path):
 
 
 def test_defaults_are_those_of_the_interface():
-    """Nothing given, nothing surprising: the fit of the interface note, and a local broker."""
+    """The defaults are the fit of the interface note and a local broker."""
     settings = load()
     assert settings == Settings()
     assert settings.enrich.radius == 31
@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_interface():
 
 
 def test_file_then_environment_then_flags(toml):
-    """The environment is over the file, and flags are over both, key by key."""
+    """The environment overrides the file and flags override both, key by key."""
     path = toml('[enrich]\nradius = 10\ngzip = false\n[fit]\nfwhm = 4\n[kafka]\n"linger.ms" = 1\n')
     environ = {"STAMPWORKER_ENRICH_RADIUS": "20", "STAMPWORKER_FIT_FWHM": "5", "STAMPWORKER_KAFKA_LINGER_MS": "2"}
     settings = load(path, environ, {"enrich.radius": "30", "kafka.linger.ms": "3"})
@@ -73,7 +73,7 @@ def test_kafka_properties_are_strings_by_their_dotted_names(toml):
 
 
 def test_environment_of_others_is_left_alone():
-    """Names without our prefix, the tests' own and the path of the file are not settings."""
+    """Names without the prefix, those of the tests and the path of the file are not settings."""
     environ = {"PATH": "/bin", "STAMPWORKER_TEST_BROKER": "x", "STAMPWORKER_CONFIG": "y", "XSTAMPWORKER_FIT_FWHM": "z"}
     assert load(None, environ) == Settings()
 
@@ -89,7 +89,7 @@ def test_lists_come_as_lists_or_between_commas(toml):
 
 
 def test_tables_come_as_tables_or_as_json(toml):
-    """Templates are a table in the file, and JSON elsewhere; a plane that there is not is named."""
+    """Templates are a table in the file and JSON elsewhere; an error names an unknown plane."""
     path = toml('[resolve.templates]\nscience = "{root}/{night}.fits"\n')
     assert load(path).resolve.templates == {"science": "{root}/{night}.fits"}
     environ = {"STAMPWORKER_RESOLVE_TEMPLATES": '{"mask": "m"}'}
@@ -111,7 +111,7 @@ def test_tables_come_as_tables_or_as_json(toml):
         ("[enrich]\nradus = 3\n", r"enrich\.radus is not a setting; the nearest known is 'radius'"),
         ("[wroker]\ngroup = 'g'\n", r"wroker is not a setting; the nearest known is 'worker'"),
         ("worker = 3\n", r"'worker' is a section, wanted a table \[worker\]"),
-        ("radius = 3\n", r"'radius' stands outside a section"),
+        ("radius = 3\n", "'radius' is outside a section"),
         (
             "[enrich]\nrequired_planes = ['tempalte']\n",
             r"no plane is called 'tempalte'; the nearest known is 'template'",
@@ -120,7 +120,7 @@ def test_tables_come_as_tables_or_as_json(toml):
     ],
 )
 def test_unknown_names_in_the_file_name_the_nearest(toml, text, message):
-    """A typing error in the file is an error that says what was meant, and in which file."""
+    """A typing error is an error that names the file and the nearest known name."""
     path = toml(text)
     with pytest.raises(ConfigError, match=message) as caught:
         load(path)
@@ -128,7 +128,7 @@ def test_unknown_names_in_the_file_name_the_nearest(toml, text, message):
 
 
 def test_unknown_names_in_the_environment_and_in_flags_name_the_nearest():
-    """So they are elsewhere; the source is named."""
+    """A typing error in the environment or in a flag names its source and the nearest known name."""
     with pytest.raises(ConfigError, match=r"STAMPWORKER_WORKER_GRUOP is not a setting.*'STAMPWORKER_WORKER_GROUP'"):
         load(None, {"STAMPWORKER_WORKER_GRUOP": "g"})
     with pytest.raises(ConfigError, match=r"STAMPWORKER_WORKER is not a setting"):
@@ -164,7 +164,7 @@ def test_unknown_names_in_the_environment_and_in_flags_name_the_nearest():
     ],
 )
 def test_values_out_of_bounds_name_setting_value_and_source(flag):
-    """A value that is not what is wanted names the setting, what was found and where it came from."""
+    """A value out of bounds is an error that names the setting, the value and its source."""
     name, value = flag
     with pytest.raises(ConfigError, match=rf"^command line: {name}: found .*; ") as caught:
         load(None, {}, {name: value})
@@ -172,7 +172,7 @@ def test_values_out_of_bounds_name_setting_value_and_source(flag):
 
 
 def test_every_fault_is_told_at_once():
-    """Two wrong settings are two lines."""
+    """Two wrong settings give two lines."""
     with pytest.raises(ConfigError, match="radius") as caught:
         load(None, {}, {"enrich.radius": "-1", "fit.fwhm": "0"})
     assert len(str(caught.value).splitlines()) == 2
@@ -201,7 +201,7 @@ def test_file_that_cannot_be_read(tmp_path, toml):
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_secrets_are_masked(toml, name):
-    """A password, a key or a token is seen neither in the description nor in repr or str."""
+    """The description, repr and str show no password, key or token."""
     settings = load(toml(f'[kafka]\n"{name}" = "hunter2"\n'))
     assert settings.kafka[name] == "hunter2"
     assert f'"{name}" = "********"' in describe(settings)
@@ -209,7 +209,7 @@ def test_secrets_are_masked(toml, name):
 
 
 def test_secrets_stay_out_of_error_messages(toml):
-    """Whatever else is wrong, a message shows no property's value."""
+    """No error message shows the value of a property."""
     for text in (
         '[kafka]\n"sasl.password" = "hunter2"\n"" = "x"\n',
         '[kafak]\n"sasl.password" = "hunter2"\n',
@@ -224,7 +224,7 @@ def test_secrets_stay_out_of_error_messages(toml):
 
 
 def test_description_is_a_configuration(toml):
-    """What is described reads back as the same settings; what is not set is a comment."""
+    """The description is read as the same settings; a setting without a value is a comment."""
     settings = load(
         None,
         {},
@@ -244,7 +244,7 @@ def test_description_is_a_configuration(toml):
 
 
 def test_settings_are_frozen():
-    """No setting changes after it was checked."""
+    """A setting cannot be changed."""
     with pytest.raises(ValidationError, match="frozen"):
         Settings().enrich.radius = 3
     with pytest.raises(ValidationError, match="Extra inputs"):
@@ -263,14 +263,14 @@ def test_slot_is_the_number_that_the_host_name_ends_in(monkeypatch, host, slot):
 
 
 def test_list_as_it_is_printed_is_a_list():
-    """What `describe` prints of a list can be given back as a flag or in the environment; half a list is an error."""
+    """A list as `describe` prints it is a value for a flag or the environment; half a list is an error."""
     assert load(flags={"frames.frame_roots": '["a", "b,c"]'}).frames.frame_roots == ("a", "b,c")
     with pytest.raises(ConfigError, match="a list is written a,b"):
         load(flags={"frames.frame_roots": '["a"'})
 
 
 def test_credentials_in_a_root_are_not_shown():
-    """A password in a URL is masked where settings are printed."""
+    """The description masks a password in a URL."""
     flags = {"frames.frame_roots": "https://user:hunter2@host/x/", "resolve.root": "https://user:hunter2@host/y"}
     text = describe(load(flags=flags | {"resolve.templates": '{"mask": "https://user:hunter2@host/m"}'}))
     assert "hunter2" not in text
@@ -278,7 +278,7 @@ def test_credentials_in_a_root_are_not_shown():
 
 
 def test_section_that_is_unknown_names_its_file(tmp_path):
-    """The complaint says where it stands."""
+    """The error names the file."""
     path = tmp_path / "worker.toml"
     path.write_text("[fitt]\nmax_shift = 2\n")
     with pytest.raises(ConfigError, match=r"worker\.toml: fitt is not a setting; the nearest known is 'fit'"):
@@ -298,7 +298,7 @@ def test_section_that_is_unknown_names_its_file(tmp_path):
     ],
 )
 def test_a_setting_by_its_old_name_names_the_new_one(old, new):
-    """Whoever still has an old name, in a flag or in the environment, is given the present one."""
+    """An old name, in a flag or in the environment, gives an error with the new name."""
     with pytest.raises(ConfigError, match=f"{old} is not a setting; the nearest known is '{new}'"):
         load(flags={old: "1"})
     section = old.partition(".")[0].upper()

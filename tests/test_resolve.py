@@ -1,4 +1,4 @@
-"""Resolvers: which URLs an alert's fields give, and what they can never give."""
+"""Resolvers: the URLs that an alert's fields give, and those that they cannot give."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def template(text: str, *, alert: Alert = ALERT, root: str = "") -> str:
 
 
 def with_extra(**extra: Any) -> Alert:
-    """Return an alert with a place and some fields."""
+    """Return an alert with a position and some fields."""
     return Alert("a", x=STAR[0], y=STAR[1], extra=extra)
 
 
@@ -88,7 +88,7 @@ def with_extra(**extra: Any) -> Alert:
     ],
 )
 def test_template_is_filled_from_the_alert(text: str, url: str) -> None:
-    """Fields of the alert and keys of its extra, by format specifications and as dates; the fragment is the HDU's."""
+    """Fields of the alert and keys of its extra fill a template, with format specifications and dates."""
     assert template(text).startswith(url)
     assert not text.startswith("https") or template(text) == url + "&v=4711#r"
 
@@ -106,7 +106,7 @@ def test_template_is_filled_from_the_alert(text: str, url: str) -> None:
     ],
 )
 def test_root_stands_before_the_template(text: str, root: str, url: str) -> None:
-    """A folder or a URL prefix, with or without a slash at its end; its own fields are filled, too."""
+    """The root is a folder or a URL prefix, with or without a final slash; its fields are filled, too."""
     assert template(text, root=root) == url
 
 
@@ -143,7 +143,7 @@ def test_dates_are_utc(mjd: float, scale: str, date: str) -> None:
     ],
 )
 def test_what_an_alert_lacks_is_said(text: str, message: str) -> None:
-    """The plane, the field, what was found, and what there is."""
+    """The error names the plane, the field, the value found and the known fields."""
     with pytest.raises(AlertError, match=message):
         template(text)
     with pytest.raises(AlertError, match=r"template of 'science': found 1e\+300 for \{mjd:%Y\}"):
@@ -179,7 +179,7 @@ def test_what_an_alert_lacks_is_said(text: str, message: str) -> None:
     ],
 )
 def test_malformed_templates_are_refused_at_start(text: str, message: str) -> None:
-    """Before any alert is seen; attributes, indices and conversions of format are none of ours. No secret is shown."""
+    """Malformed templates are refused at once, with attributes, indices and conversions; no secret is shown."""
     with pytest.raises(ConfigError, match=message) as caught:
         load_resolver(ResolveSettings(resolver="template", templates={"science": text}))
     assert "hunter2" not in str(caught.value)
@@ -188,7 +188,7 @@ def test_malformed_templates_are_refused_at_start(text: str, message: str) -> No
 @pytest.mark.parametrize("value", ["a#1", "a?b", "50%", "%2e%2e", "a\\b", "a\nb", "\0", "/etc", "a/", "a//b", "\x85"])
 @pytest.mark.parametrize("root", ["", "/data", "https://h/p", "s3://b/p", "file:///data"])
 def test_values_that_could_mean_something_else_are_refused(root: str, value: str) -> None:
-    """A mark of a URL, a control character or an empty folder in a field costs the alert, in paths and in URLs."""
+    """An alert is rejected if a field has a URL's mark, a control character or an empty folder."""
     for text in ("{root}/{night}/x.fits", "{root}/x.fits#{night}", "{root}/{night}.fits"):
         with pytest.raises(AlertError, match=r"template of 'science': 'night' is .* wanted text without"):
             template(text, root=root, alert=with_extra(night=value))
@@ -199,7 +199,7 @@ def test_values_that_could_mean_something_else_are_refused(root: str, value: str
     [("{n}/x.fits", ".."), ("a/{n}/x.fits", "b/../c"), ("a/.{n}", "."), ("{n}.", "."), ("{n}", "./b")],
 )
 def test_values_cannot_leave_their_folder(text: str, value: str) -> None:
-    """Not with .. nor with a dot that becomes one beside the template's."""
+    """A value cannot leave its folder by .. or by a dot beside one of the template."""
     for root in ("", "https://h/p/", "s3://b/"):
         with pytest.raises(AlertError, match=r"found the folder \. or \.\. in "):
             template(f"{{root}}/{text}", root=root, alert=with_extra(n=value))
@@ -231,7 +231,7 @@ LOADED = {root: load_resolver(ResolveSettings(resolver="template", root=root, te
 @example("", "ttp:", "x", "y", "1")
 @example("s3://bucket/nights", "a/b", "é ☃", "+&=", "1")
 def test_values_change_nothing_but_their_place(root: str, a: str, b: str, c: str, d: str) -> None:
-    """Root, folders, the file's ending and the HDU stay the template's; each value stands where it should, whole."""
+    """Root, folders, file ending and HDU are the template's; each value is complete and at its position."""
     try:
         found = LOADED[root].frames(with_extra(a=a, b=b, c=c, d=d))
     except AlertError as exc:
@@ -257,7 +257,7 @@ def test_values_change_nothing_but_their_place(root: str, a: str, b: str, c: str
 
 
 def assert_beneath(url: str, root: str) -> None:
-    """Assert that what the store makes of a URL lies beneath the root, unless the store refuses it."""
+    """Assert that the store puts a URL beneath the root, or refuses it."""
     try:
         address = parse(url)
     except FrameRefused:
@@ -267,7 +267,7 @@ def assert_beneath(url: str, root: str) -> None:
 
 @pytest.mark.parametrize("root", ["", "{folder}", "url", "file"])
 def test_odd_values_address_the_file_of_that_name(tmp_path: Path, root: str) -> None:
-    """Blanks, letters of other alphabets and marks that are harmless name the same file by path and by URL."""
+    """Blanks, letters of other alphabets and harmless marks name the same file by path and by URL."""
     odd = "é ☃ a+b&c=d@e:f,g;~'(1)"
     folder = tmp_path / "nights" / odd / "deep"
     write_night(folder, planes=("science",))
@@ -283,7 +283,7 @@ def test_odd_values_address_the_file_of_that_name(tmp_path: Path, root: str) -> 
 
 
 def test_default_is_what_the_alert_names() -> None:
-    """Its own frames, untouched; without science it is told of the resolver, and of no URL."""
+    """By default the frames are those of the alert; an error without science names the resolver and no URL."""
     alert = from_record(alert_record({"science": "s", "mask": "m"}))
     assert load_resolver(ResolveSettings()) is ALERT_ONLY
     assert ALERT_ONLY.frames(alert) is alert.frames
@@ -297,7 +297,7 @@ def test_default_is_what_the_alert_names() -> None:
 
 
 def test_the_alert_wins_plane_by_plane() -> None:
-    """The resolver fills in what the alert does not name, and no second kind of noise."""
+    """The resolver adds the planes that the alert does not name, but no variance to an error."""
     resolver = load_resolver(ResolveSettings(resolver="stdweb", root="task"))
     resolved = {plane: f"task/{name}.fits" for plane, name in STDWEB.items()}
     assert resolver.frames(Alert("a")) == resolved
@@ -308,7 +308,7 @@ def test_the_alert_wins_plane_by_plane() -> None:
 
 
 def test_fields_are_wanted_only_where_a_plane_is() -> None:
-    """An alert that names a plane itself may lack what its template would be filled with."""
+    """An alert that names a plane may lack the fields of that plane's template."""
     templates = {"science": "{night}.fits", "error": "{nothing}.fits"}
     resolver = load_resolver(ResolveSettings(resolver="template", templates=templates))
     for own in ({"error": "e"}, {"variance": "v"}):
@@ -318,7 +318,7 @@ def test_fields_are_wanted_only_where_a_plane_is() -> None:
 
 
 def test_planes_are_chosen() -> None:
-    """A subset of a layout's planes, and planes whose template stands in the settings."""
+    """The settings choose a subset of a layout's planes, and add planes by templates."""
     some = load_resolver(ResolveSettings(resolver="stdweb", planes=("science", "mask")))
     assert some.frames(Alert("a")) == {"science": "sub_image.fits", "mask": "sub_mask.fits"}
     settings = ResolveSettings(resolver="stdweb", templates={"mask": "{root}/mask.fits", "variance": "v.fits"})
@@ -352,13 +352,13 @@ def test_planes_are_chosen() -> None:
     ],
 )
 def test_settings_that_do_not_serve(settings: dict[str, Any], message: str) -> None:
-    """What is wrong with the settings is said when the resolver is loaded, before any alert."""
+    """Wrong settings are an error when the resolver is loaded, before any alert."""
     with pytest.raises(ConfigError, match=message):
         load_resolver(ResolveSettings(**settings))
 
 
 def test_a_frame_of_each_layout_has_a_plane_of_ours() -> None:
-    """Layouts name planes that there are, and load."""
+    """Layouts name known planes and can be loaded."""
     for name, layout in LAYOUTS.items():
         assert set(layout.planes) <= set(layout.templates)
         if layout.templates:
@@ -376,7 +376,7 @@ def run(alerts: list[Alert], root: Path, **sections: Any) -> list[Packet | Rejec
 
 
 def test_packets_of_resolved_frames(tmp_path: Path) -> None:
-    """Packets have the URLs as read; their ids are the alerts' own; each frame is opened once, also of mixed alerts."""
+    """Packets have the resolved URLs and the ids of their alerts; each frame is opened once."""
     named = write_night(tmp_path / "n1" / "d")
     write_night(tmp_path / "n2" / "d", seed=8)
     resolve = ResolveSettings(
@@ -419,7 +419,7 @@ def test_frame_roots_hold_for_resolved_frames(tmp_path: Path) -> None:
 
 
 def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its AlertError and FrameError are rejects; any other exception is one, too, and logged with its traceback."""
+    """Any exception of a resolver is a reject; other than AlertError and FrameError it is logged with its traceback."""
     write_night(tmp_path, planes=("science",))
     answers: dict[str, Any] = {
         "good": {"science": "science.fits"},
@@ -450,11 +450,11 @@ def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.Lo
         "alert": "no such visit",
         "frame": "butler:4711: not there yet",
         "fault": "'visit'",
-        "list": "resolver 'mine': found list, wanted a map of plane to URL",
-        "plane": "resolver 'mine': no plane is called 'diffrence'; the nearest known is 'difference'",
-        "path": "resolver 'mine': science: found PosixPath, wanted a URL or path",
-        "empty": "resolver 'mine': science: found str, wanted a URL or path",
-        "bytes": "resolver 'mine': science: found '\\udce9.fits', wanted text",
+        "list": "frames: found list, wanted a map of plane to URL; the resolver is 'mine'",
+        "plane": "frames: no plane is called 'diffrence'; the nearest known is 'difference'; the resolver is 'mine'",
+        "path": "frames.science: found PosixPath, wanted a URL or path; the resolver is 'mine'",
+        "empty": "frames.science: found '', wanted a URL or path; the resolver is 'mine'",
+        "bytes": "frames.science: found '\\udce9.fits', wanted a URL or path; the resolver is 'mine'",
         "none": "frames: found none, wanted at least science; the resolver is 'mine'",
         "both": "frames: found both error and variance, wanted one; the resolver is 'mine'",
     }
@@ -464,7 +464,7 @@ def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_table_of_candidates_by_a_resolver(tmp_path: Path) -> None:
-    """In Python, too, a table needs no frames where a resolver knows them; what is given wins."""
+    """In Python, too, a table needs no frames if a resolver finds them; given frames have priority."""
     for plane, path in write_night(tmp_path / "task").items():
         if plane in STDWEB:
             Path(path).rename(tmp_path / "task" / f"{STDWEB[plane]}.fits")
@@ -492,7 +492,7 @@ def test_table_of_candidates_by_a_resolver(tmp_path: Path) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real frames beside the checkout")
 @pytest.mark.parametrize("epoch", ["e0046", "e0124"])
 def test_real_frames_in_an_stdweb_folder(tmp_path: Path, epoch: str) -> None:
-    """The packets of a task's folder are those of the same frames named one by one, pixel by pixel."""
+    """The packets of a task's folder equal those of the same frames named one by one."""
     source = DATA / "saao_kb13475" / epoch
     names = {"error": "err"}
     for plane, name in STDWEB.items():
@@ -507,7 +507,7 @@ def test_real_frames_in_an_stdweb_folder(tmp_path: Path, epoch: str) -> None:
     for one, other in zip(made, wanted, strict=True):
         assert isinstance(one, Packet)
         assert isinstance(other, Packet)
-        # The place comes from the sky, and is that of the pixels to a hundredth of a micropixel.
+        # The position comes from the sky, and agrees with the pixels to a hundredth of a micropixel.
         assert set(one.metrics) == set(other.metrics)
         for name, value in other.metrics.items():
             assert one.metrics[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), name
@@ -516,7 +516,7 @@ def test_real_frames_in_an_stdweb_folder(tmp_path: Path, epoch: str) -> None:
 
 
 def test_candidates_of_other_parts_of_an_stdweb_task(tmp_path: Path) -> None:
-    """Of an image in parts the frames are the last part's: places are those on the sky, and x, y only without them."""
+    """For an image in parts, whose frames are the last part's, ra, dec give the position; x, y only without them."""
     planes, header = night_planes(), night_header("SIP")
     part = header.copy()
     part["CRPIX1"] -= 30  # the last part begins at column 30
@@ -565,7 +565,7 @@ ZTF_PATHS = {
 
 @pytest.mark.parametrize("name", [ZTF_NAME, ZTF_NAME + ".fz", "/ztf/archive/sci/2018/1129/252836/" + ZTF_NAME])
 def test_ztf_archive(name: str) -> None:
-    """The difference image's name says where it lies, and science frame and reference; a mask is for who asks."""
+    """The name of the difference image gives the URLs of science frame and reference, and of the mask on demand."""
     alert = with_extra(pdiffimfilename=name)
     found = load_resolver(ResolveSettings(resolver="ztf", root="https://irsa.example/ztf/products/")).frames(alert)
     assert found == {
@@ -590,7 +590,7 @@ def test_ztf_archive(name: str) -> None:
     ],
 )
 def test_names_that_are_not_ztfs(name: Any) -> None:
-    """What is no name of ZTF's is shown beside what is wanted."""
+    """The error shows the name found and the form wanted."""
     alert = with_extra() if name is None else with_extra(pdiffimfilename=name)
     with pytest.raises(AlertError, match=r"extra\.pdiffimfilename: found .*, wanted ztf_<yyyymmddffffff>_<field>_"):
         load_resolver(ResolveSettings(resolver="ztf")).frames(alert)
@@ -598,7 +598,7 @@ def test_names_that_are_not_ztfs(name: Any) -> None:
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real alerts beside the checkout")
 def test_real_ztf_alerts_resolve() -> None:
-    """Each real alert names a difference image that is found in the archive's form, in the field that it is of."""
+    """Each real alert gives a URL in the archive's form, in the folder of its field."""
     resolver = load_resolver(ResolveSettings(resolver="ztf", planes=tuple(ZTF_PATHS)))
     paths = sorted((DATA / "ztf_alerts").glob("*.avro"))
     assert len(paths) == 120
@@ -613,7 +613,7 @@ def test_real_ztf_alerts_resolve() -> None:
         folder, _, file_name = found["difference"].rpartition("/")
         assert file_name == name + ".fz"
         assert folder == f"sci/{name[4:8]}/{name[8:12]}/{name[12:18]}"
-        # The fraction of the day is that of the exposure, which jd gives the start of.
+        # The fraction of the day is the start of the exposure, as is jd.
         assert abs(candidate["jd"] - 0.5 - int(candidate["jd"] - 0.5) - int(name[12:18]) / 1e6) < 1e-3
         reference = f"field{candidate['field']:06d}/{band}/ccd{ccd:02d}/q{quadrant}"
         stem = f"ztf_{candidate['field']:06d}_{band}_c{ccd:02d}_q{quadrant}_refimg.fits"
@@ -643,7 +643,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def test_ztf_archive_through_the_chain(archive: Path) -> None:
-    """From the name of the difference image alone to a packet with a fit; the reference is brought onto the grid."""
+    """The name of the difference image alone gives a packet with a fit; the reference is resampled onto the grid."""
     alert = with_extra(pdiffimfilename=ZTF_NAME)
     (packet,) = run([alert], archive, resolve=ResolveSettings(resolver="ztf"))
     assert isinstance(packet, Packet), packet
@@ -653,7 +653,7 @@ def test_ztf_archive_through_the_chain(archive: Path) -> None:
 
 
 def test_ztf_masks_with_bits_to_ignore(archive: Path) -> None:
-    """Bits that mark sources keep nothing out of the fit when they are ignored; the mask's stamp still has them."""
+    """Ignored mask bits keep no pixel out of the fit; the mask's stamp still has them."""
     alert = with_extra(pdiffimfilename=ZTF_NAME)
     resolve = ResolveSettings(resolver="ztf", planes=tuple(ZTF_PATHS))
 
@@ -666,7 +666,7 @@ def test_ztf_masks_with_bits_to_ignore(archive: Path) -> None:
     packet, every = made(2050), made(2050 | 256)
     assert packet.adjust_status == every.adjust_status == "ok"
     assert packet.metrics["adjust_dx"] == pytest.approx(0.3, abs=0.02)
-    # One bad pixel takes its neighbours in the template along.
+    # One bad pixel also removes its neighbours in the template.
     assert packet.metrics["adjust_df"] < every.metrics["adjust_df"] == 7**2 - 3
     assert packet.stamps["mask"].content == made(0).stamps["mask"].content
     assert {0, 2050, 2306} == set(np.unique(packet.stamps["mask"].data))
@@ -674,7 +674,7 @@ def test_ztf_masks_with_bits_to_ignore(archive: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["u1", "i2", "i4", "i8"])
 def test_bits_are_ignored_in_masks_of_every_type(tmp_path: Path, kind: str) -> None:
-    """Noise and fit of a mask whose bits are all ignored are those without a mask, whatever its integers."""
+    """A mask of any integer type whose bits are all ignored gives the noise and fit without a mask."""
     frames = write_night(tmp_path, planes=("science", "difference"))
     mask = np.zeros(SHAPE, kind)
     mask[25:37, 36:47], mask[:, 60:] = 64, 1
@@ -699,7 +699,7 @@ def test_bits_are_ignored_in_masks_of_every_type(tmp_path: Path, kind: str) -> N
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, name: str = "mysurvey", points: str = "") -> None:
-    """Lay out a package as pip installs it, and put it where this process finds it."""
+    """Write a package as pip installs it, and add its folder to the path of this process."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -724,7 +724,7 @@ def make_resolver(settings):
 
 
 def test_resolver_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that is installed names a resolver, which is made once from the settings; planes are chosen of its."""
+    """The resolver of an installed package is made once from the settings, which choose among its planes."""
     install(tmp_path / "site", monkeypatch, CODE)
     resolver = load_resolver(ResolveSettings(resolver="mysurvey", root="/data", planes=("science", "mask")))
     assert resolver.frames(with_extra(visit=3)) == {"science": "/data/3/science.fits", "mask": "/data/3/mask.fits"}
@@ -737,7 +737,7 @@ def test_resolver_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_resolver_of_another_package_in_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command finds it, in a process of its own."""
+    """The command finds the resolver of an installed package."""
     install(tmp_path / "site", monkeypatch, CODE)
     write_night(tmp_path / "night" / "4711", planes=("science", "difference", "mask"))
     record = {"alertId": "a", "x": STAR[0], "y": STAR[1], "extra": {"visit": 4711}}
@@ -772,14 +772,14 @@ def test_resolver_of_another_package_in_the_command(tmp_path: Path, monkeypatch:
 def test_resolver_of_another_package_that_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
-    """Whatever goes wrong in its factory is a ConfigError that names the package's object."""
+    """Any exception of the factory is a ConfigError that names the package's object."""
     install(tmp_path, monkeypatch, code)
     with pytest.raises(ConfigError, match=message):
         load_resolver(ResolveSettings(resolver="mysurvey"))
 
 
 def test_two_packages_with_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which of two resolvers of a name is meant cannot be known; a built-in one is never replaced."""
+    """Two packages with a resolver of the same name are an error; a built-in resolver is never replaced."""
     install(tmp_path / "one", monkeypatch, CODE, "one", "mine = one:make_resolver\nztf = one:make_resolver")
     install(tmp_path / "two", monkeypatch, CODE, "two", "mine = two:make_resolver")
     with pytest.raises(ConfigError, match="several packages call theirs 'mine': one:make_resolver, two:make_resolver"):
@@ -788,7 +788,7 @@ def test_two_packages_with_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_public_names() -> None:
-    """Who makes packets in Python can make a resolver, too."""
+    """A resolver can be made from a function in Python."""
     assert stampworker.Resolver is Resolver
     assert stampworker.load_resolver is load_resolver
     assert issubclass(FrameMissing, FrameError)

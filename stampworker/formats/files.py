@@ -1,78 +1,40 @@
-"""Alerts in files: JSON, Avro containers, wire format, and tables of candidates."""
+"""Alerts in files: JSON, Avro containers, Confluent wire format, and tables of candidates."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from astropy.io import fits
 from astropy.table import Table
 
 from stampworker.errors import AlertError
-from stampworker.formats.alerts import Alert, decode, decode_container, from_record, from_table, masked_column
-
-_TABLES = {  # ending: format of astropy's reader
-    ".ecsv": "ascii.ecsv",
-    ".vot": "votable",
-    ".xml": "votable",
-    ".votable": "votable",
-    ".fits": "fits",
-    ".fit": "fits",
-    ".csv": "ascii.csv",
-    ".tsv": "ascii.tab",
-    ".cat": "ascii.sextractor",
-    ".ldac": "fits",
-}
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """How a table of candidates becomes alerts; see `stampworker.formats.alerts.from_table`.
-
-    Attributes
-    ----------
-    frames : mapping
-        Plane → URL, for every row.
-    columns : mapping
-        Name of ours → name of the column.
-    pixel_origin : {0, 1}
-        What the table calls the first pixel.
-    """
-
-    frames: Mapping[str, str] = field(default_factory=dict)
-    columns: Mapping[str, str] = field(default_factory=dict)
-    pixel_origin: int = 0
-
-
-def is_table(path: Path) -> bool:
-    """Tell by its ending whether a file is a table of candidates."""
-    return path.suffix.lower() in _TABLES
+from stampworker.formats.alerts import Alert, decode, decode_container, from_record
+from stampworker.formats.tables import alerts_table, from_table, is_table, read_table
 
 
 def read_alerts(
-    path: Path, options: TableOptions | None = None, schema_folder: Path | None = None
+    path: Path, schema_folder: Path | None = None, **table_options: Any
 ) -> tuple[list[Alert | AlertError], Table]:
     """Read every alert of a file.
 
     Parameters
     ----------
     path : Path
-        A table (ECSV, VOTable, FITS, CSV, by its ending), or alerts: one JSON object, a list, one object a line, an
-        Avro object container, or one alert in Confluent wire format.
-    options : TableOptions, optional
-        For tables: the frames and columns.
+        A table, recognised by its ending, or alerts, recognised by their content: one JSON object, a list, one object
+        per line, an Avro object container, or one alert in Confluent wire format.
     schema_folder : Path, optional
-        Folder of ``<schema id>.avsc``, for wire format.
+        Folder with the files ``<schema id>.avsc``, for wire format.
+    **table_options
+        For a table: ``frames``, ``columns`` and ``pixel_origin`` of `stampworker.formats.tables.from_table`.
 
     Returns
     -------
     alerts : list of Alert or AlertError
-        In the file's order; the error where one cannot be read.
+        In the file's order; the error if one cannot be read.
     table : astropy.table.Table
-        A row for each: the table's own columns, or the alerts' fields.
+        One row per alert: the table as read, or the alerts' fields.
 
     Raises
     ------
@@ -80,7 +42,8 @@ def read_alerts(
         The file as a whole cannot be read.
     """
     if is_table(path):
-        return _read_table(path, options or TableOptions())
+        table = read_table(path)
+        return from_table(table, **{"frames": {}, **table_options}, source=path.name), table
     try:
         data = path.read_bytes()
     except OSError as exc:
@@ -89,29 +52,7 @@ def read_alerts(
         alerts = _read_alerts(data, schema_folder)
     except AlertError as exc:
         raise AlertError(f"{path}: {exc}") from exc
-    return alerts, _fields_table(alerts)
-
-
-def _read_table(path: Path, options: TableOptions) -> tuple[list[Alert | AlertError], Table]:
-    if not path.is_file():
-        raise AlertError(f"{path}: found no such file, wanted a table of candidates")
-    kind = _TABLES[path.suffix.lower()]
-    try:
-        options_of_kind = {"hdu": _ldac_objects(path)} if kind == "fits" else {}
-        table = Table.read(path, format=kind, **options_of_kind)
-    except Exception as exc:  # astropy's readers raise many kinds of error
-        raise AlertError(f"{path}: found no table: {type(exc).__name__}: {str(exc)[:200]}") from exc
-    alerts = from_table(
-        table, options.frames, columns=options.columns, pixel_origin=options.pixel_origin, source=path.name
-    )
-    return alerts, table
-
-
-def _ldac_objects(path: Path) -> int:
-    """Return the HDU of the candidates: SExtractor's FITS_LDAC has another table before them."""
-    with fits.open(path) as hdus:
-        names = [hdu.name for hdu in hdus]
-    return names.index("LDAC_OBJECTS") if "LDAC_OBJECTS" in names else 1
+    return alerts, alerts_table(alerts)
 
 
 def _read_alerts(data: bytes, schema_folder: Path | None) -> list[Alert | AlertError]:
@@ -123,7 +64,7 @@ def _read_alerts(data: bytes, schema_folder: Path | None) -> list[Alert | AlertE
         whole = json.loads(data)
     except (ValueError, RecursionError) as exc:
         lines = [line for line in data.splitlines() if line.strip()]
-        # Of a list or an object over several lines that is cut off, no line is an object, or it begins as a list.
+        # A list or an object that is cut off is no file of lines: it begins with a bracket, or no line is an object.
         if data.lstrip()[:1] == b"[" or not any(map(_is_object, lines)):
             raise AlertError(f"found neither JSON nor an Avro container: {exc}") from exc
         return [_or_error(decode, line) for line in lines]
@@ -137,26 +78,8 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _or_error(read: Any, source: Any) -> Alert | AlertError:
+def _or_error(read: Callable[[Any], Alert], source: object) -> Alert | AlertError:
     try:
-        if not isinstance(source, bytes | Mapping):
-            raise AlertError(f"found {type(source).__name__}, wanted one alert: an object of fields")
-        made: Alert = read(source)
+        return read(source)
     except AlertError as exc:
         return exc
-    return made
-
-
-def _fields_table(alerts: Sequence[Alert | AlertError]) -> Table:
-    """Return the alerts' fields as a table; columns that no alert fills are left out."""
-    rows = []
-    for alert in alerts:
-        record: dict[str, Any] = {"alertId": alert.alert_id or ""}
-        if isinstance(alert, Alert):
-            record = alert.to_record()
-        extra = record.pop("extra", {})
-        record.pop("frames", None)
-        rows.append({k: v for k, v in extra.items() if k not in record} | record)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    used = [n for n in names if any(row.get(n) is not None for row in rows)]
-    return Table({name: masked_column([row.get(name) for row in rows]) for name in used})

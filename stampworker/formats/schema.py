@@ -1,4 +1,4 @@
-"""The Avro schemas that stampworker speaks; their only source is the folder ``schemas/``."""
+"""The Avro schemas of alerts and packets; their only source is the folder ``schemas/``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def schema_text(name: str, version: str) -> str:
     Returns
     -------
     text : str
+        The schema without blanks.
     """
     text = files("stampworker").joinpath("schemas", name, version, f"{name}.avsc").read_text(encoding="utf-8")
     return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
@@ -43,15 +44,15 @@ def parsed_schema(name: str, version: str) -> Any:
 def write_container(name: str, version: str, record: Mapping[str, Any], marker: bytes) -> bytes:
     """Write one record as an Avro object container.
 
-    The same arguments give the same bytes in every process. fastavro's own writer orders the attributes of the embedded
-    schema by hash, which differs from process to process; so only the values are left to it.
+    The same arguments give the same bytes in every process. fastavro's own container writer does not: it orders the
+    attributes of the embedded schema by hash, which differs between processes. So fastavro writes the values only.
 
     Parameters
     ----------
     name, version : str
-        Of the schema.
+        Name and version of the schema.
     record : mapping
-        Of that schema.
+        A record of that schema.
     marker : bytes
         The container's sync marker, 16 bytes.
 

@@ -14,18 +14,18 @@ BINS = (0.0, 5.0, 10.0, 20.0, math.inf)
 """Edges of the bins of S/N."""
 
 BINNED = ("transient-sky", "transient-galaxy", "dipole", "scale-error")
-"""Classes that are shown by S/N; the others are one row each."""
+"""Classes that are split by S/N; each of the others is one row."""
 
 Results = Mapping[str, Mapping[str, Any]]
 
 
 def stdweb_rule(metrics: Mapping[str, Any]) -> bool:
-    """Say whether STDWeb's thresholds alone would call a candidate an artefact.
+    """Return True if STDWeb's thresholds alone would call a candidate an artefact.
 
     Parameters
     ----------
     metrics : mapping
-        ``adjust_chi2_0``, ``adjust_chi2``, ``adjust_pval``, ``adjust_scale``, where there is a fit.
+        ``adjust_chi2_0``, ``adjust_chi2``, ``adjust_pval`` and ``adjust_scale`` of a fit; empty without one.
 
     Returns
     -------
@@ -44,15 +44,16 @@ def confusion(truth: Table, results: Results) -> Table:
     Parameters
     ----------
     truth : Table
-        Of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``.
+        The truth of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``.
     results : mapping
         ``alertId`` → the packet's metrics (``adjust_chi2_0``, ...) and ``adjust_artefact``.
 
     Returns
     -------
     table : Table
-        ``class``, ``snr`` (the bin), ``number`` of candidates, ``fitted`` of them, ``artefact`` (called so by the
-        worker) and ``stdweb`` (called so by STDWeb's thresholds alone). Rows without candidates are left out.
+        One row per class and bin that has candidates: ``class``, ``snr`` (the bin), and the counts ``number``
+        (candidates), ``fitted``, ``artefact`` (verdict of the worker) and ``stdweb`` (verdict of STDWeb's thresholds
+        alone).
 
     Raises
     ------
@@ -81,12 +82,12 @@ def _count(results: list[Mapping[str, Any]]) -> tuple[int, int, int]:
 
 
 def format_confusion(table: Table) -> str:
-    """Write the table of `confusion` as text, shares in per cent of the candidates.
+    """Write the table of `confusion` as text, with verdicts in per cent of the candidates.
 
     Parameters
     ----------
     table : Table
-        Of `confusion`.
+        The result of `confusion`.
 
     Returns
     -------
@@ -126,19 +127,20 @@ def recovery(truth: Table, results: Results, min_snr: float = 10.0) -> dict[str,
     Parameters
     ----------
     truth : Table
-        Of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``, ``dx``, ``dy``,
-        ``scale``.
+        The truth of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``, ``dx``,
+        ``dy``, ``scale``.
     results : mapping
         ``alertId`` → the packet's metrics. Candidates without a fit are left out.
     min_snr : float
-        Least S/N of the residual.
+        Smallest S/N of the residual.
 
     Returns
     -------
     figures : dict
-        ``dipoles``, ``scale_errors``: numbers compared; ``shift``: median distance of the fitted from the true shift of
-        dipoles, pixels; ``dx_bias``, ``dy_bias``: medians of fitted less true; ``scale``: median of |fitted less true|
-        scale of scale errors between 1/1.1 and 1.1, the default bounds of the fit. NaN where nothing can be compared.
+        ``dipoles``, ``scale_errors``: numbers of candidates compared. ``shift``: median distance between the fitted and
+        the true shift of dipoles, pixels. ``dx_bias``, ``dy_bias``: medians of fitted minus true. ``scale``: median of
+        |fitted minus true| of scale errors between 1/1.1 and 1.1, the default bounds of the fit. NaN if nothing can be
+        compared.
     """
     fits = [
         (row, results[str(row["alertId"])])

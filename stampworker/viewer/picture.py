@@ -1,17 +1,18 @@
 """A packet for the eye: its stamps as a picture, its fields as text.
 
-Stamps are shown as they are on the frame, x to the right and y up, every pixel a square: nothing is flipped, rotated or
-smoothed. matplotlib (the extra ``viewer``) is imported when a picture is drawn.
+Stamps are shown as they are on the frame, x to the right and y up, every pixel as a square; nothing is flipped, rotated
+or smoothed. matplotlib (the extra ``viewer``) is imported only when a picture is drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from astropy.stats import mad_std
 from numpy.typing import NDArray
 
 from stampworker.errors import ConfigError
@@ -25,14 +26,14 @@ COLUMNS = ("science", "template", "convolved", "difference", "adjusted")
 MOST_PIXELS = 60_000_000
 """Largest picture, screen pixels: some 500 packets with stamps of 63 × 63."""
 
-_STAMP, _LARGE_STAMP = 132, 252  # side of a stamp where there are many and few, screen pixels, near enough
+_STAMP, _LARGE_STAMP = 132, 252  # approximate side of a stamp, of many and of one or two packets, screen pixels
 _LABEL = 196  # width of a row's text
 _GAP = 6
 _HEAD, _FOOT = 26, 24
 _DPI = 100
 _LINE = 15  # height of a line of text, screen pixels
 
-# Grey is data. Colours are reserved for what is none.
+# Data are grey. Colours are for everything else.
 _PAPER = (255, 255, 255)
 _NO_PLANE = (238, 238, 238)
 _NO_DATA = (72, 104, 168)
@@ -41,18 +42,12 @@ _MARK = (214, 39, 40)
 _VERDICTS = {True: ("artefact", "#b22222"), False: ("not an artefact", "#1f7a3a"), None: ("no fit", "#666666")}
 
 Floats = NDArray[np.floating[Any]]
-
-
-class _Stretch(NamedTuple):
-    """Values shown black and white; above black, asinh is linear up to about ``soft`` (None: linear throughout)."""
-
-    low: float
-    high: float
-    soft: float | None
+_Stretch = Callable[[Floats], Floats]
+"""From values of a plane to grey: 0 is black, 1 is white."""
 
 
 class _Layout(NamedTuple):
-    """Where everything goes, screen pixels from the upper left corner."""
+    """The layout of the picture, in screen pixels from the upper left corner."""
 
     blocks: int
     rows: int
@@ -68,18 +63,18 @@ class _Layout(NamedTuple):
         return width, _HEAD + self.rows * (self.cell + _GAP) + _FOOT
 
     def corner(self, number: int) -> tuple[int, int]:
-        """Upper left corner of a row: left and top."""
+        """Return the upper left corner of a row: left and top."""
         block, row = divmod(number, self.rows)
         return _GAP + block * self.block_width, _HEAD + row * (self.cell + _GAP)
 
 
 def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] | None = None) -> None:
-    """Draw the stamps of packets as a PNG, one row a packet.
+    """Draw the stamps of packets as a PNG, one row per packet.
 
     Parameters
     ----------
     packets : sequence of Packet
-        At least one. Many rows are laid out in several blocks side by side, read downwards.
+        At least one. Many rows are laid out in several blocks side by side, each read downwards.
     path : str or Path
         File to write.
     labels : sequence of str, optional
@@ -90,14 +85,15 @@ def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] |
     ConfigError
         matplotlib is not installed.
     ValueError
-        There are no packets, more than a picture of 60 million pixels holds, or ``labels`` are not as many.
+        There are no packets, too many for a picture of 60 million pixels, or not as many ``labels``.
 
     Notes
     -----
-    Science and convolved share a stretch, the template (on its own flux scale) has its own: asinh, from 3 sigma below
-    the sky to the brightest pixels, linear over the noise. Difference and adjusted share a linear one, symmetric about
-    zero, so that what the adjustment removes is seen to go. Black is low, white is high. Pixels without data are blue,
-    masked ones tinted orange, planes that the packet lacks a light grey; ticks mark the candidate's pixel.
+    Black is low, white is high. Science and convolved share a stretch; the template, on its own flux scale, has its
+    own. Both are asinh stretches from 3 sigma below the sky to the brightest pixels, linear over the noise. Difference
+    and adjusted share a linear stretch that is symmetric about zero, so they show what the adjustment removes. Pixels
+    without data are blue, masked pixels have an orange tint, planes that the packet lacks are light grey. Ticks point
+    at the candidate's pixel.
     """
     if not packets:
         raise ValueError("packets: found none, wanted at least 1")
@@ -129,16 +125,16 @@ def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] |
             middle = layout.corner(block * layout.rows)[0] + _LABEL + column * (layout.cell + _GAP) + layout.cell / 2
             axes.text(middle, _HEAD / 2, name, ha="center", va="center", fontsize=9, color="#333333")
     _write_legend(axes, height - _FOOT / 2)
-    # Not imshow: a screen pixel is a pixel of the array, and nothing is resampled.
+    # figimage, unlike imshow, resamples nothing: a screen pixel is a pixel of the array.
     figure.figimage(canvas, origin="upper", zorder=-1)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    # No date and no version of the software: the same packets give the same picture.
+    # Without a date and the software's version, the same packets give the same file.
     figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 def _layout(packets: Sequence[Packet]) -> _Layout:
-    """Arrange the rows so that the picture is about as high as wide, in one block where they are few."""
+    """Arrange the rows: up to 8 in one block, more so that the picture is about as high as wide."""
     side = max((max(stamp.data.shape) for packet in packets for stamp in packet.stamps.values()), default=1)
     cell = side * max(1, round((_LARGE_STAMP if len(packets) <= 2 else _STAMP) / side))
     one = _Layout(1, 1, cell)
@@ -150,36 +146,36 @@ def _paint_row(canvas: NDArray[np.uint8], packet: Packet, left: int, top: int, c
     planes = {name: packet.stamps[name].data for name in COLUMNS if name in packet.stamps}
     stamp = packet.stamps.get("mask")
     mask = None if stamp is None else stamp.data != 0
-    limits = _limits(planes, mask)
+    stretches = _stretches(planes, mask)
     for column, name in enumerate(COLUMNS):
         x = left + column * (cell + _GAP)
         if name not in planes:
             canvas[top : top + cell, x : x + cell] = _NO_PLANE
             continue
-        image = _colours(planes[name], mask, limits[name])
+        image = _colours(planes[name], mask, stretches[name])
         zoom = max(1, cell // max(image.shape[:2]))
-        image = image[::-1].repeat(zoom, axis=0).repeat(zoom, axis=1)  # rows of a picture run down, those of a frame up
+        image = image[::-1].repeat(zoom, axis=0).repeat(zoom, axis=1)  # a picture's first row is the upper one
         height, width = image.shape[:2]
         y0, x0 = top + (cell - height) // 2, x + (cell - width) // 2
         canvas[y0 : y0 + height, x0 : x0 + width] = image
         _mark(canvas, x0 + width // 2, y0 + height // 2, cell)
 
 
-def _limits(planes: Mapping[str, Floats], mask: NDArray[np.bool_] | None) -> dict[str, _Stretch]:
+def _stretches(planes: Mapping[str, Floats], mask: NDArray[np.bool_] | None) -> dict[str, _Stretch]:
     """Choose the stretch of each plane."""
-    found = {name: _sky_stretch(_usable(plane, mask)) for name, plane in planes.items()}
-    if "science" in found and "convolved" in found:
-        found["convolved"] = found["science"]
+    stretches = {name: _sky_stretch(_usable(plane, mask)) for name, plane in planes.items()}
+    if "science" in stretches and "convolved" in stretches:
+        stretches["convolved"] = stretches["science"]
     residual = planes.get("difference", planes.get("adjusted"))
     if residual is not None:
         values = _usable(residual, mask)
-        span = max(5 * _scatter(values), float(np.percentile(np.abs(values), 99.9))) if values.size else 1.0
-        found |= dict.fromkeys(("difference", "adjusted"), _Stretch(-span or -1.0, span or 1.0, None))
-    return found
+        span = max(5 * float(mad_std(values)), float(np.percentile(np.abs(values), 99.9))) if values.size else 1.0
+        stretches |= dict.fromkeys(("difference", "adjusted"), _stretch(-span or -1.0, span or 1.0))
+    return stretches
 
 
 def _usable(plane: Floats, mask: NDArray[np.bool_] | None) -> Floats:
-    """Return the finite pixels as float64, without the masked ones where others are left."""
+    """Return the finite pixels as float64, without the masked ones if others are left."""
     finite = np.isfinite(plane)
     good = finite if mask is None or mask.shape != plane.shape else finite & ~mask
     return plane[good if good.any() else finite].astype(np.float64)
@@ -188,31 +184,33 @@ def _usable(plane: Floats, mask: NDArray[np.bool_] | None) -> Floats:
 def _sky_stretch(values: Floats) -> _Stretch:
     """Stretch from 3 sigma below the sky to the brightest thousandth, at least 10 sigma above it."""
     if not values.size:
-        return _Stretch(0.0, 1.0, None)
-    sky, sigma = float(np.median(values)), _scatter(values)
-    sigma = sigma or float(values.std()) or 1.0
-    return _Stretch(sky - 3 * sigma, max(sky + 10 * sigma, float(np.percentile(values, 99.9))), 5 * sigma)
+        return _stretch(0.0, 1.0)
+    sky = float(np.median(values))
+    sigma = float(mad_std(values)) or float(values.std()) or 1.0
+    return _stretch(sky - 3 * sigma, max(sky + 10 * sigma, float(np.percentile(values, 99.9))), 5 * sigma)
 
 
-def _scatter(values: Floats) -> float:
-    """Return a robust standard deviation, from the median absolute deviation."""
-    return float(1.4826 * np.median(np.abs(values - np.median(values))))
+def _stretch(low: float, high: float, soft: float | None = None) -> _Stretch:
+    """Map low to 0 and high to 1: linearly, or by an asinh that is linear up to about ``soft`` above low."""
+    from astropy.visualization import AsinhStretch, LinearStretch, ManualInterval  # this imports matplotlib
+
+    shape = LinearStretch() if soft is None else AsinhStretch(soft / (high - low))
+    stretch: _Stretch = shape + ManualInterval(low, high)
+    return stretch
 
 
 def _colours(plane: Floats, mask: NDArray[np.bool_] | None, stretch: _Stretch) -> NDArray[np.uint8]:
-    """Turn a plane into red, green, blue, shape (ny, nx, 3), its first row still the lowest."""
-    low, high, soft = stretch
-    above = np.clip(np.nan_to_num(plane.astype(np.float64)), low, high) - low
-    share = above / (high - low) if soft is None else np.arcsinh(above / soft) / np.arcsinh((high - low) / soft)
-    grey = np.repeat((255 * share)[:, :, None], 3, axis=2)
+    """Turn a plane into red, green, blue, shape (ny, nx, 3); the first row is still the lowest."""
+    finite = np.isfinite(plane)
+    grey = np.repeat(255 * stretch(np.where(finite, plane, 0.0))[:, :, None], 3, axis=2)
     if mask is not None and mask.shape == plane.shape:
         grey[mask] = 0.6 * grey[mask] + 0.4 * np.array(_MASKED)
-    grey[~np.isfinite(plane)] = _NO_DATA
+    grey[~finite] = _NO_DATA
     return np.asarray(np.rint(grey), np.uint8)
 
 
 def _mark(canvas: NDArray[np.uint8], x: int, y: int, cell: int) -> None:
-    """Point at the candidate's pixel from the left and from below, without covering it."""
+    """Draw ticks that point at the candidate's pixel from the left and from below, without covering it."""
     near, far = round(0.09 * cell), round(0.17 * cell)
     half = cell // 200  # the line is one screen pixel wide on small stamps, three on large ones
     canvas[y - half : y + half + 1, x - far : x - near] = _MARK
@@ -263,11 +261,12 @@ def describe(packet: Packet) -> str:
     Parameters
     ----------
     packet : Packet
+        The packet to describe.
 
     Returns
     -------
     text : str
-        A line a field: identifiers, candidate, fit, verdict, settings, and a line for each stamp with its frame.
+        One line per field: identifiers, candidate, fit, verdict, settings; and one line per stamp, with its frame.
     """
     lines = [("alertId", packet.alert_id), ("objectId", packet.object_id), ("packetId", packet.packet_id)]
     extra = packet.candidate.get("extra") or {}
@@ -307,7 +306,7 @@ def _value(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        # Places and times need every digit; of a chi2 six are enough.
+        # Positions and times need every digit, all other values six.
         value = f"{value:.7f}".rstrip("0").rstrip(".") if name in ("x", "y", "ra", "dec", "mjd") else f"{value:.6g}"
     return f"{value} {_UNITS[name]}" if name in _UNITS else str(value)
 

@@ -1,4 +1,4 @@
-"""The schemas, their docs, and the samples that every version must go on reading."""
+"""The schemas, their docs, and the samples that every later version must read."""
 
 import dataclasses
 import io
@@ -16,6 +16,7 @@ from stampworker.formats.packets import METRICS, STAMP_FIELDS, Packet
 from stampworker.formats.packets import encode as encode_packet
 
 FILES = sorted(SCHEMAS.glob("*/*/*.avsc"))
+NAMES = [f"{file.stem}-{file.parent.name}" for file in FILES]
 UNITS = {
     "none",
     "deg",
@@ -53,6 +54,12 @@ def records(part):
             yield from records(field["type"])
 
 
+def version_of(text):
+    """Return a version as a pair of numbers."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
 def without(text, names):
     """Return a schema without some of its top fields."""
     loaded = json.loads(text)
@@ -68,8 +75,10 @@ def resolve(writer, reader, record):
 
 
 def test_every_version_has_a_schema_and_a_sample():
-    """Beside each schema stands a sample, and each schema says its version."""
-    assert [f.parent.parent.name for f in FILES] == ["stampworker.alert", "stampworker.packet"]
+    """Each schema has a sample beside it and names its version; the current versions are the newest."""
+    assert {f.parent.parent.name for f in FILES} == {"stampworker.alert", "stampworker.packet"}
+    for name, current in (schema.ALERT, schema.PACKET):
+        assert current == max((f.parent.name for f in FILES if f.stem == name), key=version_of)
     for file in FILES:
         assert file.stem == file.parent.parent.name
         assert (file.parent / "sample.avro").is_file()
@@ -78,7 +87,7 @@ def test_every_version_has_a_schema_and_a_sample():
         assert f"{loaded['namespace']}.{loaded['name']}" == file.stem
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_every_field_says_what_it_is_and_its_unit(file):
     """At every level, a field has a doc that ends in its unit in brackets, and a record has a doc."""
     loaded = json.loads(file.read_text(encoding="utf-8"))
@@ -91,9 +100,9 @@ def test_every_field_says_what_it_is_and_its_unit(file):
     assert all(record.get("doc") for record in records(loaded))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_optional_fields_default_to_null(file):
-    """What may be null comes first as null and is null by default, at every level; what may be empty is empty."""
+    """An optional field has null as first type and as default, at every level; a map or a list is empty by default."""
     for path, field in fields(json.loads(file.read_text(encoding="utf-8"))):
         kind = field["type"]
         if isinstance(kind, list):
@@ -103,8 +112,29 @@ def test_optional_fields_default_to_null(file):
             assert field["default"] in ("utc", {}, [], False), path
 
 
+@pytest.mark.parametrize("written", FILES, ids=NAMES)
+def test_versions_keep_the_promise(written):
+    """A newer version of an alert reads the sample; so does every version of a packet with the same major number."""
+    version = version_of(written.parent.name)
+    for file in FILES:
+        reader = version_of(file.parent.name)
+        is_promised = reader >= version if file.stem == "stampworker.alert" else reader[0] == version[0]
+        if file.stem == written.stem and is_promised:
+            with (written.parent / "sample.avro").open("rb") as sample:
+                (record,) = fastavro.reader(sample, reader_schema=json.loads(file.read_text(encoding="utf-8")))
+            assert record["alertId"] == sample_alert()["alertId"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_samples_of_every_version_are_read(file):
+    """The current code reads what each version wrote."""
+    data = (file.parent / "sample.avro").read_bytes()
+    read = decode(data) if file.stem == "stampworker.alert" else Packet.read(data)
+    assert read.alert_id == sample_alert()["alertId"]
+
+
 def test_alert_schema_is_that_of_the_interface():
-    """Names and types of an alert's fields, and the attributes of ours that carry them."""
+    """Names and types of an alert's fields are those of the interface, and `Alert` has an attribute for each."""
     loaded = json.loads((ALERT_FOLDER / "stampworker.alert.avsc").read_text(encoding="utf-8"))
     kinds = {field["name"]: field["type"] for field in loaded["fields"]}
     double = ["null", "double"]
@@ -136,14 +166,14 @@ def test_packet_schema_is_that_of_the_interface():
 
 
 def test_embedded_schema_is_the_file():
-    """What is written into a container is the whole schema, docs included."""
+    """A container has the whole schema, docs included."""
     for file in FILES:
         name = (file.stem, file.parent.name)
         assert json.loads(schema.schema_text(*name)) == json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_alert_samples_are_one_alert():
-    """The sample as JSON and as Avro is the same alert, for fastavro alone as for us."""
+    """The sample is the same alert in JSON and in Avro, for fastavro alone and for `decode`."""
     with (ALERT_FOLDER / "sample.avro").open("rb") as file:
         (record,) = fastavro.reader(file)
     plain = json.loads((ALERT_FOLDER / "sample.json").read_text(encoding="utf-8"))
@@ -172,7 +202,7 @@ def test_packet_sample_is_what_is_made_today(tmp_path):
 
 
 def test_packet_sample_is_read_by_fastavro_alone():
-    """Every plane, every metric and the verdict are there for any Avro reader."""
+    """Any Avro reader finds every plane, every metric and the verdict."""
     with (PACKET_FOLDER / "sample.avro").open("rb") as file:
         (record,) = fastavro.reader(file)
     assert record["alertId"] == sample_alert()["alertId"]
@@ -185,9 +215,9 @@ def test_packet_sample_is_read_by_fastavro_alone():
     assert Packet.read(encode_packet(packet)) == packet
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_older_readers_and_writers_resolve(file):
-    """A version without the optional fields reads what this one writes, and this one reads what that one writes."""
+    """A version without the optional fields and this version read each other's records."""
     text = file.read_text(encoding="utf-8")
     now = json.loads(text)
     with (file.parent / "sample.avro").open("rb") as sample:
@@ -203,7 +233,7 @@ def test_older_readers_and_writers_resolve(file):
 
 
 def test_writers_of_later_versions_are_read():
-    """A field that this version does not know is passed over."""
+    """A field of a later version is ignored."""
     text = (PACKET_FOLDER / "stampworker.packet.avsc").read_text(encoding="utf-8")
     later = json.loads(text)
     later["fields"].append({"name": "adjust_new", "type": ["null", "double"], "doc": "Later. [none]", "default": None})

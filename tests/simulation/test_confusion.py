@@ -66,14 +66,14 @@ def test_counts_by_class_and_bin(truth, results):
 
 
 def test_missing_result_is_an_error(truth, results):
-    """A candidate without result is not passed over."""
+    """A candidate without a result is an error."""
     del results["c"]
     with pytest.raises(KeyError, match="c"):
         confusion(truth, results)
 
 
 def test_text_is_an_aligned_table(truth, results):
-    """The text is a Markdown table whose columns line up, shares in per cent."""
+    """The text is a Markdown table with aligned columns and shares in per cent."""
     lines = format_confusion(confusion(truth, results)).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].replace("-", "").replace(" ", "") == "|||:|:|:|:|"
@@ -88,7 +88,7 @@ def test_text_is_an_aligned_table(truth, results):
 
 
 def test_recovery_is_of_strong_residuals(truth, results):
-    """Distances of fitted and true shift are over dipoles above the limit, scales over scale errors."""
+    """Shifts are compared for dipoles above the S/N limit, scales for scale errors."""
     figures = recovery(truth, results)
     assert figures["dipoles"] == 2
     assert figures["shift"] == pytest.approx((0.05 + 0.1) / 2)
@@ -99,7 +99,7 @@ def test_recovery_is_of_strong_residuals(truth, results):
 
 
 def test_recovery_of_nothing_is_nan(truth, results):
-    """Without anything to compare the figures are NaN."""
+    """The figures are NaN if there is nothing to compare."""
     figures = recovery(truth, results, min_snr=1000)
     assert figures["dipoles"] == 0
     assert math.isnan(figures["shift"])

@@ -1,4 +1,4 @@
-"""The simulated night: honest frames, known truth, the same bytes for the same seed; and what the fit makes of it."""
+"""The simulated night: its frames and truth, the same bytes for the same seed, and the results of the fit."""
 
 import filecmp
 import json
@@ -13,8 +13,9 @@ from astropy.wcs import WCS
 
 from stampworker.cutouts import adjust_cutout, is_artefact
 from stampworker.errors import ConfigError
+from stampworker.simulation.candidates import SHARES, capacity
 from stampworker.simulation.confusion import BINNED, confusion, recovery
-from stampworker.simulation.night import MASK_BITS, SHARES, capacity, simulate
+from stampworker.simulation.night import MASK_BITS, simulate
 
 PLANES = ("science", "template", "convolved", "difference", "error", "mask")
 
@@ -53,7 +54,7 @@ def near(truth, shape, reach=20):
 
 
 def test_planes_fit_together(night):
-    """Every plane has the science frame's shape, and the difference is science less convolved."""
+    """Every plane has the science frame's shape, and the difference is science minus convolved."""
     for planes in night.frames:
         assert {plane.shape for plane in planes.values()} == {(512, 512)}
         assert {name: plane.dtype.newbyteorder("=") for name, plane in planes.items()} == {
@@ -98,7 +99,7 @@ def test_template_has_another_psf_scale_and_background(night):
 
 
 def test_alerts_point_where_the_wcs_does(night):
-    """x, y and ra, dec of an alert are the same place, on every plane's WCS; no header carries the time of writing."""
+    """x, y and ra, dec of an alert agree in every plane's WCS; no header has the time of writing."""
     for alert in night.alerts:
         for name in ("science", "mask"):
             header = fits.getheader(night.night.directory / alert["frames"][name])
@@ -123,7 +124,7 @@ def test_one_candidate_still_makes_a_night(tmp_path):
 
 
 def test_truth_keeps_its_promises(night):
-    """S/N, shifts, scales and hosts lie in the documented ranges, and shifts along x are unlike those along y."""
+    """S/N, shifts, scales and hosts are within the documented ranges, and shifts along x differ from those along y."""
     truth = {kind: night.truth[night.truth["class"] == kind] for kind in SHARES}
     for kind in ("transient-sky", "transient-galaxy"):
         assert 2.8 < truth[kind]["snr"].min() < 5
@@ -142,7 +143,7 @@ def test_truth_keeps_its_promises(night):
 
 
 def test_measured_snr_is_that_of_the_truth(night):
-    """What a matched filter measures on the difference scatters around the true S/N by one."""
+    """The S/N that a matched filter measures on the difference scatters around the true one by one."""
     pulls = []
     for alert in night.alerts:
         row = night.truth_of(alert)
@@ -156,7 +157,7 @@ def test_measured_snr_is_that_of_the_truth(night):
 
 
 def test_candidates_keep_their_distance(night):
-    """No candidate stands in the middle of another's stamp."""
+    """No candidate is in the middle of another's stamp."""
     for folder in ("frame-01", "frame-02"):
         rows = night.truth[night.truth["frame"] == folder]
         distance = np.hypot(rows["x"][:, None] - rows["x"], rows["y"][:, None] - rows["y"])
@@ -164,7 +165,7 @@ def test_candidates_keep_their_distance(night):
 
 
 def test_edge_cases(night):
-    """Candidates at half-integers, at, over and off the edge are there and are where they say."""
+    """There are candidates at half-integer positions, at the edge, over it and off it, each at its stated position."""
     cases = {}
     for row in night.truth[night.truth["class"] == "edge"]:
         cases.setdefault(row["case"], []).append((row["x"], row["y"]))
@@ -203,7 +204,7 @@ def test_same_seed_same_bytes(tmp_path):
 
 
 def test_folder_must_be_empty(tmp_path):
-    """A night is never written over something else."""
+    """A folder that is not empty is refused."""
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="is not empty"):
         simulate(tmp_path)
@@ -220,14 +221,14 @@ def test_folder_must_be_empty(tmp_path):
     ],
 )
 def test_sizes_out_of_range(tmp_path, arguments, message):
-    """Sizes that cannot be are refused before anything is written."""
+    """Arguments out of range are refused before anything is written."""
     with pytest.raises(ValueError, match=message):
         simulate(tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
 
 
 def test_capacity_is_what_fits(tmp_path):
-    """As many candidates as `capacity` says are placed."""
+    """A frame takes as many candidates as `capacity` returns."""
     assert capacity(256) == 16
     assert len(Loaded(simulate(tmp_path / "full", size=256, candidates=16)).alerts) == 16
 
@@ -255,7 +256,7 @@ def judged(tmp_path_factory):
 
 
 def test_fit_recovers_the_injected_shifts_and_scales(judged):
-    """Shifts of dipoles come back to 0.05 pixel without bias, scales to 1 %."""
+    """The fit recovers shifts of dipoles to 0.05 pixel without bias, and scales to 1 %."""
     figures = recovery(*judged)
     assert figures["dipoles"] > 50
     assert figures["scale_errors"] > 15
@@ -272,7 +273,7 @@ def called(table, kind, *bins):
 
 
 def test_verdicts_on_the_night(judged):
-    """Transients stay, dipoles and scale errors go; STDWeb's rule alone loses faint transients."""
+    """Dipoles and scale errors are called artefacts, transients are not; STDWeb's rule alone loses faint transients."""
     table = confusion(*judged)
     assert set(BINNED) < set(table["class"])
     ours, theirs = called(table, "transient-sky", "below 5", "5 to 10")

@@ -1,4 +1,4 @@
-"""What the product promises of its verdicts, on a night of 2 200 candidates with known truth."""
+"""The promised quality of the verdicts, on a night of 2 200 candidates with known truth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from study import study
 
 @pytest.mark.timeout(300)
 def test_night_is_judged_as_promised(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Shifts come back to 0.05 px; transients survive, dipoles and scale errors do not."""
+    """The fit recovers shifts to 0.05 px; dipoles and scale errors are called artefacts, transients are not."""
     table, found = study(tmp_path_factory.mktemp("study") / "night", candidates=2200, seed=1)
     counts = {(row["class"], row["snr"]): (int(row["artefact"]), int(row["number"])) for row in table}
 

@@ -1,4 +1,4 @@
-"""Packets as pictures and as text: the right pixels in the right place and colour, for any packet."""
+"""Packets as pictures and as text: every pixel at its position and in its colour, for any packet."""
 
 import sys
 import uuid
@@ -130,7 +130,7 @@ def test_masked_pixels_do_not_set_the_stretch(planes, tmp_path):
 
 
 def test_planes_that_are_absent(planes, tmp_path):
-    """A packet with the science plane alone shows light grey where it has nothing."""
+    """Planes that a packet lacks are light grey."""
     picture([packet({"science": planes["science"]}, metrics={}, artefact=None)], tmp_path / "one.png")
     drawn = stamps_of(tmp_path / "one.png")
     assert np.all(drawn["template"] == NO_PLANE)
@@ -140,7 +140,7 @@ def test_planes_that_are_absent(planes, tmp_path):
 
 @pytest.mark.parametrize("value", [0.0, 7.0, np.nan, np.inf])
 def test_flat_stamps_can_be_drawn(planes, tmp_path, value):
-    """Planes of one value, or of none, make a picture too, masked throughout or not."""
+    """Planes of one value or of none can be drawn, with every pixel masked or not."""
     flat = {name: np.full((31, 31), value, "f4") for name in COLUMNS}
     masked = flat | {"mask": np.ones((31, 31), "u1")}
     picture([packet(flat), packet(masked)], tmp_path / "flat.png")
@@ -148,14 +148,14 @@ def test_flat_stamps_can_be_drawn(planes, tmp_path, value):
 
 
 def test_stamps_of_any_shape_and_type(planes, tmp_path):
-    """Stamps that are not square, of doubles, without a mask, beside others of another size."""
+    """Stamps that are not square, are doubles, have no mask or have different sizes can be drawn."""
     wide = {name: np.arange(11 * 25.0).reshape(11, 25) for name in COLUMNS}
     picture([packet(wide), packet(planes)], tmp_path / "odd.png")
     assert png.imread(tmp_path / "odd.png").shape[1] > 1000
 
 
 def test_many_rows_stay_a_page(planes, tmp_path):
-    """Sixty rows are laid out in blocks: about as high as wide, with stamps no smaller than in a few rows."""
+    """Sixty rows are laid out in blocks, about as high as wide, with stamps as large as in a few rows."""
     packets = [packet(planes, number) for number in range(1, 61)]
     picture(packets, tmp_path / "many.png", [f"class {p.alert_id}" for p in packets])
     height, width, _ = png.imread(tmp_path / "many.png").shape
@@ -168,14 +168,14 @@ def test_many_rows_stay_a_page(planes, tmp_path):
 
 
 def test_same_packets_same_picture(planes, tmp_path):
-    """The file holds no time: drawn again it is the same to the byte; another label changes it."""
+    """The file has no time: a second one has the same bytes, and another label changes them."""
     for name, label in (("a", "dipole"), ("b", "dipole"), ("c", "cost $5 and $6")):
         picture([packet(planes)], tmp_path / name, [label])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 
 def test_wrong_numbers_are_refused(planes, tmp_path):
-    """No packets, labels for others, and more than a picture can hold are refused by name."""
+    """No packets, a wrong number of labels and too many packets are refused by name."""
     one = packet(planes)
     with pytest.raises(ValueError, match="packets: found none"):
         picture([], tmp_path / "x.png")
@@ -187,7 +187,7 @@ def test_wrong_numbers_are_refused(planes, tmp_path):
 
 
 def test_without_matplotlib(planes, tmp_path, monkeypatch):
-    """Where matplotlib is missing the error names the extra to install."""
+    """Without matplotlib the error names the extra to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'stampworker\[viewer\]'"):
         picture([packet(planes)], tmp_path / "x.png")
