@@ -21,15 +21,9 @@ from astropy.time import Time
 from astropy.units import Quantity, pix
 from astropy.wcs import WCS
 
+from stampworker.cutouts.keywords import PIXEL_AXIS, SIP_COEFFICIENT, is_lookup, wcs_version
+
 _MODES = ("sum", "mean", "and", "or")
-# The primary WCS, alone: alternative ones (CRPIX1A) stay when another primary WCS takes its place.
-_WCS_CARD = re.compile(
-    r"(CTYPE|CUNIT|CRVAL|CRPIX|CDELT|CROTA|CNAME|CRDER|CSYER)\d+|(CD|PC)\d+_\d+|P[VS]\d+_\d+|WAT\d_\d{3}"
-    r"|[AB]P?_(ORDER|DMAX|\d+_\d+)|(CPDIS|CQDIS|CPERR|CQERR|D2IMDIS|D2IMERR)\d|(DP|DQ|D2IM)\d\..+|AXISCORR"
-    r"|WCSAXES|WCSNAME|LONPOLE|LATPOLE|RADESYS|RADECSYS|EQUINOX|EPOCH"
-)
-_WCS_OF_AXIS = re.compile(r"(?:CTYPE|CRPIX|CRVAL|CDELT)[12]([A-Z]?)|(?:CD|PC)\d+_[12]([A-Z]?)")
-_LOOKUP_CARD = re.compile(r"(CPDIS|CQDIS|D2IMDIS)\d[A-Z]?|AXISCORR")
 
 
 def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fits.Header | None = None) -> Any:
@@ -246,7 +240,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
 
 def has_wcs(header: fits.Header) -> bool:
     """Say whether a header places its pixels anywhere, on the sky or elsewhere."""
-    return any(_WCS_OF_AXIS.fullmatch(name) for name in header)
+    return any(PIXEL_AXIS.fullmatch(name) for name in header)
 
 
 def _shape(data: Any) -> tuple[int, ...]:
@@ -309,12 +303,12 @@ def _change(header: fits.Header, name: str, default: float, factor: float, offse
 
 def _versions(header: fits.Header) -> list[str]:
     """Return the letters of the WCS's of a header; the primary one's is empty."""
-    return sorted({match[1] or match[2] or "" for match in map(_WCS_OF_AXIS.fullmatch, header) if match})
+    return sorted({match[1] or match[2] or "" for match in map(PIXEL_AXIS.fullmatch, header) if match})
 
 
 def _refuse_lookup_tables(header: fits.Header) -> None:
     for name in header:
-        if _LOOKUP_CARD.fullmatch(name):
+        if is_lookup(name):
             raise ValueError(f"header: found {name}, a lookup-table distortion, which cannot follow a change of pixels")
 
 
@@ -336,10 +330,10 @@ def _shift_wcs(wcs: WCS, x1: int, y1: int, side: int) -> WCS:
 
 
 def _replace_wcs(header: fits.Header, wcs: WCS) -> fits.Header:
-    """Return a copy of a header with another WCS."""
-    replaced = fits.Header([card for card in header.cards if not _WCS_CARD.fullmatch(card.keyword)])
-    # Only these: a WCS also tells dates, which may be those of the frame that it was measured on.
-    replaced.extend((card for card in wcs.to_header(relax=True).cards if _WCS_CARD.fullmatch(card.keyword)), end=True)
+    """Return a copy of a header with another primary WCS; alternative ones (CRPIX1A) stay."""
+    replaced = fits.Header([card for card in header.cards if wcs_version(card.keyword) != ""])
+    # WCS cards only: a WCS also has dates, which may be those of the frame that it was measured on.
+    replaced.extend((card for card in wcs.to_header(relax=True).cards if wcs_version(card.keyword) == ""), end=True)
     return replaced
 
 
@@ -356,9 +350,9 @@ def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits
         for name in dict.fromkeys(sizes or (f"CDELT1{version}", f"CDELT2{version}")):
             _change(out, name, 1.0, scale)
     for name in dict.fromkeys(header):
-        power = re.fullmatch(r"[AB]P?_(\d+)_(\d+)", name)
-        if power:
-            _change(out, name, 0.0, float(scale) ** (int(power[1]) + int(power[2]) - 1))
+        powers = SIP_COEFFICIENT.fullmatch(name)
+        if powers:
+            _change(out, name, 0.0, float(scale) ** (int(powers[1]) + int(powers[2]) - 1))
     return out
 
 

@@ -29,17 +29,13 @@ from astropy.utils.masked import Masked
 from astropy.wcs import WCS
 
 from stampworker.cutouts.crop import has_wcs
+from stampworker.cutouts.keywords import CHECKSUMS, SCALING, STRUCTURE
 
 _MARK = "STAMPWRK"
 _META = "SWMETA"
 _VERSION = 1
 _NOT_PLANES = ("meta", "header", "wcs")
 _KEYWORD = re.compile(r"[A-Za-z0-9_-]{1,40}")  # what leaves room for a number on its card
-_STRUCTURE = re.compile(
-    r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|PCOUNT|GCOUNT|GROUPS|BSCALE|BZERO|BLANK|EXTNAME|EXTVER|EXTLEVEL|INHERIT"
-    rf"|END|COMMENT|HISTORY|CONTINUE|HIERARCH|CHECKSUM|DATASUM|{_MARK}|{_META}|"
-)
-_SCALING = ("BSCALE", "BZERO", "BLANK", "CHECKSUM", "DATASUM")
 _STORED = {"bool": "uint16", "float16": "float32"}  # dtypes that FITS does not have
 _NUMBERS = {"NaN": math.nan, "Inf": math.inf, "-Inf": -math.inf}
 _ATOMIC_SCALES = ("utc", "tai", "tt", "tcg", "tdb", "tcb")  # ut1 would need tables from the network
@@ -138,7 +134,7 @@ def _plane_header(cutout: Mapping[str, Any]) -> fits.Header | None:
     if header is None:
         return None if cutout.get("wcs") is None else cutout["wcs"].to_header(relax=True)
     header = header.copy()
-    for name in _SCALING:  # of the file that it was read from; the planes are what was read
+    for name in SCALING + CHECKSUMS:  # of the file that it was read from; the planes are what was read
         header.remove(name, ignore_missing=True, remove_all=True)
     return header
 
@@ -180,7 +176,7 @@ def _cards(meta: Mapping[str, Any]) -> dict[str, fits.Card]:
 
 
 def _card(keyword: str, plain: Any) -> fits.Card | None:
-    if plain is _NO_CARD or not _KEYWORD.fullmatch(keyword) or _STRUCTURE.fullmatch(keyword):
+    if plain is _NO_CARD or not _KEYWORD.fullmatch(keyword) or _is_reserved(keyword):
         return None
     card = fits.Card(keyword if len(keyword) <= 8 else f"HIERARCH {keyword}", plain)
     try:
@@ -190,6 +186,11 @@ def _card(keyword: str, plain: Any) -> fits.Card | None:
     # FITS drops blanks at the end, and astropy reads many a long string with quotes and ampersands as another one: a
     # wrong string would be worse than none.
     return None if isinstance(plain, str) and fits.Card.fromstring(text).value != plain else card
+
+
+def _is_reserved(keyword: str) -> bool:
+    """Return True if a card of this name would not be metadata."""
+    return keyword in (_MARK, _META) or STRUCTURE.fullmatch(keyword) is not None
 
 
 def _plain(keyword: str, value: Any) -> Any:
@@ -276,7 +277,7 @@ def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
     meta, foreign = dict(kept), set()
     for card in head.cards:
         keyword = card.keyword.upper()
-        if _STRUCTURE.fullmatch(keyword):
+        if _is_reserved(keyword):
             continue
         name, shown = ours.get(keyword, (keyword.lower(), _NO_CARD))
         value = _from_plain(card)

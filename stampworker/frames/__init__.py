@@ -29,6 +29,6 @@ Which failures are remembered, and for how long?          ``io.failures``
 from stampworker.frames.frame import Frame
 from stampworker.frames.regrid import PlaneKind, Regridded, on_grid
 from stampworker.frames.store import FrameKey, FrameStore
-from stampworker.frames.wcs import celestial_frame
+from stampworker.frames.wcs import celestial_frame, sky_to_pixel
 
-__all__ = ["Frame", "FrameKey", "FrameStore", "PlaneKind", "Regridded", "celestial_frame", "on_grid"]
+__all__ = ["Frame", "FrameKey", "FrameStore", "PlaneKind", "Regridded", "celestial_frame", "on_grid", "sky_to_pixel"]

@@ -264,10 +264,10 @@ def test_header_without_wcs() -> None:
     assert cutout["header"]["CROP_X1"] == 17
 
 
-@pytest.mark.parametrize("card", ["CPDIS1", "CQDIS2", "D2IMDIS1", "CPDIS2A"])
+@pytest.mark.parametrize("card", ["CPDIS1", "CQDIS2", "D2IMDIS1", "CPDIS2A", "DP1.EXTVER"])
 def test_lookup_tables_in_a_header_are_refused(frame: Any, card: str) -> None:
-    """A distortion by table cannot follow a crop; it is named, not dropped."""
-    frame.header[card] = "LOOKUP"
+    """A distortion by table cannot follow a crop: it is refused by name, also where only its record is left."""
+    frame.header[card] = 1.0 if "." in card else "LOOKUP"
     with pytest.raises(ValueError, match=f"header: found {card}, a lookup-table distortion"):
         crop_image(frame.data, 3, 4, 5, 5, header=frame.header)
     with pytest.raises(ValueError, match=f"header: found {card}"):
@@ -323,6 +323,21 @@ def test_given_wcs_replaces_the_headers(frame: Any) -> None:
     assert cutout["header"]["EXPTIME"] == 30.5
     assert "MJD-OBS" not in left
     assert cutout["header"]["BUNIT"] == "adu"
+
+
+@pytest.mark.filterwarnings("ignore:.*PC00:astropy.wcs.FITSFixedWarning")
+def test_given_wcs_replaces_old_forms(frame: Any) -> None:
+    """A matrix in the old form PC001001 and sizes of distortions go with the WCS that they belong to."""
+    header = as_ctype(frame.header, "TAN", {"DVERR": 0.5, "CPERR1": 0.5, "D2IMERR1": 0.5})
+    for keyword in [keyword for keyword in header if keyword.startswith("CD")]:
+        del header[keyword]
+    header.update({"CDELT1": -7e-5, "CDELT2": 7e-5, "PC001001": 0.8, "PC001002": 0.6, "PC002001": -0.6})
+    given = as_ctype(header, "TAN", {"CRPIX1A": 3.0})
+    wcs = WCS(fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CDELT1": -2e-4, "CDELT2": 2e-4}))
+    cutout = get_cutout(frame.data, {"x": 20, "y": 30}, 3, wcs=wcs, header=given)
+    assert not {"PC001001", "PC001002", "PC002001", "DVERR", "CPERR1", "D2IMERR1"} & set(cutout["header"])
+    assert "CRPIX1A" in cutout["header"]
+    assert_same_sky(WCS(cutout["header"]), wcs, 17, 27)
 
 
 def test_cutout_has_every_plane(frame: Any) -> None:

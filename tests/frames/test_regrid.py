@@ -80,6 +80,15 @@ def test_flux_and_place(write: Write, store: FrameStore, sky: dict[str, Any], ot
     assert frame.url.endswith("/t.fits")
 
 
+def test_header_has_the_science_wcs_only(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
+    """No WCS of the frame's own pixels is left in the header: neither its name nor an alternative one."""
+    science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
+    own = {"WCSNAME": "own", "CTYPE1A": "LINEAR", "CRPIX1A": 7.0, "CDELT1A": 2.0, "CRDER1": 1e-5}
+    frame = on_grid(store.open(str(write("t.fits", np.zeros((50, 50), "f4"), **sky, **own, FILTER="r"))), science)
+    assert not set(own) & set(frame.header)
+    assert frame.header["FILTER"] == "r"
+
+
 @pytest.mark.parametrize(
     ("bunit", "per_area"),
     [
@@ -149,10 +158,16 @@ def test_lookup_tables_are_not_compared(write: Write, store: FrameStore, sky: di
     science, other = (store.open(str(write(f"{n}.fits", data, **tables))) for n in "st")
     plain = store.open(str(write("p.fits", data, **sky)))
     moved = store.open(str(write("m.fits", data, **(tables | {"CRPIX1": 45.0}))))
+    detector = [
+        store.open(str(write(f"d{n}.fits", data, **(sky | {"D2IMDIS1": "LOOKUP", "D2IM1.EXTVER": float(n)}))))
+        for n in (1, 2)
+    ]
     assert on_grid(other, science) is other
     for frame in (plain, moved):
         with pytest.raises(FrameMismatch, match=r"cannot be compared with that of .*s\.fits.*CPDIS1: lookup-table"):
             on_grid(frame, science)
+    with pytest.raises(FrameMismatch, match="D2IMDIS1: lookup-table"):
+        on_grid(*detector)
 
 
 def all_sky(projection: str, centre: float) -> tuple[dict[str, Any], np.ndarray]:

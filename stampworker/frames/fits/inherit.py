@@ -16,17 +16,9 @@ Three rules beyond the standard's, that the extension's own keywords come first 
 from __future__ import annotations
 
 import dataclasses
-import re
 
+from stampworker.cutouts.keywords import NOT_INHERITED, wcs_version
 from stampworker.frames.fits.header import Cards, Hdu, split_cards, values_of
-from stampworker.frames.wcs import is_celestial_card
-
-_OWN = re.compile(
-    r"|COMMENT|HISTORY|CONTINUE|SIMPLE|XTENSION|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|GROUPS|EXTEND|BLOCKED|NEXTEND|INHERIT"
-    r"|EXTNAME|EXTVER|EXTLEVEL|CHECKSUM|DATASUM|BSCALE|BZERO|BLANK|DATAMAX|DATAMIN|TFIELDS|THEAP"
-    r"|T(TYPE|FORM|UNIT|DIM|NULL|SCAL|ZERO|DISP|BCOL)\d+|Z(IMAGE|CMPTYPE|BITPIX|NAXIS\d*|TILE\d+|NAME\d+|VAL\d+)"
-    r"|Z(QUANTIZ|DITHER0|BLANK|SCALE|ZERO|MASKCMP|SIMPLE|EXTEND|TENSION|PCOUNT|GCOUNT|HECKSUM|DATASUM)"
-)
 
 
 def with_inherited(hdu: Hdu, primary: Hdu) -> Hdu:
@@ -47,13 +39,14 @@ def with_inherited(hdu: Hdu, primary: Hdu) -> Hdu:
     if hdu.index == 0 or primary.axes or not Cards(hdu.values, "", "").flag("INHERIT"):
         return hdu
     own = {_keyword(card) for card in split_cards(hdu.cards)}
-    own_wcs = any(map(_of_wcs, own))
+    has_wcs = any(wcs_version(keyword) is not None for keyword in own)
     taken: list[bytes] = []
     inherits = False
     for card in split_cards(primary.cards):
         keyword = _keyword(card)
         if keyword != "CONTINUE":  # of a long string, it goes where the string goes
-            inherits = not (keyword in own or _OWN.fullmatch(keyword) or (own_wcs and _of_wcs(keyword)))
+            mixes_wcs = has_wcs and wcs_version(keyword) is not None
+            inherits = not (keyword in own or NOT_INHERITED.fullmatch(keyword) or mixes_wcs)
         if inherits:
             taken.append(card)
     cards = hdu.cards + b"".join(taken)
@@ -64,8 +57,3 @@ def _keyword(card: bytes) -> str:
     """Return a card's keyword; of the HIERARCH convention, all before the equals sign."""
     keyword = card.partition(b"=")[0] if card.startswith(b"HIERARCH ") else card[:8]
     return keyword.rstrip().decode("latin-1")
-
-
-def _of_wcs(keyword: str) -> bool:
-    """Say whether a keyword belongs to a celestial WCS, the primary one or, by its last letter, another."""
-    return keyword.startswith("WCSAXES") or is_celestial_card(keyword) or is_celestial_card(keyword[:-1])
