@@ -258,7 +258,7 @@ def test_names_of_one_frame_are_not_many_frames(
     tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However an HDU is called, its table of tiles, its tiles and its WCS are held once; frames keep their URL."""
-    monkeypatch.setattr(frame_store, "_MOST_KNOWN", 20)
+    monkeypatch.setattr(frame_store, "_MAX_OPENED", 20)
     hdus = [fits.PrimaryHDU(), fits.CompImageHDU(pixels, name="sciences", tile_shape=(8, 8))]
     fits.HDUList(hdus).writeto(tmp_path / "a.fits")
     cases = [f"a.fits#{''.join(letters)}" for letters in itertools.product(*zip("scienc", "SCIENC", strict=True))]
@@ -268,7 +268,7 @@ def test_names_of_one_frame_are_not_many_frames(
         assert len({frame.url for frame in frames}) == len(frames) == 68
         assert len({id(frame._pixels) for frame in frames}) == 1
         assert len({id(frame.header) for frame in frames}) == 1
-        assert len(store._known) == 20
+        assert len(store._opened) == 20
         assert store.open("a.fits#1", mask=True).dtype.kind == "u"
         assert store.open("a.fits#1").dtype.kind == "f"
         assert store.open("a.fits#001") is store.open("a.fits#001")
