@@ -351,8 +351,8 @@ def test_decompression_ends(
     """What is not decompressed in total_s costs the alert; where the time went elsewhere, it is tried again."""
     (tmp_path / "a.gz").write_bytes(gzip.compress(write("a.fits", pixels).read_bytes()))
     settings = FrameSettings(frame_roots=(str(tmp_path),), total_s=0.2)
-    inflated = gunzip.Extent.end
-    monkeypatch.setattr(gunzip.Extent, "end", lambda *given: (time.sleep(0.21 - elsewhere), inflated(*given))[1])
+    end_of_hdus = gunzip._end_of_hdus
+    monkeypatch.setattr(gunzip, "_end_of_hdus", lambda *given: (time.sleep(0.21 - elsewhere), end_of_hdus(*given))[1])
     with FrameStore(settings) as store, store.allowance():
         time.sleep(elsewhere)
         with pytest.raises(error, match=r"a\.gz: not decompressed after .* with 0\.2 s for all \(frames\.total_s\)"):
