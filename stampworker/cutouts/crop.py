@@ -177,8 +177,8 @@ def get_cutout(
     if wcs is not None:
         cutout["wcs"] = _shift_wcs(wcs, x1, y1, side)
     if header is not None:
-        whole = header if wcs is None else _replace_wcs(header, wcs)
-        cutout["header"] = _crop_header(whole, x1, y1, side, side)
+        frame_header = header if wcs is None else _replace_wcs(header, wcs)
+        cutout["header"] = _crop_header(frame_header, x1, y1, side, side)
         if wcs is None and has_wcs(header):
             cutout["wcs"] = WCS(cutout["header"])
     cutout["meta"] = _meta(candidate, time, filename, name)

@@ -195,7 +195,7 @@ def _is_reserved(keyword: str) -> bool:
 
 def _plain(keyword: str, value: Any) -> Any:
     """Return a value as STDPipe would write it, or `_NO_CARD` if STDPipe could not read it."""
-    value = _bare(value)
+    value = _without_unit(value)
     if isinstance(value, datetime.datetime):
         utc = value if value.tzinfo is None else value.astimezone(datetime.UTC)
         return utc.replace(tzinfo=None).isoformat(timespec="microseconds")
@@ -212,7 +212,7 @@ def _plain(keyword: str, value: Any) -> Any:
     return _plain_array(value) if isinstance(value, list | tuple | np.ndarray) else _NO_CARD
 
 
-def _bare(value: Any) -> Any:
+def _without_unit(value: Any) -> Any:
     """Return a value without its unit and numpy's or astropy's own types of a scalar."""
     if isinstance(value, Masked):
         value = np.ma.MaskedArray(np.asarray(value.unmasked), value.mask)[()]
@@ -271,18 +271,18 @@ def _literal(item: Any) -> str:
 
 def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata: from the JSON, and from the cards that STDPipe wrote or someone edited."""
-    ours = {}
+    written = {}
     for name, card in _cards(kept).items():
-        ours[card.keyword.upper()] = name, _from_plain(fits.Card.fromstring(str(card)))
+        written[card.keyword.upper()] = name, _from_plain(fits.Card.fromstring(str(card)))
     meta, foreign = dict(kept), set()
     for card in head.cards:
         keyword = card.keyword.upper()
         if _is_reserved(keyword):
             continue
-        name, shown = ours.get(keyword, (keyword.lower(), _NO_CARD))
+        name, value_written = written.get(keyword, (keyword.lower(), _NO_CARD))
         value = _from_plain(card)
         # Compare texts, because NaN is not equal to NaN, and True is equal to 1.
-        if repr(value) != repr(shown):
+        if repr(value) != repr(value_written):
             meta[name] = value
             foreign.add(name)
     if {"adjust_dx", "adjust_dy"} <= foreign:

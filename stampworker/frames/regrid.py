@@ -1,9 +1,9 @@
 """Planes on other grids: a frame whose shape or WCS differs is brought onto the science frame's pixels.
 
 Images are interpolated by cubic B-splines (Unser 1999, IEEE Signal Processing Magazine 16, 22), which reproduce the
-samples and blur less than local cubic kernels; errors linearly; a mask is taken from the nearest pixel and grown by the
-4 × 4 pixels that the cubic interpolation touches. Values are flux per pixel, so they are multiplied by the local ratio
-of the pixel areas, the determinant of the mapping's Jacobian, unless BUNIT says per solid angle.
+samples and blur less than local cubic kernels; errors are interpolated linearly. A pixel of a mask has all flags of the
+4 × 4 pixels that the cubic interpolation uses there. Values are flux per pixel, so they are multiplied by the local
+ratio of the pixel areas, the determinant of the mapping's Jacobian, unless BUNIT says per solid angle.
 
 The package reproject is not used: it has no rule for masks, interpolates surface brightness instead of flux per pixel,
 and takes arrays, where this module reads only what a section needs. Besides, its ``reproject_interp`` (0.21, bicubic)

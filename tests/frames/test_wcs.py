@@ -29,7 +29,7 @@ LINEAR = ("CD1_1", "CD1_2", "CD2_1", "CD2_2")
 def test_same_sky_as_astropy(
     write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any], kind: str
 ) -> None:
-    """Positions are astropy's of the whole header, and so are those of a stamp made of the cards with CRPIX moved."""
+    """Positions are those that astropy gets from the whole header, also with the cards of a stamp, CRPIX moved."""
     if kind in ("pc", "crota"):
         sky = {k: v for k, v in sky.items() if k not in LINEAR}
     more: dict[str, dict[str, Any]] = {"sip": SIP, "tpv": TPV, "tnx": TNX, "pc": PC, "crota": CROTA}
@@ -83,7 +83,7 @@ def test_same_sky_as_astropy(
 def test_no_usable_wcs(
     write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any], cards: dict[str, Any], problem: str
 ) -> None:
-    """A WCS that is singular, unreadable, not celestial or made of lookup tables is None; the pixels are served."""
+    """A WCS that is singular, unreadable, not celestial or made of lookup tables is None; the pixels can be read."""
     frame = store.open(str(write("a.fits", pixels, **(sky | cards))))
     assert frame.wcs is None
     assert frame.wcs_cards() == []
@@ -161,7 +161,7 @@ def test_sky_to_pixel_where_the_distortion_does_not_converge(sky: dict[str, Any]
 def test_equinox_as_text(
     write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any], keyword: str, radesys: dict[str, Any]
 ) -> None:
-    """J2000 written as text costs no WCS: it is the one that astropy reads. Another equinox is not passed over."""
+    """With J2000 written as text the WCS is the one that astropy reads; another equinox as text is a problem."""
     del sky["RADESYS"]
     for i, text in enumerate(["2000.0", "J2000", " j2000.000", "2000"]):
         path = write(f"{i}.fits", pixels, **(sky | radesys | {keyword: text}))
@@ -179,7 +179,7 @@ def test_equinox_as_text(
 
 
 def test_plane_across_the_sky_axes(write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any]) -> None:
-    """Where the first axis is dropped, the WCS of axes 1 and 2 is not the plane's."""
+    """If the first axis is dropped, the WCS of axes 1 and 2 is not the plane's."""
     frame = store.open(str(write("a.fits", pixels.reshape(61, 83, 1), **sky)))
     assert frame.shape == (61, 83)
     assert frame.wcs is None
@@ -187,7 +187,7 @@ def test_plane_across_the_sky_axes(write: Write, store: FrameStore, pixels: np.n
 
 
 def test_made_once(write: Write, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any]) -> None:
-    """Header and WCS are parsed once a frame."""
+    """Header and WCS are parsed once per frame."""
     frame = store.open(str(write("a.fits", pixels, **sky)))
     assert frame.wcs is frame.wcs
     assert frame.header is frame.header

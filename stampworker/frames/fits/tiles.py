@@ -352,14 +352,13 @@ def _heap(table: NDArray[np.uint8], start: int, code: str, item: str, hdu: Hdu, 
     pairs = np.ascontiguousarray(table[:, start : start + _WIDTH[code]]).view(pointer).astype(np.int64)
     dtype = np.dtype(_NUMBER[item])
     counts, offsets = pairs[:, 0], pairs[:, 1]
-    room = hdu.size - heap_start
-    bad = (counts < 0) | (offsets < 0) | (offsets > room) | (counts > (room - offsets) // dtype.itemsize)
+    heap_size = hdu.size - heap_start
+    bad = (counts < 0) | (offsets < 0) | (offsets > heap_size) | (counts > (heap_size - offsets) // dtype.itemsize)
     bad &= counts != 0
-    if room < 0 or bad.any():
+    if heap_size < 0 or bad.any():
         tile = int(np.argmax(bad))
-        raise cards.corrupt(
-            f"tile {tile} has {counts[tile]} numbers from byte {offsets[tile]} on, wanted within {max(room, 0)} bytes"
-        )
+        wanted = f"wanted within {max(heap_size, 0)} bytes"
+        raise cards.corrupt(f"tile {tile} has {counts[tile]} numbers from byte {offsets[tile]} on, {wanted}")
     return _Heap(np.where(counts == 0, 0, offsets) + hdu.offset + heap_start, counts * dtype.itemsize, dtype)
 
 
