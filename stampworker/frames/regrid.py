@@ -108,6 +108,7 @@ class Regridded(Frame):
         if science.wcs is None or frame.wcs is None:
             raise ValueError(f"{frame.url} and {science.url} both need a WCS")
         self._frame, self._science, self._kind = frame, science, kind
+        self._image = science._image  # for the WCS
         self.url, self.dtype = frame.url, frame.dtype
         self.shape = science.shape
         self._ny, self._nx = science.shape
@@ -123,20 +124,6 @@ class Regridded(Frame):
         """The frame's header with the science frame's WCS as its only one; a new one each time."""
         own = [card.image for card in self._frame.header.cards if wcs_version(card.keyword) is None]
         return fits.Header.fromstring("".join(own + self.wcs_cards()))
-
-    @property
-    def wcs(self) -> WCS | None:
-        """The science frame's WCS."""
-        return self._science.wcs
-
-    @property
-    def wcs_problem(self) -> str | None:
-        """None: both frames have a WCS."""
-        return None
-
-    def wcs_cards(self) -> list[str]:
-        """Return the cards of the science frame's WCS."""
-        return self._science.wcs_cards()
 
     def section_for(self, section: Section) -> tuple[Frame, Section] | None:
         """Return the frame itself and which of its sections a section of the science grid needs.

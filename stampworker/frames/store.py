@@ -107,13 +107,6 @@ class _Location(NamedTuple):
     is_fresh: Callable[[], bool]
 
 
-class _Opened(NamedTuple):
-    """A frame that can be found again by its `FrameKey`."""
-
-    frame: Frame
-    location: _Location
-
-
 class FrameStore:
     """Opens frames and keeps a bounded number of them open.
 
@@ -154,7 +147,7 @@ class FrameStore:
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
         self._budget = CacheBudget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._opened: OrderedDict[FrameKey, _Opened] = OrderedDict()
+        self._opened: OrderedDict[FrameKey, tuple[_Location, Frame]] = OrderedDict()
         self._lock = threading.RLock()
         self._closed = False
 
@@ -206,7 +199,7 @@ class FrameStore:
         opened : dict of FrameKey to Future
             What `open` returned or raised for each frame that was not skipped. All are done.
         """
-        keys = [key for key in dict.fromkeys(wanted) if _is_remote(self._absolute(split_fragment(key.url)[0]))]
+        keys = [key for key in dict.fromkeys(wanted) if self._is_remote(split_fragment(key.url)[0])]
         del keys[self._settings.max_open_frames :]  # more would evict each other
         futures = self._in_parallel([partial(self.open, key.url, mask=key.is_mask) for key in keys])
         return dict(zip(keys, futures, strict=True))
@@ -282,9 +275,8 @@ class FrameStore:
         if frame is not None:
             return frame
         given, fragment = _checked(url)
-        given = self._absolute(given)
         anchor = f"#{quote(fragment, safe=',')}" if fragment else ""
-        location = self._locate_remote(given) if _is_remote(given) else self._locate_local(given, url, anchor)
+        location = self._locate_remote(given) if self._is_remote(given) else self._locate_local(given, url, anchor)
         file = location.file
         try:
             # Threads that want the same file wait for each other here; other files are opened at the same time.
@@ -298,9 +290,9 @@ class FrameStore:
         with self._lock:
             if self._files.get(file.key) is file:
                 opened = self._opened.get(key)
-                if opened is not None and opened.location.file is file:  # another thread was first
-                    return opened.frame
-                self._opened[key] = _Opened(frame, location)
+                if opened is not None and opened[0].file is file:  # another thread was first
+                    return opened[1]
+                self._opened[key] = location, frame
                 if len(self._opened) > _MAX_OPENED:
                     self._opened.popitem(last=False)
         return frame
@@ -313,20 +305,18 @@ class FrameStore:
             opened = self._opened.get(key)
             if opened is None:
                 return None
-            file = opened.location.file
-            self._files.move_to_end(file.key)
+            location, frame = opened
+            self._files.move_to_end(location.file.key)
             self._opened.move_to_end(key)
-        if opened.location.is_fresh():
-            return opened.frame
-        self._forget(file)
+        if location.is_fresh():
+            return frame
+        self._forget(location.file)
         return None
 
-    def _absolute(self, given: str) -> str:
-        """Return a URL or path; a relative path as a URL beneath the first root, if that is a URL."""
-        base = self._base_url
-        if base is None or not given or given.startswith("/") or scheme_of(given) is not None:
-            return given
-        return base + ("" if base.endswith("/") else "/") + (quote(given) if scheme_of(base) in WEB else given)
+    def _is_remote(self, given: str) -> bool:
+        """Return True for a remote URL, and for a relative path if the first root is a remote URL."""
+        scheme = scheme_of(given)
+        return scheme in REMOTE or (scheme is None and self._base_url is not None and given[:1] not in ("", "/"))
 
     def _locate_local(self, given: str, url: str, anchor: str) -> _Location:
         path = self._folders.path(given, url)
@@ -342,6 +332,9 @@ class FrameStore:
         return _Location(file, display_url, partial(_is_unchanged, path, signature))
 
     def _locate_remote(self, given: str) -> _Location:
+        if self._base_url is not None and scheme_of(given) is None:
+            path = quote(given) if scheme_of(self._base_url) in WEB else given
+            given = self._base_url + ("" if self._base_url.endswith("/") else "/") + path
         frame_url = parse(given)
         if not any(frame_url.beneath(root) for root in self._urls):
             roots = ", ".join(root.display_url for root in self._urls) or "no URL configured"
@@ -408,12 +401,8 @@ class FrameStore:
         with self._lock:
             if self._files.get(file.key) is file:
                 del self._files[file.key]
-            for key in [key for key, opened in self._opened.items() if opened.location.file is file]:
+            for key in [key for key, (location, _) in self._opened.items() if location.file is file]:
                 del self._opened[key]
-
-
-def _is_remote(url: str) -> bool:
-    return scheme_of(url) in REMOTE
 
 
 def split_fragment(url: str) -> tuple[str, str]:

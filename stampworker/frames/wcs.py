@@ -59,20 +59,7 @@ class CelestialWcs(NamedTuple):
 
 
 def celestial_wcs(hdu: Hdu, shape: tuple[int, int]) -> CelestialWcs:
-    """Return the celestial WCS of an image.
-
-    Parameters
-    ----------
-    hdu : Hdu
-        The image, with the cards it inherits.
-    shape : tuple of int
-        (ny, nx) of the image.
-
-    Returns
-    -------
-    celestial : CelestialWcs
-        The WCS, its cards, and why there is none.
-    """
+    """Return the celestial WCS of an image of a shape (ny, nx), from its own and inherited cards."""
     cards, problem = _select_cards(hdu)
     wcs = None
     if problem is None:
@@ -114,7 +101,8 @@ def _problem(keyword: str, value: bytes, wanted: str) -> str | None:
         return None if parse_text(value) is not None else f"{keyword} is {describe(value)}, wanted a string"
     number = parse_real(value)
     if number is None:
-        harmless = _empty(value) or (keyword in ("EQUINOX", "EPOCH") and _J2000.fullmatch(parse_text(value) or ""))
+        is_empty = not value.split(b"/")[0].strip()
+        harmless = is_empty or (keyword in ("EQUINOX", "EPOCH") and _J2000.fullmatch(parse_text(value) or ""))
         return None if harmless else f"{keyword} is {describe(value)}, wanted a number"
     if keyword.endswith("_ORDER") and number > _MAX_ORDER:
         return f"{keyword} is {describe(value)}, wanted at most {_MAX_ORDER}"
@@ -143,10 +131,6 @@ def lookup_cards(hdu: Hdu) -> list[bytes]:
 def _is_lookup(card: bytes) -> bool:
     keyword = card[:8].rstrip().decode("latin-1")
     return is_lookup(keyword, primary=True) or re.match(rb"CTYPE[12] *= *'[^']*-TAB", card) is not None
-
-
-def _empty(value: bytes) -> bool:
-    return not value.split(b"/")[0].strip()
 
 
 def _make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str | None]:

@@ -99,10 +99,10 @@ class TiledImage:
         size = self._tile[0] * self._tile[1] * 8
         if size > min(limit, _MAX_TILE_BYTES):
             raise FrameRefused(url, f"{hdu}: tiles of {self._tile} pixels, above max_decompressed_bytes ({limit})")
-        self._heaps, numbers = _read_table(source, hdu, cards, tiles)
-        self._scale, self._zero = _per_tile(numbers, "ZSCALE", cards), _per_tile(numbers, "ZZERO", cards)
+        self._heaps, columns = _read_table(source, hdu, cards, tiles)
+        _add_keywords(columns, cards, tiles)
+        self._scale, self._zero, self._blanks = (columns.get(name) for name in ("ZSCALE", "ZZERO", "ZBLANK"))
         self._quantised = self._bitpix < 0 and self._scale is not None
-        self._blanks = _blanks(numbers, cards)
         self._dither, self._seed = _dither(cards) if self._quantised else (0, 1)
         self._codec = _codec(cards, self._bitpix, lossless=not self._quantised)
         self._gunzip = _gunzip(self._bitpix, shuffled=False, lossless=True)
@@ -362,29 +362,13 @@ def _heap(table: NDArray[np.uint8], start: int, code: str, item: str, hdu: Hdu, 
     return _Heap(np.where(counts == 0, 0, offsets) + hdu.offset + heap_start, counts * dtype.itemsize, dtype)
 
 
-def _per_tile(numbers: dict[str, NDArray[Any]], name: str, cards: Cards) -> NDArray[Any] | _Constant | None:
-    if name in numbers:
-        return numbers[name]
-    return _Constant(cards.real(name, 0.0)) if name in cards.values else None
-
-
-class _Constant:
-    """A keyword instead of a column: the same number for every tile."""
-
-    def __init__(self, value: float) -> None:
-        self._value = value
-
-    def __getitem__(self, index: int) -> float:
-        return self._value
-
-
-def _blanks(numbers: dict[str, NDArray[Any]], cards: Cards) -> NDArray[Any] | _Constant | None:
-    if "ZBLANK" in numbers:
-        return numbers["ZBLANK"]
-    for name in ("ZBLANK", "BLANK"):
-        if name in cards.values:
-            return _Constant(cards.integer(name, low=None))
-    return None
+def _add_keywords(columns: dict[str, NDArray[Any]], cards: Cards, tiles: int) -> None:
+    """Add the columns that are missing and have a keyword instead: the same number for every tile."""
+    for name, keywords in {"ZSCALE": ("ZSCALE",), "ZZERO": ("ZZERO",), "ZBLANK": ("ZBLANK", "BLANK")}.items():
+        keyword = next((keyword for keyword in keywords if keyword in cards.values), None)
+        if name not in columns and keyword is not None:
+            number = cards.integer(keyword, low=None) if name == "ZBLANK" else cards.real(keyword, 0.0)
+            columns[name] = np.broadcast_to(number, tiles)
 
 
 def _dither(cards: Cards) -> tuple[int, int]:
