@@ -1,6 +1,6 @@
 """Crops and cutouts.
 
-Names, arguments and documented behaviour are those of ``stdpipe.cutouts`` (STDPipe, S. Karpov): code written for it
+Names, arguments and documented behaviour are those of ``stdpipe.cutouts`` (STDPipe, S. Karpov), so code written for it
 works here.
 """
 
@@ -21,15 +21,9 @@ from astropy.time import Time
 from astropy.units import Quantity, pix
 from astropy.wcs import WCS
 
+from stampworker.cutouts.keywords import PIXEL_AXIS, SIP_COEFFICIENT, is_lookup, wcs_version
+
 _MODES = ("sum", "mean", "and", "or")
-# The primary WCS, alone: alternative ones (CRPIX1A) stay when another primary WCS takes its place.
-_WCS_CARD = re.compile(
-    r"(CTYPE|CUNIT|CRVAL|CRPIX|CDELT|CROTA|CNAME|CRDER|CSYER)\d+|(CD|PC)\d+_\d+|P[VS]\d+_\d+|WAT\d_\d{3}"
-    r"|[AB]P?_(ORDER|DMAX|\d+_\d+)|(CPDIS|CQDIS|CPERR|CQERR|D2IMDIS|D2IMERR)\d|(DP|DQ|D2IM)\d\..+|AXISCORR"
-    r"|WCSAXES|WCSNAME|LONPOLE|LATPOLE|RADESYS|RADECSYS|EQUINOX|EPOCH"
-)
-_WCS_OF_AXIS = re.compile(r"(?:CTYPE|CRPIX|CRVAL|CDELT)[12]([A-Z]?)|(?:CD|PC)\d+_[12]([A-Z]?)")
-_LOOKUP_CARD = re.compile(r"(CPDIS|CQDIS|D2IMDIS)\d[A-Z]?|AXISCORR")
 
 
 def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fits.Header | None = None) -> Any:
@@ -39,8 +33,8 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     ----------
     data : array_like, shape (ny, nx)
         One plane: an array, or anything with ``shape``, ``dtype`` and ``data[y0:y1, x0:x1]``, such as a frame or the
-        ``section`` of a FITS HDU, which read only what is sliced. It is sliced once, and not at all where the rectangle
-        lies off it.
+        ``section`` of a FITS HDU, which read only what is sliced. It is sliced once, and not at all if the rectangle is
+        completely outside.
     x1, y1 : int
         Lower-left pixel of the rectangle, 0-based; may be negative.
     width, height : int
@@ -55,7 +49,7 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
         in integer planes, False in boolean planes.
     cropped_header : astropy.io.fits.Header
         Returned only with ``header``: ``CRPIX1`` less ``x1``, ``CRPIX2`` less ``y1``, in alternative WCS's too, so each
-        pixel keeps its place on the sky. ``CROP_X1, CROP_X2, CROP_Y1, CROP_Y2`` name the half-open rectangle, 0-based.
+        pixel keeps its sky position. ``CROP_X1, CROP_X2, CROP_Y1, CROP_Y2`` name the half-open rectangle, 0-based.
 
     Raises
     ------
@@ -109,7 +103,7 @@ def crop_image_centered(data: Any, x0: float, y0: float, r0: float, header: fits
     Returns
     -------
     cropped : ndarray, shape (2·ceil(r0) + 1, 2·ceil(r0) + 1)
-        The position lies in its middle pixel. See `crop_image`.
+        The position is in its middle pixel. See `crop_image`.
     cropped_header : astropy.io.fits.Header
         Returned only with ``header``.
 
@@ -146,20 +140,20 @@ def get_cutout(
     header : astropy.io.fits.Header, optional
         Header of ``image``; never modified.
     wcs : astropy.wcs.WCS, optional
-        WCS of ``image``, never modified; it takes the place of the header's.
+        WCS of ``image``, never modified; it replaces the header's.
     time : astropy.time.Time, datetime or str, optional
         Time of the observation, for ``meta``.
     filename, name : str, optional
-        For ``meta``. Without a name it is made of ``ra`` and ``dec`` (degrees) as a J2000 designation.
+        For ``meta``. The default name is the J2000 designation of ``ra`` and ``dec`` (degrees).
     **kwargs : array_like, shape (ny, nx)
-        Further planes: ``mask, diff, template, convolved, err``, ... What is not 2-D is left out.
+        Further planes: ``mask, diff, template, convolved, err``, ... Anything that is not 2-D is left out.
 
     Returns
     -------
     cutout : dict
-        ``image`` and the further planes, all copies; ``header`` and ``wcs`` of the cutout, where given (``wcs`` also
-        where the header has one): both place every pixel where the frame's did; ``meta``, a dict of all fields of the
-        candidate and ``time``, ``filename`` and ``name``.
+        ``image`` and the further planes, all copies; ``header`` and ``wcs`` of the cutout, if given (``wcs`` also if
+        the header has one), in which every pixel has its sky position in the frame; ``meta``, a dict of all fields of
+        the candidate and ``time``, ``filename`` and ``name``.
 
     Raises
     ------
@@ -183,8 +177,8 @@ def get_cutout(
     if wcs is not None:
         cutout["wcs"] = _shift_wcs(wcs, x1, y1, side)
     if header is not None:
-        whole = header if wcs is None else _replace_wcs(header, wcs)
-        cutout["header"] = _crop_header(whole, x1, y1, side, side)
+        frame_header = header if wcs is None else _replace_wcs(header, wcs)
+        cutout["header"] = _crop_header(frame_header, x1, y1, side, side)
         if wcs is None and has_wcs(header):
             cutout["wcs"] = WCS(cutout["header"])
     cutout["meta"] = _meta(candidate, time, filename, name)
@@ -192,7 +186,7 @@ def get_cutout(
 
 
 def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.Header | None = None) -> Any:
-    """Join blocks of pixels.
+    """Combine blocks of pixels into one pixel each.
 
     Parameters
     ----------
@@ -201,7 +195,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     scale : int, optional
         Pixels along each side of a block, at least 1.
     mode : {"sum", "mean", "and", "or"}, optional
-        What a block becomes; the last two join the bits of integers, or booleans.
+        What a block becomes; the last two combine the bits of integers, or booleans.
     header : astropy.io.fits.Header, optional
         Header of ``image``; never modified.
 
@@ -209,13 +203,13 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     -------
     downscaled : ndarray, shape (ny // scale, nx // scale)
     downscaled_header : astropy.io.fits.Header
-        Returned only with ``header``: each block's centre has the place on the sky that it had before.
+        Returned only with ``header``: the centre of each block keeps its sky position.
 
     Raises
     ------
     ValueError
-        ``image`` is not 2-D, ``scale`` is not a whole number from 1 to the shorter side, there is no such ``mode`` or
-        it does not suit the dtype, or ``header`` has a lookup-table distortion or a WCS card that is not a number.
+        ``image`` is not 2-D, ``scale`` is not a whole number from 1 to the shorter side, ``mode`` is unknown or does
+        not suit the dtype, or ``header`` has a lookup-table distortion or a WCS card that is not a number.
 
     Notes
     -----
@@ -245,12 +239,12 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
 
 
 def has_wcs(header: fits.Header) -> bool:
-    """Say whether a header places its pixels anywhere, on the sky or elsewhere."""
-    return any(_WCS_OF_AXIS.fullmatch(name) for name in header)
+    """Return True if a header gives its pixels positions, on the sky or in any other system."""
+    return any(PIXEL_AXIS.fullmatch(name) for name in header)
 
 
 def _shape(data: Any) -> tuple[int, ...]:
-    # A section of a FITS HDU has a shape but no ndim, and numpy would read the whole of it to tell.
+    # A section of a FITS HDU has a shape but no ndim; numpy would read all of it to find out.
     return tuple(data.shape) if hasattr(data, "shape") else np.shape(data)
 
 
@@ -278,7 +272,7 @@ def _coordinate(value: Any) -> Any:
 
 
 def _is_masked(value: Any) -> bool:
-    # In a row's field: numpy's constant, or astropy's Masked, which hides a number that float() would give away.
+    # The field of a row: numpy's constant, or astropy's Masked, whose hidden number float() would return.
     return isinstance(value, np.ndarray) and bool(np.any(getattr(value, "mask", False)))
 
 
@@ -296,7 +290,7 @@ def _crop_header(header: fits.Header, x1: int, y1: int, width: int, height: int)
 
 
 def _change(header: fits.Header, name: str, default: float, factor: float, offset: float = 0) -> None:
-    """Change a number in every card of its name: where there are several, readers differ in which one they take."""
+    """Change a number in every card of this name: of several cards, some readers take the first, some the last."""
     cards = header.count(name) if name in header else 0
     if not cards:
         header[name] = default * factor + offset
@@ -308,13 +302,13 @@ def _change(header: fits.Header, name: str, default: float, factor: float, offse
 
 
 def _versions(header: fits.Header) -> list[str]:
-    """Return the letters of the WCS's of a header; the primary one's is empty."""
-    return sorted({match[1] or match[2] or "" for match in map(_WCS_OF_AXIS.fullmatch, header) if match})
+    """Return the letters of the WCS's of a header; the primary WCS has an empty one."""
+    return sorted({match[1] or match[2] or "" for match in map(PIXEL_AXIS.fullmatch, header) if match})
 
 
 def _refuse_lookup_tables(header: fits.Header) -> None:
     for name in header:
-        if _LOOKUP_CARD.fullmatch(name):
+        if is_lookup(name):
             raise ValueError(f"header: found {name}, a lookup-table distortion, which cannot follow a change of pixels")
 
 
@@ -327,7 +321,7 @@ def _shift_wcs(wcs: WCS, x1: int, y1: int, side: int) -> WCS:
     shift[:2] = x1, y1
     shifted.wcs.crpix = shifted.wcs.crpix - shift
     if shifted.sip is not None:
-        # astropy keeps a second copy of CRPIX with the SIP polynomials, which are measured from it.
+        # astropy keeps a second copy of CRPIX with the SIP polynomials, whose origin it is.
         sip = shifted.sip
         shifted.sip = type(sip)(sip.a, sip.b, sip.ap, sip.bp, sip.crpix - shift[:2])
     if shifted.pixel_shape is not None:
@@ -336,29 +330,29 @@ def _shift_wcs(wcs: WCS, x1: int, y1: int, side: int) -> WCS:
 
 
 def _replace_wcs(header: fits.Header, wcs: WCS) -> fits.Header:
-    """Return a copy of a header with another WCS."""
-    replaced = fits.Header([card for card in header.cards if not _WCS_CARD.fullmatch(card.keyword)])
-    # Only these: a WCS also tells dates, which may be those of the frame that it was measured on.
-    replaced.extend((card for card in wcs.to_header(relax=True).cards if _WCS_CARD.fullmatch(card.keyword)), end=True)
+    """Return a copy of a header with another primary WCS; alternative ones (CRPIX1A) stay."""
+    replaced = fits.Header([card for card in header.cards if wcs_version(card.keyword) != ""])
+    # WCS cards only: a WCS also has dates, which may be those of the frame that it was measured on.
+    replaced.extend((card for card in wcs.to_header(relax=True).cards if wcs_version(card.keyword) == ""), end=True)
     return replaced
 
 
 def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits.Header:
-    """Return the header of blocks of pixels: CRPIX, the pixel's size and the SIP polynomials are in new pixels."""
+    """Return the header for blocks of pixels: CRPIX, pixel size and SIP polynomials in new pixels."""
     _refuse_lookup_tables(header)
     out = header.copy()
     out["NAXIS1"], out["NAXIS2"] = nx, ny
     for version in _versions(header):
         for name in (f"CRPIX1{version}", f"CRPIX2{version}"):
             _change(out, name, 0.0, 1 / scale, 0.5 - 0.5 / scale)
-        # One of CD and CDELT carries the size of a pixel; where a header has both, CD is what counts.
+        # CD or CDELT has the size of a pixel; if a header has both, CD counts.
         sizes = [name for name in header if re.fullmatch(rf"CD\d+_[12]{version}", name)]
         for name in dict.fromkeys(sizes or (f"CDELT1{version}", f"CDELT2{version}")):
             _change(out, name, 1.0, scale)
     for name in dict.fromkeys(header):
-        power = re.fullmatch(r"[AB]P?_(\d+)_(\d+)", name)
-        if power:
-            _change(out, name, 0.0, float(scale) ** (int(power[1]) + int(power[2]) - 1))
+        powers = SIP_COEFFICIENT.fullmatch(name)
+        if powers:
+            _change(out, name, 0.0, float(scale) ** (int(powers[1]) + int(powers[2]) - 1))
     return out
 
 
@@ -380,7 +374,7 @@ def _is_known(value: Any) -> bool:
 
 
 def j2000_name(ra: float, dec: float) -> str:
-    """Return the designation of a place on the sky, ``JHHMMSS.ss±DDMMSS.s``, rounded as STDPipe rounds it.
+    """Return the designation of a sky position, ``JHHMMSS.ss±DDMMSS.s``, rounded as STDPipe rounds it.
 
     Parameters
     ----------

@@ -1,12 +1,13 @@
 """Cutouts in files: FITS, a plane per extension, the metadata in the primary header.
 
-The layout is that of STDPipe's ``write_cutout``, so that each reads the other's files. Two cards make a file ours::
+The layout is that of STDPipe's ``write_cutout``, so each package reads the other's files. Two cards mark a file that
+stampworker wrote::
 
     STAMPWRK  the version of these rules; adjust_dx is along x
     SWMETA    JSON: all metadata and the planes' dtypes, exactly
 
-FITS has no type for an array or a time, cuts floats to 20 characters and folds the case of names, hence the JSON. The
-other cards show the metadata to people and to STDPipe. A card that was changed since counts for what it says now.
+The JSON is needed because FITS has no type for an array or a time, cuts floats to 20 characters and ignores the case of
+names. The other cards show the metadata to people and to STDPipe. If a card was edited later, its new value counts.
 """
 
 from __future__ import annotations
@@ -29,17 +30,13 @@ from astropy.utils.masked import Masked
 from astropy.wcs import WCS
 
 from stampworker.cutouts.crop import has_wcs
+from stampworker.cutouts.keywords import CHECKSUMS, SCALING, STRUCTURE
 
 _MARK = "STAMPWRK"
 _META = "SWMETA"
 _VERSION = 1
 _NOT_PLANES = ("meta", "header", "wcs")
-_KEYWORD = re.compile(r"[A-Za-z0-9_-]{1,40}")  # what leaves room for a number on its card
-_STRUCTURE = re.compile(
-    r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|PCOUNT|GCOUNT|GROUPS|BSCALE|BZERO|BLANK|EXTNAME|EXTVER|EXTLEVEL|INHERIT"
-    rf"|END|COMMENT|HISTORY|CONTINUE|HIERARCH|CHECKSUM|DATASUM|{_MARK}|{_META}|"
-)
-_SCALING = ("BSCALE", "BZERO", "BLANK", "CHECKSUM", "DATASUM")
+_KEYWORD = re.compile(r"[A-Za-z0-9_-]{1,40}")  # leaves room for a number on the card
 _STORED = {"bool": "uint16", "float16": "float32"}  # dtypes that FITS does not have
 _NUMBERS = {"NaN": math.nan, "Inf": math.inf, "-Inf": -math.inf}
 _ATOMIC_SCALES = ("utc", "tai", "tt", "tcg", "tdb", "tcb")  # ut1 would need tables from the network
@@ -54,23 +51,23 @@ def write_cutout(cutout: Mapping[str, Any], filename: str | Path) -> None:
     Parameters
     ----------
     cutout : dict
-        Planes (2-D arrays), ``meta``, and optionally ``header`` and ``wcs``, as `get_cutout` makes it. What is neither
-        is left out.
+        Planes (2-D arrays), ``meta``, and optionally ``header`` and ``wcs``, as `get_cutout` makes it. Anything else is
+        left out.
     filename : str or Path
-        Of the file.
+        Path of the file.
 
     Raises
     ------
     ValueError
-        A value of ``meta`` or the dtype of a plane cannot be kept, or the names of two planes differ in case only.
+        A value of ``meta`` or the dtype of a plane cannot be stored, or two names of planes differ in case only.
 
     Notes
     -----
     ``meta`` keeps values and types: None, bool, int, float, str, bytes, list, tuple, dict, numpy scalars and arrays,
-    masked ones too (numpy's and astropy's), Quantity, datetime and Time (its location apart). A masked Time comes back
-    as ``np.ma.masked``. STDPipe reads what FITS can hold; infinities, NaN, times (ISO, UTC) and arrays (a literal) are
-    strings for it. Boolean planes are stored as 16-bit integers. Header and WCS are stored with the planes: without
-    planes they are lost.
+    masked ones too (numpy's and astropy's), Quantity, datetime and Time (except its location). A masked Time is read
+    back as ``np.ma.masked``. STDPipe reads what FITS can hold, and gets infinities, NaN, times (ISO, UTC) and arrays (a
+    literal) as strings. Boolean planes are stored as 16-bit integers. Header and WCS are stored with the planes, and
+    are lost without planes.
     """
     planes = {name: np.asarray(p) for name, p in cutout.items() if name not in _NOT_PLANES and np.ndim(p) == 2}
     if len({name.upper() for name in planes}) < len(planes):
@@ -87,27 +84,26 @@ def write_cutout(cutout: Mapping[str, Any], filename: str | Path) -> None:
 
 
 def load_cutout(filename: str | Path) -> dict[str, Any]:
-    """Read a cutout from a FITS file of `write_cutout`, ours or STDPipe's.
+    """Read a cutout from a FITS file that `write_cutout` of stampworker or of STDPipe wrote.
 
     Parameters
     ----------
     filename : str or Path
-        Of the file.
+        Path of the file.
 
     Returns
     -------
     cutout : dict
-        As `stampworker.cutouts.get_cutout` makes it; planes in native byte order; ``header`` the one of the first
-        plane, absent without planes; ``wcs`` where that header has one. In a file of STDPipe names of metadata are
-        lower case, ``mask`` becomes boolean, and ``adjust_dx`` and ``adjust_dy`` are swapped, so that ``adjust_dx`` is
-        always along x (columns).
+        As `stampworker.cutouts.get_cutout` makes it: planes in native byte order, ``header`` of the first plane if
+        there is one, ``wcs`` if that header has one. From a file of STDPipe, names of metadata are lower case, ``mask``
+        is boolean, and ``adjust_dx`` and ``adjust_dy`` are swapped, so that ``adjust_dx`` is always along x (columns).
 
     Raises
     ------
     OSError
         There is no such file, or it is not FITS.
     ValueError
-        The file was written by a later version of these rules, or it is damaged.
+        A later version of these rules wrote the file, or it is damaged.
     """
     try:
         with fits.open(filename, memmap=False) as hdus:
@@ -138,7 +134,7 @@ def _plane_header(cutout: Mapping[str, Any]) -> fits.Header | None:
     if header is None:
         return None if cutout.get("wcs") is None else cutout["wcs"].to_header(relax=True)
     header = header.copy()
-    for name in _SCALING:  # of the file that it was read from; the planes are what was read
+    for name in SCALING + CHECKSUMS:  # they describe how the original file stored its numbers
         header.remove(name, ignore_missing=True, remove_all=True)
     return header
 
@@ -152,7 +148,7 @@ def _storable(name: str, plane: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _restore(name: str, plane: np.ndarray[Any, Any], dtypes: Mapping[str, np.dtype[Any]]) -> np.ndarray[Any, Any]:
-    """Undo `_storable`, in native byte order; a plane that was stored anew as another dtype stays what it is."""
+    """Undo `_storable`, in native byte order; a plane that someone stored again as another dtype keeps that dtype."""
     dtype = plane.dtype
     if name not in dtypes:
         dtype = np.dtype(bool) if name == "mask" else dtype
@@ -165,7 +161,7 @@ def _restore(name: str, plane: np.ndarray[Any, Any], dtypes: Mapping[str, np.dty
 
 
 def _cards(meta: Mapping[str, Any]) -> dict[str, fits.Card]:
-    """Return a card for each value that a card can show, by name; of names that differ in case the first has one."""
+    """Return a card for each value that a card can show, by name; if names differ in case only, for the first."""
     cards: dict[str, fits.Card] = {}
     keywords = set()
     for name, value in meta.items():
@@ -180,21 +176,26 @@ def _cards(meta: Mapping[str, Any]) -> dict[str, fits.Card]:
 
 
 def _card(keyword: str, plain: Any) -> fits.Card | None:
-    if plain is _NO_CARD or not _KEYWORD.fullmatch(keyword) or _STRUCTURE.fullmatch(keyword):
+    if plain is _NO_CARD or not _KEYWORD.fullmatch(keyword) or _is_reserved(keyword):
         return None
     card = fits.Card(keyword if len(keyword) <= 8 else f"HIERARCH {keyword}", plain)
     try:
         text = str(card)
-    except ValueError:  # longer than a card, and cannot go on in the next
+    except ValueError:  # longer than a card, without a continuation
         return None
-    # FITS drops blanks at the end, and astropy reads many a long string with quotes and ampersands as another one: a
-    # wrong string would be worse than none.
+    # FITS drops blanks at the end, and astropy reads some long strings with quotes or ampersands back as other strings.
+    # No string is better than a wrong one.
     return None if isinstance(plain, str) and fits.Card.fromstring(text).value != plain else card
 
 
+def _is_reserved(keyword: str) -> bool:
+    """Return True if a card of this name would not be metadata."""
+    return keyword in (_MARK, _META) or STRUCTURE.fullmatch(keyword) is not None
+
+
 def _plain(keyword: str, value: Any) -> Any:
-    """Return a value as STDPipe would write it, or `_NO_CARD` where it could not read that."""
-    value = _bare(value)
+    """Return a value as STDPipe would write it, or `_NO_CARD` if STDPipe could not read it."""
+    value = _without_unit(value)
     if isinstance(value, datetime.datetime):
         utc = value if value.tzinfo is None else value.astimezone(datetime.UTC)
         return utc.replace(tzinfo=None).isoformat(timespec="microseconds")
@@ -202,7 +203,7 @@ def _plain(keyword: str, value: Any) -> Any:
         return _plain_time(value)
     if isinstance(value, str):
         return value if _is_plain_text(value) and (keyword != "TIME" or _is_time(value)) else _NO_CARD
-    if keyword == "TIME":  # STDPipe makes a Time of whatever is there
+    if keyword == "TIME":  # STDPipe converts any value of this card to a Time
         return _NO_CARD
     if value is None or value is np.ma.masked:
         return None
@@ -211,7 +212,7 @@ def _plain(keyword: str, value: Any) -> Any:
     return _plain_array(value) if isinstance(value, list | tuple | np.ndarray) else _NO_CARD
 
 
-def _bare(value: Any) -> Any:
+def _without_unit(value: Any) -> Any:
     """Return a value without its unit and numpy's or astropy's own types of a scalar."""
     if isinstance(value, Masked):
         value = np.ma.MaskedArray(np.asarray(value.unmasked), value.mask)[()]
@@ -233,7 +234,7 @@ def _plain_number(value: float) -> Any:
 def _plain_time(time: Time) -> Any:
     if not time.isscalar or time.mask or time.scale not in _ATOMIC_SCALES:
         return _NO_CARD
-    return Time(time.unmasked.utc, precision=9).to_value("fits")  # UTC is what STDPipe takes it for
+    return Time(time.unmasked.utc, precision=9).to_value("fits")  # STDPipe reads it as UTC
 
 
 def _is_plain_text(value: str) -> bool:
@@ -269,19 +270,19 @@ def _literal(item: Any) -> str:
 
 
 def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata: ours as kept, and what STDPipe wrote, or anyone changed, as the cards tell."""
-    ours = {}
+    """Return the metadata: from the JSON, and from the cards that STDPipe wrote or someone edited."""
+    written = {}
     for name, card in _cards(kept).items():
-        ours[card.keyword.upper()] = name, _from_plain(fits.Card.fromstring(str(card)))
+        written[card.keyword.upper()] = name, _from_plain(fits.Card.fromstring(str(card)))
     meta, foreign = dict(kept), set()
     for card in head.cards:
         keyword = card.keyword.upper()
-        if _STRUCTURE.fullmatch(keyword):
+        if _is_reserved(keyword):
             continue
-        name, shown = ours.get(keyword, (keyword.lower(), _NO_CARD))
+        name, value_written = written.get(keyword, (keyword.lower(), _NO_CARD))
         value = _from_plain(card)
-        # By their looks: NaN is not NaN, True is not 1, and STDPipe writes times to 1 ms and arrays in other words.
-        if repr(value) != repr(shown):
+        # Compare texts, because NaN is not equal to NaN, and True is equal to 1.
+        if repr(value) != repr(value_written):
             meta[name] = value
             foreign.add(name)
     if {"adjust_dx", "adjust_dy"} <= foreign:
@@ -290,7 +291,7 @@ def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_plain(card: fits.Card) -> Any:
-    """Undo `_plain`, as far as the card's own form tells."""
+    """Undo `_plain`, as far as the form of the card allows."""
     value = card.value
     if isinstance(value, fits.card.Undefined):
         return None
@@ -304,13 +305,13 @@ def _from_plain(card: fits.Card) -> Any:
 
 
 def _read_array(text: str) -> Any:
-    """Read the text of an array without running it; what is not the text of an array is left as it is."""
+    """Return the array that a text describes, without evaluating it; any other text is returned as it is."""
     try:
         call = ast.parse(text, mode="eval").body
         if not (isinstance(call, ast.Call) and len(call.args) == 1):
             return text
         options: dict[str, Any] = {str(option.arg): _read_node(option.value) for option in call.keywords}
-        shape = options.pop("shape", None)  # as numpy prints an empty array
+        shape = options.pop("shape", None)  # numpy prints it for an empty array
         array = np.array(_read_node(call.args[0]), **options)
         if array.dtype.kind not in _NUMPY_KINDS:
             return text
@@ -345,15 +346,15 @@ def _to_json(meta: Mapping[str, Any], dtypes: dict[str, str]) -> str:
         except TypeError as exc:
             raise ValueError(f"meta: {name!r} cannot be kept: {exc}") from exc
     text = json.dumps({"meta": encoded, "planes": dtypes}, separators=(",", ":"), allow_nan=False)
-    # astropy does not read quotes and ampersands back from a string that goes on over several cards, nor blanks at the
-    # joints.
+    # astropy cannot read back quotes and ampersands from a string that continues over several cards, nor blanks where
+    # one card ends.
     for character in "'& ":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def _from_json(head: fits.Header, filename: str | Path) -> tuple[dict[str, Any], dict[str, np.dtype[Any]]]:
-    """Return the metadata and the planes' dtypes that a file of ours keeps; nothing of a file of STDPipe."""
+    """Return the metadata and the dtypes of planes from the JSON; both empty for a file of STDPipe."""
     if _MARK not in head:
         return {}, {}
     if head[_MARK] > _VERSION:
@@ -367,7 +368,7 @@ def _from_json(head: fits.Header, filename: str | Path) -> tuple[dict[str, Any],
 
 
 def _encode(value: Any) -> Any:
-    """Return a value as JSON has it, or with its type: ``[type, value, ...]``."""
+    """Return a value for JSON: as it is, or with its type as ``[type, value, ...]``."""
     if isinstance(value, np.ndarray | np.generic):
         return _encode_numpy(value)
     if value is None or isinstance(value, bool | int | str):
@@ -428,7 +429,7 @@ def _decode_array(dtype: str, shape: list[int], text: str) -> np.ndarray[Any, An
 
 
 def _dtype(text: str) -> np.dtype[Any]:
-    """Return a dtype that holds no pointers: an object array made of a file's bytes would follow them."""
+    """Return a dtype without pointers: an object array made from the bytes of a file would follow them."""
     dtype = np.dtype(text)
     if dtype.kind not in _NUMPY_KINDS:
         raise ValueError(f"found the dtype {text!r}, wanted a plain one")

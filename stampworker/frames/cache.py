@@ -1,4 +1,4 @@
-"""Bounded memory for decompressed data: who holds how much, and who gives way."""
+"""A limit on the memory of decompressed and downloaded data, with least-recently-used eviction."""
 
 from __future__ import annotations
 
@@ -9,65 +9,64 @@ from typing import Protocol
 
 
 class Evictable(Protocol):
-    """Something that keeps ``nbytes`` bytes of data, which were used, or fetched for use, at time ``last_used``."""
+    """Something that holds ``nbytes`` bytes of data, last used, or fetched for use, at the clock's ``last_used``."""
 
     nbytes: int
     last_used: int
 
     def release(self) -> None:
-        """Forget the data; it can be decompressed again."""
+        """Forget the data; it can be decompressed or downloaded again."""
         ...
 
 
 class CacheBudget:
-    """Keep the bytes of all holders below a limit by releasing the least recently used.
+    """Keep the bytes of all evictables within a limit by releasing the least recently used ones.
 
-    The one that is being used is never released for itself, so a single frame above the limit still serves.
+    The evictable that is in use is not released, so a single frame above the limit still works.
 
     Parameters
     ----------
     limit : int
-        Bytes in all.
+        Bytes of all evictables together.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._holders: weakref.WeakSet[Evictable] = weakref.WeakSet()
+        self._evictables: weakref.WeakSet[Evictable] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._clock = itertools.count(1)
-        self._mark = 0
+        self._last_eviction = 0
         self.clock = self._clock.__next__
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all, now."""
+        """Bytes held now by all evictables."""
         with self._lock:
-            return sum(holder.nbytes for holder in self._holders)
+            return sum(evictable.nbytes for evictable in self._evictables)
 
     def evict(self, user: Evictable) -> None:
-        """Account what ``user`` holds now; release others until the limit is kept."""
+        """Count what ``user`` holds now, and release others until all are within the limit."""
         with self._lock:
-            self._holders.add(user)
-            others = sorted((one for one in self._holders if one is not user), key=lambda one: one.last_used)
-            total = user.nbytes + sum(holder.nbytes for holder in others)
-            for holder in others:
+            self._evictables.add(user)
+            others = sorted((e for e in self._evictables if e is not user), key=lambda e: e.last_used)
+            total = user.nbytes + sum(other.nbytes for other in others)
+            for other in others:
                 if total <= self._limit:
                     return
-                total -= holder.nbytes
-                holder.release()
+                total -= other.nbytes
+                other.release()
 
     def fits(self, user: Evictable, size: int) -> bool:
-        """Say whether ``user`` may hold ``size`` bytes more without passing the limit by itself."""
+        """Return True if ``user`` alone stays within the limit with ``size`` bytes more."""
         return user.nbytes + size <= self._limit
 
     def evict_unused(self) -> None:
-        """Release what was not used, or made ready for use, since the last call.
+        """Release what was neither used nor fetched for use since the last call.
 
-        What is prepared for the batch that follows while one is computed outlasts the call that ends this one, and goes
-        with the next unless it was used meanwhile.
+        Data that was fetched ahead for the next batch survives the call at the end of this batch.
         """
         with self._lock:
-            for holder in self._holders:
-                if holder.last_used <= self._mark:
-                    holder.release()
-            self._mark = self.clock()
+            for evictable in self._evictables:
+                if evictable.last_used <= self._last_eviction:
+                    evictable.release()
+            self._last_eviction = self.clock()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from astropy.io import fits
 
+from stampworker.cutouts.keywords import COMPRESSION_TABLE
 from stampworker.frames.fits.header import CARD, Hdu, parse_text, split_cards
 from stampworker.frames.fits.section import Section
 from stampworker.frames.io.ranges import RangedFile
 from stampworker.frames.io.sources import CachedBytes, FetchTask, Source
 from stampworker.frames.limits import count
-from stampworker.frames.wcs import lookup_cards, make_wcs, wcs_cards
+from stampworker.frames.wcs import CelestialWcs, celestial_wcs, lookup_cards
 
 if TYPE_CHECKING:
     from astropy.wcs import WCS
@@ -24,93 +26,92 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ASCII = bytes(c if 32 <= c < 127 else ord("?") for c in range(256))
-_CARD = re.compile(rb"(?=[A-Z0-9_-]* *= ).{8}= |(COMMENT|HISTORY|CONTINUE|HIERARCH) |        ")
-_TABLE_CARDS = ("TFIELDS", "THEAP", "PCOUNT", "GCOUNT", "BITPIX", "NAXIS", "CHECKSUM", "DATASUM", "SIMPLE", "XTENSION")
-_TABLE_INDEXED = ("TTYPE", "TFORM", "TUNIT", "TDIM", "TNULL", "TSCAL", "TZERO", "TDISP")
+_PRINTABLE = bytes(c if 32 <= c < 127 else ord("?") for c in range(256))
+_CONVENTIONAL_CARD = re.compile(rb"(?=[A-Z0-9_-]* *= ).{8}= |(COMMENT|HISTORY|CONTINUE|HIERARCH) |        ")
 
 
 class Pixels(Protocol):
-    """What reads the pixels of one HDU."""
+    """The reader of one HDU's pixels; sections are inside the image."""
 
     shape: tuple[int, int]
     dtype: np.dtype[Any]
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image."""
+        """Return rows ``y0:y1``, columns ``x0:x1``."""
         ...
 
-    def byte_ranges(self, boxes: Iterable[Section]) -> list[tuple[int, int]]:
-        """Return offset and length of the bytes that boxes, all inside the image, need."""
+    def byte_ranges(self, sections: Iterable[Section]) -> list[tuple[int, int]]:
+        """Return offset and length of the bytes that sections need."""
         ...
 
-    def bytes_needed(self, box: Section) -> int:
-        """Return how many bytes a box inside the image needs to be read and decompressed."""
+    def bytes_needed(self, section: Section) -> int:
+        """Return how many bytes must be read and decompressed for a section."""
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class Image:
-    """One HDU, of which the frames that name it, in whatever way, share the pixels, the header and the WCS.
+    """One HDU; frames that name it in different ways share its pixels, header and WCS.
 
-    Parameters
+    Attributes
     ----------
     hdu : Hdu
-        With what it inherits.
+        With the cards it inherits.
     pixels : Pixels
-        Of the HDU.
+        Reader of the HDU's pixels.
     source : Source
-        The file.
+        Bytes of the file.
     url : str
-        The file's, for messages.
+        Name of the file for messages.
     """
 
-    def __init__(self, hdu: Hdu, pixels: Pixels, source: Source, url: str) -> None:
-        self.hdu, self.pixels, self.source = hdu, pixels, source
-        self._url = url
-        self._lock = threading.Lock()
-        self._header: fits.Header | None = None
-        self._sky: tuple[WCS | None, list[str], str | None] | None = None
+    hdu: Hdu
+    pixels: Pixels
+    source: Source
+    url: str
 
+    @cached_property
+    def celestial(self) -> CelestialWcs:
+        """The celestial WCS, its cards, and why there is none."""
+        celestial = celestial_wcs(self.hdu, self.pixels.shape)
+        if celestial.problem is not None:
+            log.info("%s: %s: no usable WCS: %s", self.url, self.hdu, celestial.problem)
+        return celestial
+
+    @cached_property
     def header(self) -> fits.Header:
-        """Return the header, made once."""
-        with self._lock:
-            if self._header is None:
-                self._header = _header(self.hdu)
-            return self._header
-
-    def sky(self) -> tuple[WCS | None, list[str], str | None]:
-        """Return the celestial WCS, its cards, and why there is none, found once."""
-        with self._lock:
-            if self._sky is None:
-                cards, problem = wcs_cards(self.hdu)
-                wcs = None
-                if problem is None:
-                    wcs, problem = make_wcs(cards, self.pixels.shape)
-                if problem is not None:
-                    log.info("%s: %s: no usable WCS: %s", self._url, self.hdu, problem)
-                self._sky = wcs, cards if wcs is not None else [], problem
-            return self._sky
+        """The image's header for astropy; of a compressed image, the cards of the table are the image's."""
+        hdu = self.hdu
+        # astropy warns at every access to a card that follows no convention.
+        cards = [card for card in split_cards(hdu.cards.translate(_PRINTABLE)) if _CONVENTIONAL_CARD.match(card)]
+        if hdu.kind == "tiled":
+            cards = [card for card in cards if not COMPRESSION_TABLE.fullmatch(card[:8].rstrip().decode())]
+            bitpix = hdu.values["ZBITPIX"].split(b"/")[0].decode("latin-1").strip()
+            layout = {"XTENSION": "'IMAGE   '", "BITPIX": bitpix, "NAXIS": len(hdu.axes)}
+            layout |= {f"NAXIS{i}": n for i, n in enumerate(reversed(hdu.axes), 1)}
+            cards[:0] = [f"{name:8}= {value:>20}".ljust(CARD).encode() for name, value in layout.items()]
+        return fits.Header.fromstring(b"".join(cards) + b"END".ljust(CARD))
 
 
 class Frame:
     """One plane of pixels with its header; slicing reads only what is sliced.
 
-    Made by `FrameStore.open`. It stays readable as long as it is referred to, also when the store has closed.
+    `FrameStore.open` makes it. It stays readable after the store was closed.
 
     Attributes
     ----------
     url : str
-        Absolute, without credentials, the fragment kept.
+        Absolute, with its fragment, without credentials.
     shape : tuple of int
         (ny, nx).
     dtype : dtype
         float32 or float64; an integer for a mask. Native byte order.
     resampled : bool
-        False: the pixels are the file's.
+        False: the pixels are the file's, not interpolated.
     is_fetched : bool
-        The file's bytes come from a server, or are decompressed as a whole.
+        Bytes of the file come from a server, or are decompressed.
     is_whole : bool
-        They come, or are decompressed, as a whole.
+        The file is downloaded or decompressed as a whole.
     """
 
     ndim = 2
@@ -125,7 +126,7 @@ class Frame:
         self._pixels, self._source = pixels, source
         self.is_whole = isinstance(source, CachedBytes)
         self.is_fetched = self.is_whole or isinstance(source, RangedFile)
-        # Rows of plain local files are free, and cost no time to count.
+        # Rows of plain local files are free, so no time is spent on counting them.
         self._is_free = image.hdu.kind == "image" and not self.is_fetched
         self._image = image
 
@@ -144,7 +145,7 @@ class Frame:
         FrameMissing
             A remote file is gone.
         FrameRefused
-            The section is above ``max_download_bytes``; or, inside `FrameStore.allowance`, above what is left of it.
+            The section is above ``max_download_bytes`` or, inside `FrameStore.allowance`, above what is left of that.
         """
         rows, columns = index
         y0, y1, y_step = rows.indices(self._ny)
@@ -160,25 +161,25 @@ class Frame:
             count(self.url, self._pixels.bytes_needed((y0, y1, x0, x1)), self._source, self._source.bytes_upfront)
         return self._pixels.read(y0, y1, x0, x1)
 
-    def section_for(self, box: Section) -> tuple[Frame, Section] | None:
-        """Return the frame that is read for a box, which may hang over the edge, and what is read of it.
+    def section_for(self, section: Section) -> tuple[Frame, Section] | None:
+        """Return which frame, and which section inside it, is read for a section that may hang over the edge.
 
-        None where there is nothing to fetch beforehand.
+        None if there is nothing to fetch beforehand.
         """
-        y0, y1, x0, x1 = box
+        y0, y1, x0, x1 = section
         inside = max(y0, 0), min(y1, self._ny), max(x0, 0), min(x1, self._nx)
         is_empty = inside[0] >= inside[1] or inside[2] >= inside[3]
         return None if is_empty or not self.is_fetched else (self, inside)
 
-    def fetch_tasks(self, boxes: Iterable[Section]) -> list[FetchTask]:
-        """Return what `FrameStore.prefetch_sections` does so that boxes, all inside the image, are here when sliced."""
+    def fetch_tasks(self, sections: Iterable[Section]) -> list[FetchTask]:
+        """Return the tasks that bring what sections inside the image need into memory before they are sliced."""
         if isinstance(self._source, RangedFile):
-            return self._source.fetch_tasks(self._pixels.byte_ranges(boxes))
+            return self._source.fetch_tasks(self._pixels.byte_ranges(sections))
         return self._source.fetch_tasks() if isinstance(self._source, CachedBytes) else []
 
-    def bytes_needed(self, box: Section) -> int:
-        """Return how many bytes a box inside the image needs to be read and decompressed."""
-        return self._source.bytes_upfront + self._pixels.bytes_needed(box)
+    def bytes_needed(self, section: Section) -> int:
+        """Return how many bytes must be read and decompressed for a section inside the image."""
+        return self._source.bytes_upfront + self._pixels.bytes_needed(section)
 
     @property
     def bunit(self) -> str | None:
@@ -187,49 +188,26 @@ class Frame:
 
     @property
     def header(self) -> fits.Header:
-        """The image's header; what is not printable in it reads as ``?``.
+        """The image's header, unprintable characters replaced by ``?``. Shared: copy it before a change.
 
-        The cards that an extension inherits come last, see `stampworker.frames.fits.inherit`. Shared: copy before a
-        change.
+        Cards that an extension inherits come last, see `stampworker.frames.fits.inherit`.
         """
-        return self._image.header()
+        return self._image.header
 
     @property
     def wcs(self) -> WCS | None:
-        """Celestial WCS, None where there is no usable one (`wcs_problem` says why). Shared: copy before a change."""
-        return self._image.sky()[0]
+        """Celestial WCS, None if there is no usable one, see `wcs_problem`. Shared: copy it before a change."""
+        return self._image.celestial.wcs
 
     @property
     def wcs_problem(self) -> str | None:
-        """Why there is no usable WCS; None where there is one."""
-        return self._image.sky()[2]
+        """Why there is no usable WCS; None if there is one."""
+        return self._image.celestial.problem
 
     def wcs_cards(self) -> list[str]:
         """Return the celestial WCS's cards as in the header, 80 characters each; none without a usable WCS."""
-        return list(self._image.sky()[1])
+        return list(self._image.celestial.cards)
 
     def lookup_cards(self) -> list[bytes]:
-        """Return the WCS's cards where lookup-table distortions are among them, else nothing."""
+        """Return the cards of the WCS if lookup-table distortions are among them, else nothing."""
         return lookup_cards(self._image.hdu)
-
-
-def _header(hdu: Hdu) -> fits.Header:
-    """Return the image's header for astropy, the cards of a compression table translated to the image's."""
-    # astropy warns at every access to a card that follows no convention.
-    cards = [card for card in split_cards(hdu.cards.translate(_ASCII)) if _CARD.match(card)]
-    if hdu.kind != "tiled":
-        return fits.Header.fromstring(b"".join(cards) + b"END".ljust(CARD))
-    cards = [card for card in cards if not _of_table(card[:8].rstrip().decode())]
-    head = [("XTENSION", "'IMAGE   '"), ("BITPIX", hdu.values["ZBITPIX"].split(b"/")[0].decode("latin-1").strip())]
-    head += [("NAXIS", str(len(hdu.axes)))] + [(f"NAXIS{i + 1}", str(n)) for i, n in enumerate(reversed(hdu.axes))]
-    first = [f"{name:8}= {value:>20}".ljust(CARD).encode() for name, value in head]
-    return fits.Header.fromstring(b"".join(first + cards) + b"END".ljust(CARD))
-
-
-def _of_table(keyword: str) -> bool:
-    base = keyword.rstrip("0123456789")
-    if keyword in _TABLE_CARDS or base == "NAXIS" or base in _TABLE_INDEXED:
-        return True
-    compression = ("ZIMAGE", "ZCMPTYPE", "ZMASKCMP", "ZQUANTIZ", "ZBLANK", "ZSCALE", "ZZERO", "ZTENSION", "ZSIMPLE")
-    more = ("ZBITPIX", "ZEXTEND", "ZBLOCKED", "ZPCOUNT", "ZGCOUNT", "ZHECKSUM", "ZDATASUM", "ZDITHER")
-    return keyword in compression or base in (*more, "ZNAXIS", "ZTILE", "ZNAME", "ZVAL")

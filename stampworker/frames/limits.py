@@ -1,9 +1,9 @@
-"""What one alert may cost, in time and in bytes: limits on all that a thread does inside a ``with``.
+"""What one alert may cost, in time and in bytes: limits on what a thread does inside a ``with`` block.
 
-Bytes are counted by need, not by what is in memory already, so that an alert is refused, or not, whatever was read
-before it: a section of a remote frame costs its rows, one of a compressed frame its tiles, compressed and decoded; a
-frame that must be had whole (gzip, or a server without ranges) costs all that, once an alert. Rows of plain local files
-are free: they are in the address space, and bounded by the stamp's radius.
+The bytes of a section are counted whether they are in memory or not, so that the same alert is always refused or always
+accepted. A section of a remote frame costs its rows. A section of a compressed frame costs its tiles, compressed and
+decoded. A frame that must be read as a whole (gzip, or a server without ranges) costs its whole size, once per alert.
+Rows of plain local files are free: they are mapped, and the radius of a stamp limits them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _current = _Limits()
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End every request of this thread inside the block within ``seconds``; of two limits the earlier one counts."""
+    """End every request of this thread in the block within ``seconds``; of nested limits the earliest counts."""
     before = _current.end
     end = time.monotonic() + seconds
     _current.end = end if before is None else min(end, before)
@@ -39,14 +39,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def end_within(seconds: float) -> float:
-    """Return when a request that begins now must have ended, on the monotonic clock."""
+    """Return when a request that begins now must end, on the monotonic clock."""
     end = time.monotonic() + seconds
     return end if _current.end is None else min(end, _current.end)
 
 
 @contextlib.contextmanager
 def byte_limit(size: int) -> Iterator[None]:
-    """Refuse what this thread would read or decompress inside the block beyond ``size`` bytes."""
+    """Refuse sections of this thread in the block once they need more than ``size`` bytes together."""
     _current.limit, _current.spent, _current.counted = size, 0, frozenset()
     try:
         yield
@@ -55,7 +55,7 @@ def byte_limit(size: int) -> Iterator[None]:
 
 
 def count(url: str, size: int, source: object, bytes_upfront: int) -> None:
-    """Count a section against the limit that holds here, if any.
+    """Count a section against the limit of the current block, if there is one.
 
     Parameters
     ----------
@@ -64,14 +64,14 @@ def count(url: str, size: int, source: object, bytes_upfront: int) -> None:
     size : int
         Bytes that the section needs.
     source : object
-        The file that it is of.
+        The file of the section.
     bytes_upfront : int
-        Bytes of the file that are needed for any section; counted once inside a limit.
+        Bytes of the file that any section needs; counted once per block.
 
     Raises
     ------
     FrameRefused
-        With these the limit is passed.
+        The section passes the limit.
     """
     if _current.limit is None:
         return

@@ -1,4 +1,4 @@
-"""Frames by URL: what may be read, what is kept open, what each gives."""
+"""The store of frames: it checks which may be read, opens them by URL, and keeps the last ones open."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import itertools
 import logging
-import os
 import re
 import threading
 import time
@@ -45,6 +44,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_WORTH_TRIMMING = 4 << 20  # freed bytes that are worth a millisecond
+_MAX_OPENED = 4096  # frames that are found again by their URL; one file can have any number of URLs
+_MAX_URL = 8192  # characters; Linux has 4096 for a path, most servers 8192
+_MAX_FRAGMENT = 100  # characters; a card has room for 68 of EXTNAME
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
 class FrameKey(NamedTuple):
     """What names a frame: its URL or path, and whether it is opened as a mask."""
 
@@ -52,62 +59,52 @@ class FrameKey(NamedTuple):
     is_mask: bool
 
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-_MUCH = 4 << 20  # freed bytes that are worth a millisecond
-_MOST_KNOWN = 4096  # URLs, of which a file may have any number
-_LONGEST = 8192  # characters of a URL; Linux has 4096 for a path, most servers 8192
-_LONGEST_FRAGMENT = 100  # a card has room for 68 characters of EXTNAME
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-
 class _File:
-    """An open file: its bytes, its HDUs as far as they were asked for (the cards of the first alone), and its images.
+    """A file that is open, or to be opened: its bytes, its HDUs as far as they were needed, and its images.
 
-    ``key`` is its resolved path or its URL; ``signature`` tells it from another file there; ``is_stale`` says that it
-    must be opened again.
+    ``key`` is its resolved path or its URL, ``open_source`` returns its bytes and is called once, ``is_fresh`` returns
+    False if the file must be opened again.
     """
 
-    def __init__(
-        self,
-        key: str,
-        opener: Callable[[str], Source],
-        signature: tuple[int, ...] = (),
-        is_stale: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.key = key
-        self.signature = signature
-        self.is_stale = is_stale
-        self._opener = opener
+    def __init__(self, key: str, open_source: Callable[[str], Source], is_fresh: Callable[[], bool]) -> None:
+        self.key, self.is_fresh = key, is_fresh
+        self._open_source = open_source
         self.lock = threading.Lock()
         self.images: dict[tuple[int, bool], Image] = {}
-        self.source: Source | None = None
-        self._walked: list[Hdu] = []
+        self._source: Source | None = None
+        self._hdus: list[Hdu] = []  # with the cards of the first one only
 
-    def load(self, url: str, settings: FrameSettings, budget: CacheBudget) -> Source:
-        """Open the file, once."""
-        if self.source is None:
-            source = self._opener(url)
+    def source(self, url: str, settings: FrameSettings, budget: CacheBudget) -> Source:
+        """Return the bytes of the file, of a gzip file the decompressed ones."""
+        if self._source is None:
+            source = self._open_source(url)
             if source.read(0, min(2, source.size)) == GZIP_MAGIC:
-                size, setting = min(
-                    (settings.max_decompressed_bytes, "max_decompressed_bytes"),
-                    (settings.max_alert_bytes, "max_alert_bytes"),
-                )
+                names = ("max_decompressed_bytes", "max_alert_bytes")
+                size, setting = min((getattr(settings, name), name) for name in names)
                 limits = InflateLimits(size, setting, settings.max_header_bytes, settings.total_s)
                 source = CachedBytes(partial(inflate, source, url, limits), url, budget, packed=source.bytes_upfront)
-            self.source = source
-        return self.source
+            self._source = source
+        return self._source
 
     @property
     def primary(self) -> Hdu:
-        """The first HDU, when one has been asked for."""
-        return self._walked[0]
+        """The first HDU; `hdus` must have yielded it."""
+        return self._hdus[0]
 
     def hdus(self, source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
-        """Yield the HDUs, those that were passed before bare, reading headers only as far as needed."""
-        yield from self._walked
-        for hdu in iter_hdus(source, url, max_header_bytes, self._walked.copy()):
-            self._walked.append(hdu.without_cards() if hdu.index else hdu)
+        """Yield the HDUs, known ones without cards; headers are read only as far as needed."""
+        yield from self._hdus
+        for hdu in iter_hdus(source, url, max_header_bytes, self._hdus.copy()):
+            self._hdus.append(hdu.without_cards() if hdu.index else hdu)
             yield hdu
+
+
+class _Location(NamedTuple):
+    """What a URL or path leads to; ``is_fresh`` returns False if it no longer leads to this state of the file."""
+
+    file: _File
+    display_url: str
+    is_fresh: Callable[[], bool]
 
 
 class FrameStore:
@@ -118,21 +115,21 @@ class FrameStore:
     settings : FrameSettings
         Roots and limits.
     allowed : iterable of str
-        URLs of frames that may be read wherever they lie, such as those that a command's flags name.
+        URLs of frames that may be read outside the roots too, such as those that a command's flags name.
     base : Path, optional
-        Where relative paths start; by default at the first root.
+        Folder that relative paths start from; by default the first root.
 
     Raises
     ------
     ConfigError
-        A root is neither a folder nor a URL prefix that can be read, or what reads it is not installed.
+        A root is neither a folder nor a URL prefix that can be read, or the package that reads it is not installed.
 
     Notes
     -----
-    Threads may share a store. ``with`` closes it. What was opened is kept by last use: at most ``max_open_frames``
-    files, one descriptor each, and ``cache_bytes`` of data that was decompressed or came from a server. A local file
-    that was replaced or rewritten is opened again; a remote one when ``remote_ttl_s`` have passed, or a range shows
-    that it is another one.
+    Threads may share a store. ``with`` closes it. The most recently used files stay open: at most ``max_open_frames``,
+    one descriptor each, and ``cache_bytes`` of data that was decompressed or came from a server. A local file is opened
+    again after it was replaced or rewritten; a remote file after ``remote_ttl_s``, or when the answer to a range shows
+    that the file has changed.
     """
 
     def __init__(self, settings: FrameSettings, *, allowed: Iterable[str] = (), base: Path | None = None) -> None:
@@ -150,8 +147,8 @@ class FrameStore:
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
         self._budget = CacheBudget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._known: OrderedDict[FrameKey, tuple[_File, Callable[[], bool], Frame]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opened: OrderedDict[FrameKey, tuple[_Location, Frame]] = OrderedDict()
+        self._lock = threading.RLock()
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -161,30 +158,30 @@ class FrameStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of every file; frames still referred to stay readable."""
+        """Close the store: it opens nothing more, and frames that are still referred to stay readable."""
         with self._lock:
             self._closed = True
             self._files.clear()
-            self._known.clear()
+            self._opened.clear()
         self._web.close()
 
     def evict_unused(self) -> None:
-        """Forget data (decompressed, or from a server) that was not used since the last call; call it once a batch."""
+        """Forget data (decompressed, or from a server) not used since the last call; call it once per batch."""
         self._failures.sweep()
         before = self._budget.nbytes
         self._budget.evict_unused()
-        if _malloc_trim is not None and before - self._budget.nbytes > _MUCH:
-            # glibc keeps what is freed between other things, without end where frames come and go.
+        if _malloc_trim is not None and before - self._budget.nbytes > _WORTH_TRIMMING:
+            # glibc keeps freed memory that is between other allocations; with changing frames it would grow endlessly.
             _malloc_trim(0)
 
     @property
     def cached_bytes(self) -> int:
-        """Data held now, decompressed or from a server, bytes."""
+        """Bytes of data held now, decompressed or from a server."""
         return self._budget.nbytes
 
     @contextlib.contextmanager
     def allowance(self) -> Iterator[None]:
-        """Let what the block reads, in this thread, take ``total_s`` and cost ``max_alert_bytes`` at most: an alert."""
+        """Limit what this thread reads in the block to ``total_s`` and ``max_alert_bytes``, as for one alert."""
         with time_limit(self._settings.total_s), byte_limit(self._settings.max_alert_bytes):
             yield
 
@@ -194,54 +191,54 @@ class FrameStore:
         Parameters
         ----------
         wanted : iterable of FrameKey
-            In the order of their use: the first ``max_open_frames`` count. Local ones,
-            which open at once, are passed over.
+            Frames in the order of their use. Local frames, which open at once, are skipped, and so are remote ones
+            beyond the first ``max_open_frames``.
 
         Returns
         -------
-        opened : dict of Future
-            What `open` returned or raised for each that was not passed over. All are done.
+        opened : dict of FrameKey to Future
+            What `open` returned or raised for each frame that was not skipped. All are done.
         """
-        listed = [key for key in dict.fromkeys(wanted) if self._is_remote(split_fragment(key.url)[0])]
-        del listed[self._settings.max_open_frames :]  # more would push each other out
-        done = self._in_parallel([partial(self.open, key.url, mask=key.is_mask) for key in listed])
-        return dict(zip(listed, done, strict=True))
+        keys = [key for key in dict.fromkeys(wanted) if self._is_remote(split_fragment(key.url)[0])]
+        del keys[self._settings.max_open_frames :]  # more would evict each other
+        futures = self._in_parallel([partial(self.open, key.url, mask=key.is_mask) for key in keys])
+        return dict(zip(keys, futures, strict=True))
 
     def prefetch_sections(self, wanted: Iterable[tuple[Iterable[Frame], Iterable[Section]]]) -> None:
-        """FetchTask what sections of remote frames need, with few requests, several at a time.
+        """Fetch what sections of remote frames need, with few requests, several at a time.
 
-        Rows or tiles that sections share, or that lie close together, are asked for once. What fails, fails again when
-        the section is read.
+        Rows or tiles that sections share, or that are close together, are requested once. An error is raised again
+        when the section is sliced.
 
         Parameters
         ----------
-        wanted : iterable of (frames, boxes)
-            Sets of frames, in the order of their use, and ``y0, y1, x0, x1`` that will be sliced of each frame of the
-            set, one box an alert; they may hang over the edge. A box that costs more than ``max_alert_bytes`` is left
-            to be refused, and so is what half of ``cache_bytes`` does not hold to be read when it is sliced: the other
-            half is for what is worked on meanwhile.
+        wanted : iterable of (frames, sections)
+            Sets of frames, in the order of their use, and the sections that will be sliced of each frame of a set, one
+            per alert; sections may hang over the edge. Two kinds are not fetched: a section that costs more than
+            ``max_alert_bytes``, which is refused when it is sliced, and what does not fit in half of ``cache_bytes``,
+            which is read when it is sliced. The other half is for the batch that is worked on meanwhile.
         """
         sections: dict[Frame, list[Section]] = {}
-        for frames, boxes in wanted:
-            listed = list(frames)
-            for box in boxes:
-                for frame, section in self._affordable(listed, box):
+        for frames, alert_sections in wanted:
+            frame_set = list(frames)
+            for alert_section in alert_sections:
+                for frame, section in self._affordable(frame_set, alert_section):
                     sections.setdefault(frame, []).append(section)
-        fetches = [fetch for frame, needed in sections.items() for fetch in frame.fetch_tasks(needed)]
-        total = itertools.accumulate(fetch.size for fetch in fetches)
-        fitting = sum(size <= self._settings.cache_bytes // 2 for size in total)
-        self._in_parallel([fetch.run for fetch in fetches[:fitting]])
+        tasks = [task for frame, needed in sections.items() for task in frame.fetch_tasks(needed)]
+        totals = itertools.accumulate(task.size for task in tasks)
+        fitting = sum(total <= self._settings.cache_bytes // 2 for total in totals)
+        self._in_parallel([task.run for task in tasks[:fitting]])
 
-    def _affordable(self, frames: list[Frame], box: Section) -> list[tuple[Frame, Section]]:
-        """Return what a box needs of frames; nothing where one alert may not have it."""
-        with contextlib.suppress(Exception):  # told when the section is read: a fault of ours, too, is one alert's
-            needs = [need for frame in frames if (need := frame.section_for(box)) is not None]
-            if sum(frame.bytes_needed(section) for frame, section in needs) <= self._settings.max_alert_bytes:
+    def _affordable(self, frames: list[Frame], section: Section) -> list[tuple[Frame, Section]]:
+        """Return what must be fetched of frames for one alert's section; nothing if that is above its limit."""
+        with contextlib.suppress(Exception):  # raised again when the section is sliced, and costs that alert only
+            needs = [need for frame in frames if (need := frame.section_for(section)) is not None]
+            if sum(frame.bytes_needed(needed) for frame, needed in needs) <= self._settings.max_alert_bytes:
                 return needs
         return []
 
     def _in_parallel(self, tasks: list[Callable[[], T]]) -> list[Future[T]]:
-        """Return what came of tasks that were done several at a time."""
+        """Run tasks, several at a time, and return their results when all are done."""
         if not tasks:
             return []
         with ThreadPoolExecutor(min(len(tasks), self._settings.prefetch_threads), "frames") as threads:
@@ -267,124 +264,117 @@ class FrameStore:
         FrameMissing
             There is no such file.
         FrameRefused
-            It is no path or URL, lies outside the roots, redirects out of them, or is above a limit.
+            The URL is not a path or URL, is outside the roots or redirects out of them, or the frame is above a limit.
         FrameUnavailable
-            It cannot be read now: permission, input/output error, a server that is down, busy or slow.
+            The file cannot be read now: permission, input/output error, a server that is down, busy or slow.
         FrameCorrupt
-            It is not FITS, is cut off, or has no such 2-D image.
+            The file is not FITS, is cut off, or has no such 2-D image.
         """
         key = FrameKey(url, mask)
-        recalled = self._recall(key)
-        if recalled is not None:
-            return recalled
+        frame = self._opened_before(key)
+        if frame is not None:
+            return frame
         given, fragment = _checked(url)
-        file, shown, is_fresh = self._remote(given) if self._is_remote(given) else self._local(given, url, fragment)
-        shown += f"#{quote(fragment, safe=',')}" if fragment else ""
+        anchor = f"#{quote(fragment, safe=',')}" if fragment else ""
+        location = self._locate_remote(given) if self._is_remote(given) else self._locate_local(given, url, anchor)
+        file = location.file
         try:
-            # Two threads that want the same file wait here, and for no other.
+            # Threads that want the same file wait for each other here; other files are opened at the same time.
             with file.lock, time_limit(self._settings.total_s):
-                frame = Frame(shown, self._load(file, shown, fragment, mask))
+                display_url = location.display_url + anchor
+                frame = Frame(display_url, self._load(file, display_url, fragment, mask))
         except BaseException:
             if not file.images:
                 self._forget(file)
             raise
         with self._lock:
             if self._files.get(file.key) is file:
-                known = self._known.get(key)
-                if known is not None and known[0] is file:  # another thread was first
-                    return known[2]
-                self._known[key] = file, is_fresh, frame
-                if len(self._known) > _MOST_KNOWN:
-                    self._known.popitem(last=False)
+                opened = self._opened.get(key)
+                if opened is not None and opened[0].file is file:  # another thread was first
+                    return opened[1]
+                self._opened[key] = location, frame
+                if len(self._opened) > _MAX_OPENED:
+                    self._opened.popitem(last=False)
         return frame
 
-    def _is_remote(self, given: str) -> bool:
-        scheme = scheme_of(given)
-        return scheme in REMOTE or (
-            scheme is None and self._base_url is not None and bool(given) and not given.startswith("/")
-        )
-
-    def _local(self, given: str, url: str, fragment: str) -> tuple[_File, str, Callable[[], bool]]:
-        """Return the file of a path or ``file:`` URL, how it is shown, and what says whether it is still that file."""
-        path = self._folders.path(given, url)
-        shown = "file://" + quote(str(path))
-        named = shown + (f"#{quote(fragment, safe=',')}" if fragment else "")
-        resolved = self._folders.resolve(path, named)
-        try:
-            signature = _signature(Path(resolved).stat())
-        except OSError as exc:
-            raise sort_error(exc, named) from exc
-        file = self._file(_File(resolved, partial(open_local, resolved, self._folders), signature))
-
-        def is_fresh() -> bool:
-            try:
-                return _signature(path.stat()) == file.signature
-            except OSError:  # opening it says what is wrong
-                return False
-
-        return file, shown, is_fresh
-
-    def _remote(self, given: str) -> tuple[_File, str, Callable[[], bool]]:
-        """Return the file of a URL, how it is shown, and what says whether it may still be used."""
-        if self._base_url is not None and scheme_of(given) is None:
-            path = quote(given) if scheme_of(self._base_url) in WEB else given
-            given = self._base_url + ("" if self._base_url.endswith("/") else "/") + path
-        address = parse(given)
-        if not any(address.beneath(root) for root in self._urls):
-            roots = ", ".join(root.display_url for root in self._urls) or "no URL configured"
-            raise FrameRefused(redact(given), f"outside the frame roots; frame_roots: {roots}")
-        remote = self._protocol(address)
-        opened, age = time.monotonic(), self._settings.remote_ttl_s
-        file = self._file(
-            _File(
-                given,
-                lambda shown: open_remote(remote, shown, self._budget, self._settings.max_alert_bytes),
-                is_stale=lambda: remote.changed or time.monotonic() - opened > age,
-            )
-        )
-        return file, address.display_url, lambda: not file.is_stale()
-
-    def _protocol(self, address: FrameURL) -> Remote:
-        if address.scheme in WEB:
-            return WebFile(self._web, address)
-        if address.scheme in BUCKETS:
-            return BucketFile(self._buckets, address)
-        return MemoryFile(self._memory, address)
-
-    def _recall(self, key: FrameKey) -> Frame | None:
+    def _opened_before(self, key: FrameKey) -> Frame | None:
         """Return a frame that is open already, unless its file has changed."""
         with self._lock:
             if self._closed:
                 raise ValueError("this FrameStore is closed")
-            known = self._known.get(key)
-            if known is None:
+            opened = self._opened.get(key)
+            if opened is None:
                 return None
-            file, is_fresh, frame = known
-            self._files.move_to_end(file.key)
-            self._known.move_to_end(key)
-        if is_fresh():
+            location, frame = opened
+            self._files.move_to_end(location.file.key)
+            self._opened.move_to_end(key)
+        if location.is_fresh():
             return frame
-        self._forget(file)
+        self._forget(location.file)
         return None
 
+    def _is_remote(self, given: str) -> bool:
+        """Return True for a remote URL, and for a relative path if the first root is a remote URL."""
+        scheme = scheme_of(given)
+        return scheme in REMOTE or (scheme is None and self._base_url is not None and given[:1] not in ("", "/"))
+
+    def _locate_local(self, given: str, url: str, anchor: str) -> _Location:
+        path = self._folders.path(given, url)
+        display_url = "file://" + quote(str(path))
+        resolved = self._folders.resolve(path, display_url + anchor)
+        try:
+            signature = _signature(Path(resolved))
+        except OSError as exc:
+            raise sort_error(exc, display_url + anchor) from exc
+        open_source = partial(open_local, resolved, self._folders)
+        file = self._file(_File(resolved, open_source, partial(_is_unchanged, Path(resolved), signature)))
+        # The path may have links, which may lead elsewhere later.
+        return _Location(file, display_url, partial(_is_unchanged, path, signature))
+
+    def _locate_remote(self, given: str) -> _Location:
+        if self._base_url is not None and scheme_of(given) is None:
+            path = quote(given) if scheme_of(self._base_url) in WEB else given
+            given = self._base_url + ("" if self._base_url.endswith("/") else "/") + path
+        frame_url = parse(given)
+        if not any(frame_url.beneath(root) for root in self._urls):
+            roots = ", ".join(root.display_url for root in self._urls) or "no URL configured"
+            raise FrameRefused(redact(given), f"outside the frame roots; frame_roots: {roots}")
+        remote = self._protocol(frame_url)
+        expires = time.monotonic() + self._settings.remote_ttl_s
+
+        def open_source(url: str) -> Source:
+            return open_remote(remote, url, self._budget, self._settings.max_alert_bytes)
+
+        file = self._file(_File(given, open_source, lambda: not remote.changed and time.monotonic() <= expires))
+        return _Location(file, frame_url.display_url, file.is_fresh)
+
+    def _protocol(self, frame_url: FrameURL) -> Remote:
+        if frame_url.scheme in WEB:
+            return WebFile(self._web, frame_url)
+        if frame_url.scheme in BUCKETS:
+            return BucketFile(self._buckets, frame_url)
+        return MemoryFile(self._memory, frame_url)
+
     def _load(self, file: _File, url: str, fragment: str, mask: bool) -> Image:
-        settings, whole = self._settings, url.partition("#")[0]
-        source = file.load(whole, settings, self._budget)
-        hdu = find(file.hdus(source, url, settings.max_header_bytes), fragment, url)
-        known = file.images.get((hdu.index, mask))
-        if known is not None:
-            return known
+        """Return the image that a fragment names, made once per file; the caller holds the file's lock."""
+        max_header_bytes, max_axis = self._settings.max_header_bytes, self._settings.max_axis
+        file_url = url.partition("#")[0]
+        source = file.source(file_url, self._settings, self._budget)
+        hdu = find(file.hdus(source, url, max_header_bytes), fragment, url)
+        image = file.images.get((hdu.index, mask))
+        if image is not None:
+            return image
         if not hdu.cards:
-            hdu = reload(source, url, hdu, settings.max_header_bytes)
-        if max(hdu.axes) > settings.max_axis:
-            raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({settings.max_axis})")
+            hdu = reload(source, url, hdu, max_header_bytes)
+        if max(hdu.axes) > max_axis:
+            raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({max_axis})")
         if hdu.offset + hdu.size > source.size:
             raise FrameCorrupt(
                 url,
                 f"truncated: the data of {hdu}, shape {hdu.axes}, end at byte {hdu.offset + hdu.size}, "
                 f"the file at {source.size}",
             )
-        image = Image(with_inherited(hdu, file.primary), self._pixels(source, hdu, whole, mask), source, whole)
+        image = Image(with_inherited(hdu, file.primary), self._pixels(source, hdu, file_url, mask), source, file_url)
         file.images[hdu.index, mask] = image
         return image
 
@@ -395,28 +385,24 @@ class FrameStore:
         return TiledImage(source, hdu, url, mask=mask, budget=self._budget, limit=limit)
 
     def _file(self, new: _File) -> _File:
-        """Return the open file of the same key, or the new one, which is still to be loaded."""
+        """Return the open file of the same key if it is fresh, else the new one."""
         with self._lock:
             file = self._files.get(new.key)
-            if file is None or file.signature != new.signature or file.is_stale():
+            if file is None or not file.is_fresh():
                 if file is not None:
-                    self._drop(file)
+                    self._forget(file)
                 file = self._files[new.key] = new
             self._files.move_to_end(file.key)
             while len(self._files) > self._settings.max_open_frames:
-                self._drop(next(iter(self._files.values())))
+                self._forget(next(iter(self._files.values())))
         return file
 
     def _forget(self, file: _File) -> None:
         with self._lock:
-            self._drop(file)
-
-    def _drop(self, file: _File) -> None:
-        """Take a file out of the store; the caller holds the lock."""
-        if self._files.get(file.key) is file:
-            del self._files[file.key]
-        for key in [key for key, (other, _, _) in self._known.items() if other is file]:
-            del self._known[key]
+            if self._files.get(file.key) is file:
+                del self._files[file.key]
+            for key in [key for key, (location, _) in self._opened.items() if location.file is file]:
+                del self._opened[key]
 
 
 def split_fragment(url: str) -> tuple[str, str]:
@@ -426,20 +412,28 @@ def split_fragment(url: str) -> tuple[str, str]:
 
 
 def _checked(url: str) -> tuple[str, str]:
-    """Return what `split_fragment` does, of what can be a URL or path."""
-    if len(url) > _LONGEST:
-        raise FrameRefused(
-            ascii(redact(url)[:100]), f"{len(url)} characters, wanted a URL or path of at most {_LONGEST}"
-        )
+    """Return what `split_fragment` returns; raise `FrameRefused` for what cannot be a URL or path."""
+    if len(url) > _MAX_URL:
+        problem = f"{len(url)} characters, wanted a URL or path of at most {_MAX_URL}"
+        raise FrameRefused(ascii(redact(url)[:100]), problem)
     if _SURROGATE.search(url):
         raise FrameRefused(ascii(redact(url)), "half of a character (a surrogate), wanted text")
     given, fragment = split_fragment(url)
-    if len(fragment) > _LONGEST_FRAGMENT:
+    if len(fragment) > _MAX_FRAGMENT:
         raise FrameRefused(redact(given), f"a fragment of {len(fragment)} characters, wanted an HDU's name or number")
     if "@" in fragment and scheme_of(given) is not None:  # a password with a # in it
         raise FrameRefused(redact(url), "an @ after the #, wanted name or number of an HDU there")
     return given, fragment
 
 
-def _signature(found: os.stat_result) -> tuple[int, ...]:
+def _signature(path: Path) -> tuple[int, ...]:
+    """Return what tells a file from another one, or from another state, at the same path."""
+    found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_unchanged(path: Path, signature: tuple[int, ...]) -> bool:
+    try:
+        return _signature(path) == signature
+    except OSError:  # raised again, as the frame's error, when the file is opened
+        return False

@@ -1,9 +1,10 @@
-"""The celestial WCS of a frame: its cards verbatim, and the astropy WCS made of them alone.
+"""The celestial WCS of a frame, and positions on it.
 
-Both come from the same cards, so what a stamp carries (these cards, CRPIX moved) is what the frame's positions were
-computed with. Linear, SIP, TPV, TNX and every projection of WCSLIB measure from CRPIX and survive the move. Lookup
-tables (CPDIS, DQ, D2IMDIS, -TAB) do not and live in other HDUs: a frame that has them has no usable WCS here, and says
-why; its pixels serve alerts that give x, y.
+A frame's WCS has two forms: its cards, verbatim, and the astropy WCS made of exactly these cards. A stamp carries the
+cards with CRPIX moved, so its sky is the one that the frame's positions were computed with. Linear, SIP, TPV and TNX
+solutions and every projection of WCSLIB measure from CRPIX and survive the move. Lookup tables (CPDIS, DP, D2IMDIS,
+-TAB) do not, and they are in other HDUs: a frame that has them has no usable WCS here, and ``problem`` says why. Its
+pixels still serve alerts that give x, y.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 import threading
 import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from astropy.coordinates import BaseCoordinateFrame, SkyCoord
@@ -20,40 +22,53 @@ from astropy.wcs import WCS, NoConvergence
 from astropy.wcs import WcsError as AstropyWcsError
 from astropy.wcs.utils import wcs_to_celestial_frame
 
+from stampworker.cutouts.keywords import CELESTIAL_NUMBER, CELESTIAL_TEXT, is_celestial, is_lookup
 from stampworker.errors import FrameMismatch
 from stampworker.frames.fits.header import Hdu, describe, parse_real, parse_text, split_cards
 
-_TEXT = re.compile(r"CTYPE[12]|CUNIT[12]|RADESYS|RADECSYS|WAT[12]_\d{3}")
-_REAL = re.compile(
-    r"(CRVAL|CRPIX|CDELT|CROTA)[12]|(CD|PC)[12]_[12]|PC00[12]00[12]|PV[12]_\d{1,2}|LONPOLE|LATPOLE|EQUINOX|EPOCH"
-    r"|[AB]P?_(ORDER|DMAX)|[AB]P?_\d_\d"
-)
-# As text it is no number to astropy, which takes ICRS instead: the same sky, so long as J2000 is meant.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# astropy does not read an equinox given as text and takes ICRS instead: the same sky if J2000 is meant.
 _J2000 = re.compile(r"\s*J?2000(\.0*)?", re.IGNORECASE)
-_LOOKUP = re.compile(r"(CPDIS|CQDIS|DP|DQ|CPERR|CQERR|DVERR|D2IMDIS|D2IMARR|AXISCORR)\d?")
-# Whatever the header claims, astropy makes a table of a SIP's order², WCSLIB of a TNX's, and go through it.
+# Whatever the header claims: astropy makes a table of order² coefficients of a SIP, WCSLIB of a TNX, and evaluates it.
 _MAX_ORDER = 9
-_MAX_TNX = 20
+_MAX_TNX_ORDER = 20
 _TNX = re.compile(r"(?:lng|lat)cor\s*=\s*\"?([^\"]*)", re.IGNORECASE)
-# Warnings are silenced for the whole process while a WCS is made; one at a time, so that the filters are put back.
+# The filters of warnings are the process's: one thread at a time changes them and puts them back.
 _LOCK = threading.Lock()
 
 
-def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
-    """Return the cards of the celestial WCS, verbatim, and what is wrong with them.
+class CelestialWcs(NamedTuple):
+    """The celestial WCS of an image.
 
-    Parameters
+    Attributes
     ----------
-    hdu : Hdu
-        An image.
-
-    Returns
-    -------
+    wcs : astropy.wcs.WCS or None
+        None where there is no usable one.
     cards : list of str, 80 characters each
-        Of the primary WCS's first two axes, in the header's order.
+        The cards it is made of: those of the primary WCS's first two axes, verbatim, in the header's order; none
+        without a usable WCS.
     problem : str or None
-        Why they make no usable WCS.
+        Why there is no usable WCS.
     """
+
+    wcs: WCS | None
+    cards: list[str]
+    problem: str | None
+
+
+def celestial_wcs(hdu: Hdu, shape: tuple[int, int]) -> CelestialWcs:
+    """Return the celestial WCS of an image of a shape (ny, nx), from its own and inherited cards."""
+    cards, problem = _select_cards(hdu)
+    wcs = None
+    if problem is None:
+        wcs, problem = _make_wcs(cards, shape)
+    return CelestialWcs(wcs, cards if problem is None else [], problem)
+
+
+def _select_cards(hdu: Hdu) -> tuple[list[str], str | None]:
+    """Return the cards of the celestial WCS, and why they make no usable one."""
     cards: list[str] = []
     problem = None
     seen: set[str] = set()
@@ -61,10 +76,10 @@ def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
         keyword = card[:8].rstrip().decode("latin-1")
         if card[8:9] != b"=" or keyword in seen:
             continue
-        text, real = _TEXT.fullmatch(keyword), _REAL.fullmatch(keyword)
+        text, number = CELESTIAL_TEXT.fullmatch(keyword), CELESTIAL_NUMBER.fullmatch(keyword)
         if _is_lookup(card):
             problem = problem or f"{keyword}: lookup-table distortions cannot be carried by a stamp"
-        if not (text or real):
+        if not (text or number):
             continue
         seen.add(keyword)
         problem = problem or _problem(keyword, card[9:], "string" if text else "number")
@@ -75,7 +90,7 @@ def wcs_cards(hdu: Hdu) -> tuple[list[str], str | None]:
     if hdu.plane != hdu.axes[-2:]:
         problem = problem or f"the plane is not the first two axes of shape {hdu.axes}"
     linear = [parse_real(hdu.values[keyword]) for keyword in seen if keyword.startswith("CD") and "_" in keyword]
-    if linear and not any(linear):  # which WCSLIB takes for the unit matrix
+    if linear and not any(linear):  # WCSLIB takes that for the unit matrix
         problem = problem or "singular WCS: every CDi_j is 0"
     return cards, problem
 
@@ -86,7 +101,8 @@ def _problem(keyword: str, value: bytes, wanted: str) -> str | None:
         return None if parse_text(value) is not None else f"{keyword} is {describe(value)}, wanted a string"
     number = parse_real(value)
     if number is None:
-        harmless = _empty(value) or (keyword in ("EQUINOX", "EPOCH") and _J2000.fullmatch(parse_text(value) or ""))
+        is_empty = not value.split(b"/")[0].strip()
+        harmless = is_empty or (keyword in ("EQUINOX", "EPOCH") and _J2000.fullmatch(parse_text(value) or ""))
         return None if harmless else f"{keyword} is {describe(value)}, wanted a number"
     if keyword.endswith("_ORDER") and number > _MAX_ORDER:
         return f"{keyword} is {describe(value)}, wanted at most {_MAX_ORDER}"
@@ -94,53 +110,31 @@ def _problem(keyword: str, value: bytes, wanted: str) -> str | None:
 
 
 def _tnx_problem(hdu: Hdu) -> str | None:
-    """Return what is wrong with the orders of a TNX or ZPX: the second and third numbers of a correction."""
+    """Return what is wrong with the orders of a TNX or ZPX, the second and third numbers of a correction."""
     for axis in "12":
         pieces = sorted(keyword for keyword in hdu.values if re.fullmatch(rf"WAT{axis}_\d{{3}}", keyword))
         text = "".join(parse_text(hdu.values[piece]) or "" for piece in pieces)
         for numbers in _TNX.findall(text):
             for number in numbers.split()[:4]:
                 order = parse_real(number.encode("latin-1"))
-                if order is None or not 0 <= order <= _MAX_TNX:
-                    return f"WAT{axis}: a correction of {numbers.split()[:4]}, wanted orders of 0 to {_MAX_TNX}"
+                if order is None or not 0 <= order <= _MAX_TNX_ORDER:
+                    return f"WAT{axis}: a correction of {numbers.split()[:4]}, wanted orders of 0 to {_MAX_TNX_ORDER}"
     return None
 
 
-def is_celestial_card(keyword: str) -> bool:
-    """Say whether a card belongs to the primary WCS's first two axes."""
-    return any(pattern.fullmatch(keyword) for pattern in (_TEXT, _REAL, _LOOKUP))
-
-
 def lookup_cards(hdu: Hdu) -> list[bytes]:
-    """Return the celestial WCS's cards where lookup tables are among them, else nothing."""
-    cards = [card for card in split_cards(hdu.cards) if is_celestial_card(card[:8].rstrip().decode("latin-1"))]
+    """Return the celestial WCS's cards if lookup tables are among them, else nothing."""
+    cards = [card for card in split_cards(hdu.cards) if is_celestial(card[:8].rstrip().decode("latin-1"))]
     return cards if any(map(_is_lookup, cards)) else []
 
 
 def _is_lookup(card: bytes) -> bool:
     keyword = card[:8].rstrip().decode("latin-1")
-    return _LOOKUP.fullmatch(keyword) is not None or (re.match(rb"CTYPE[12] *= *'[^']*-TAB", card) is not None)
+    return is_lookup(keyword, primary=True) or re.match(rb"CTYPE[12] *= *'[^']*-TAB", card) is not None
 
 
-def _empty(value: bytes) -> bool:
-    return not value.split(b"/")[0].strip()
-
-
-def make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str | None]:
-    """Return the celestial WCS that the cards give, or None and why there is none.
-
-    Parameters
-    ----------
-    cards : list of str
-        See `wcs_cards`.
-    shape : tuple of int
-        (ny, nx) of the image.
-
-    Returns
-    -------
-    wcs : astropy.wcs.WCS or None
-    problem : str or None
-    """
+def _make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str | None]:
+    """Return the WCS that the cards give, or None and why they give none."""
     header = fits.Header.fromstring("NAXIS   =                    2".ljust(80) + "".join(cards))
     try:
         with _LOCK, warnings.catch_warnings():
@@ -161,9 +155,9 @@ def make_wcs(cards: list[str], shape: tuple[int, int]) -> tuple[WCS | None, str 
 
 
 def celestial_frame(wcs: WCS) -> BaseCoordinateFrame | None:
-    """Return astropy's coordinate frame of a WCS, None where there is none: ecliptic, RADESYS or EQUINOX out of use.
+    """Return astropy's coordinate frame of a WCS; None for ecliptic axes, or where RADESYS or EQUINOX is not in use.
 
-    Of the other systems astropy takes some for equatorial ones.
+    astropy would take some of the other systems for equatorial ones.
     """
     if wcs.wcs.ctype[wcs.wcs.lng][:4] not in ("RA--", "GLON"):
         return None
@@ -173,24 +167,72 @@ def celestial_frame(wcs: WCS) -> BaseCoordinateFrame | None:
         return None
 
 
+def sky_system(wcs: WCS) -> tuple[str, str]:
+    """Return the first four letters of the longitude's CTYPE, and the reference system with its equinox.
+
+    FK5 J2000 is as good as ICRS and both are called J2000: they differ by 23 mas, less than headers can be trusted.
+    """
+    axis, system = wcs.wcs.ctype[wcs.wcs.lng][:4], wcs.wcs.radesys.strip() or "FK5"
+    if system == "ICRS" or (system == "FK5" and not abs(wcs.wcs.equinox - 2000) > 0):  # without EQUINOX it is NaN
+        return axis, "J2000"
+    return axis, f"{system} {wcs.wcs.equinox}"
+
+
 def sky_to_pixel(wcs: WCS, ra: float, dec: float, url: str) -> tuple[float, float]:
-    """Return x, y of an ICRS position, 0-based; NaN where the projection has none."""
-    system = wcs.wcs.radesys.strip() in ("", "ICRS", "FK5") and not abs(wcs.wcs.equinox - 2000) > 0
+    """Return the pixel of a sky position.
+
+    Parameters
+    ----------
+    wcs : astropy.wcs.WCS
+        Celestial; see `stampworker.frames.Frame.wcs`.
+    ra, dec : float
+        Degrees, ICRS.
+    url : str
+        Name of the frame for messages.
+
+    Returns
+    -------
+    x, y : float
+        Pixels, 0-based; NaN where the projection, or its distortion, has no pixel for the position.
+
+    Raises
+    ------
+    FrameMismatch
+        The WCS is in a system that ICRS cannot be converted to.
+    """
     lon, lat = ra, dec
-    if not (system and wcs.wcs.ctype[wcs.wcs.lng].startswith("RA--")):
-        frame = celestial_frame(wcs)
-        if frame is None:
+    if sky_system(wcs) != ("RA--", "J2000"):
+        system = celestial_frame(wcs)
+        if system is None:
             found = f"{wcs.wcs.ctype[wcs.wcs.lng][:4]} {wcs.wcs.radesys}".strip()
             problem = f"a WCS in {found}, wanted RA or GLON in a system in use for an alert that gives ra, dec only"
             raise FrameMismatch(url, problem)
-        sky = SkyCoord(ra, dec, unit="deg").transform_to(frame).spherical
-        lon, lat = float(sky.lon.deg), float(sky.lat.deg)
-    world = (lon, lat) if wcs.wcs.lng < wcs.wcs.lat else (lat, lon)
-    x, y = (float(value) for value in wcs.wcs_world2pix(*world, 0))
-    if not (math.isfinite(x) and math.isfinite(y)):
+        lon, lat = _lon_lat(SkyCoord(ra, dec, unit="deg"), system)
+    world = _in_axis_order(wcs, lon, lat)
+    # Without distortions first: if the projection has no pixel, the iteration has none either.
+    if not np.isfinite(wcs.wcs_world2pix(*world, 0)).all():
         return math.nan, math.nan
     try:
         x, y = (float(value) for value in wcs.all_world2pix(*world, 0))
     except NoConvergence:
         return math.nan, math.nan
     return x, y
+
+
+def pixel_to_pixel(wcs: WCS, other: WCS, x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the x and y on ``other`` of positions on ``wcs``, pixels, 0-based; NaN where there are none."""
+    world = wcs.all_pix2world(x, y, 0)
+    lon, lat = world[wcs.wcs.lng], world[wcs.wcs.lat]
+    if sky_system(wcs) != sky_system(other):
+        lon, lat = _lon_lat(SkyCoord(lon, lat, unit="deg", frame=celestial_frame(wcs)), celestial_frame(other))
+    other_x, other_y = other.all_world2pix(*_in_axis_order(other, lon, lat), 0, tolerance=1e-6, quiet=True)
+    return other_x, other_y
+
+
+def _lon_lat(sky: SkyCoord, system: BaseCoordinateFrame | None) -> tuple[Any, Any]:
+    converted = sky.transform_to(system).spherical
+    return converted.lon.deg, converted.lat.deg
+
+
+def _in_axis_order(wcs: WCS, lon: Any, lat: Any) -> tuple[Any, Any]:
+    return (lon, lat) if wcs.wcs.lng < wcs.wcs.lat else (lat, lon)

@@ -41,7 +41,7 @@ SIP = {
 
 
 class Plane:
-    """What a frame offers: no array, but slices of one. It counts them, and knows what it is asked for."""
+    """A stand-in for a frame: no array, but slices of one, which it counts and remembers."""
 
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.shape, self.dtype = data, data.shape, data.dtype
@@ -59,7 +59,7 @@ def as_ctype(header: fits.Header, ctype: str, cards: dict[str, Any]) -> fits.Hea
 
 
 def assert_same_sky(wcs: WCS, whole: WCS, x1: int, y1: int, side: int = 7) -> None:
-    """Each pixel of a crop lies where it lay in the frame, to a microarcsecond."""
+    """Check that each pixel of a crop has its sky position in the frame, to a microarcsecond."""
     y, x = np.mgrid[:side, :side]
     found = np.array(wcs.all_pix2world(x, y, 0))
     wanted = np.array(whole.all_pix2world(x + x1, y + y1, 0))
@@ -94,7 +94,7 @@ def test_crop_is_contiguous_copy_of_anything_that_slices(wrap: Any) -> None:
 
 
 def test_crop_of_whole_rows_is_a_copy() -> None:
-    """So it is where the slice is contiguous by itself: a change of the cutout leaves the frame alone."""
+    """A change of the cutout does not change the frame, even if the slice is contiguous."""
     data = PLANE.astype(float)
     assert not np.shares_memory(crop_image(data, 0, 10, 83, 5), data)
     assert not np.shares_memory(crop_image(data, 0, 0, 83, 61), data)
@@ -110,14 +110,14 @@ def test_crop_of_whole_rows_is_a_copy() -> None:
     ],
 )
 def test_crop_reads_its_section_once(corner: tuple[int, int], sections: list[Any]) -> None:
-    """Only what overlaps is sliced, once; a rectangle off the frame reads nothing."""
+    """Only the overlap is sliced, once; for a rectangle outside the frame nothing is read."""
     plane = Plane(PLANE.astype("f4"))
     crop_image(plane, *corner, 4, 5)
     assert plane.slices == sections
 
 
 def test_crop_of_fits_section(tmp_path: Path) -> None:
-    """The section of an HDU, scaled integers that it turns into floats, pads with NaN and is never read as a whole."""
+    """An HDU's section of scaled integers is padded with NaN and is never read as a whole."""
     path = tmp_path / "scaled.fits"
     hdu = fits.ImageHDU(PLANE.astype("i2"))
     hdu.header["BSCALE"], hdu.header["BZERO"] = 0.5, 10
@@ -133,7 +133,7 @@ def test_crop_of_fits_section(tmp_path: Path) -> None:
 
 
 def test_small_integers_do_not_overflow() -> None:
-    """Corners and sizes in numpy's small integers are taken as the numbers that they are."""
+    """Corners and sizes may be numpy's small integers, without overflow."""
     data = np.zeros((400, 400))
     data[240:260, 250:281] = 1
     assert crop_image(data, np.uint8(250), np.uint8(240), np.uint8(31), np.uint8(20)).all()
@@ -149,7 +149,7 @@ def test_small_integers_do_not_overflow() -> None:
     ],
 )
 def test_crop_refuses_wrong_arguments(arguments: tuple[Any, ...], match: str) -> None:
-    """A plane that is not 2-D and an empty rectangle are refused by name."""
+    """The error about a plane that is not 2-D, or about an empty rectangle, names the argument."""
     with pytest.raises(ValueError, match=match):
         crop_image(*arguments)
 
@@ -186,14 +186,14 @@ def test_side_is_odd(radius: float, side: int) -> None:
     ],
 )
 def test_positions_must_be_numbers(x: Any, y: Any, radius: float, match: str) -> None:
-    """A masked or non-finite position, or a negative radius, is refused by name."""
+    """The error about a masked or non-finite position, or a negative radius, names the argument."""
     with pytest.raises(ValueError, match=match):
         get_cutout(PLANE, {"x": x, "y": y}, radius)
 
 
 @pytest.mark.parametrize("case", REFERENCE["crops"], ids=lambda c: f"{c['dtype']}-{c['x']}-{c['y']}-{c['r']}")
 def test_crop_is_the_references(case: dict[str, Any]) -> None:
-    """Pixels and cards are those of the independent code, edges and halfway off the frame included."""
+    """Pixels and cards equal those of the independent code, also at edges and partly outside the frame."""
     data = (np.arange(7)[:, None] * 100.0 + np.arange(10)).astype(case["dtype"])
     header = fits.Header([("CTYPE1", "RA---TAN"), ("CTYPE2", "DEC--TAN"), ("CRPIX1", 4.5), ("CRPIX2", 3.25)])
     crop, cropped_header = crop_image_centered(data, case["x"], case["y"], case["r"], header=header)
@@ -213,7 +213,7 @@ def test_crop_is_the_references(case: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize(("x1", "y1"), [(30, 40), (-3, 57), (79, -2)])
 def test_header_keeps_each_pixel_on_the_sky(frame: Any, ctype: str, cards: dict[str, Any], x1: int, y1: int) -> None:
-    """Linear, SIP and TPV solutions survive a crop, over the edge too; the header that was given does not change."""
+    """Linear, SIP and TPV solutions survive a crop, over the edge too; the given header does not change."""
     header = as_ctype(frame.header, ctype, cards)
     before = header.tostring()
     _, cropped = crop_image(frame.data, x1, y1, 7, 7, header=header)
@@ -223,14 +223,14 @@ def test_header_keeps_each_pixel_on_the_sky(frame: Any, ctype: str, cards: dict[
 
 
 def test_header_without_crpix(frame: Any) -> None:
-    """CRPIX is 0 where a header does not say, and the crop says where it went."""
+    """A missing CRPIX counts as 0, and the crop has the moved one."""
     del frame.header["CRPIX1"], frame.header["CRPIX2"]
     _, cropped = crop_image(frame.data, 30, 40, 7, 7, header=frame.header)
     assert_same_sky(WCS(cropped), WCS(frame.header), 30, 40)
 
 
 def test_repeated_card_does_not_stay_behind(frame: Any) -> None:
-    """Where a header says CRPIX twice, all copies follow: the WCS takes the last, the header the first."""
+    """If a header has CRPIX twice, both are moved: WCS reads the last one, Header the first one."""
     frame.header.append(("CRPIX1", 12.5), end=True)
     cutout = get_cutout(frame.data, {"x": 33, "y": 43}, 3, header=frame.header)
     assert_same_sky(cutout["wcs"], WCS(frame.header), 30, 40)
@@ -239,14 +239,14 @@ def test_repeated_card_does_not_stay_behind(frame: Any) -> None:
 
 @pytest.mark.parametrize("value", ["12.5", None])
 def test_card_that_is_no_number_is_named(frame: Any, value: Any) -> None:
-    """A CRPIX that cannot be moved is refused by name."""
+    """The error about a CRPIX that is no number names the card."""
     frame.header["CRPIX2"] = value
     with pytest.raises(ValueError, match=f"header: found CRPIX2 = {value!r}, wanted a number"):
         crop_image(frame.data, 30, 40, 7, 7, header=frame.header)
 
 
 def test_alternative_wcs_follows(frame: Any) -> None:
-    """A second WCS of the header is moved as the first is."""
+    """An alternative WCS is moved like the primary one."""
     for name in ("CTYPE", "CRVAL", "CRPIX"):
         for axis in "12":
             frame.header[f"{name}{axis}B"] = frame.header[name + axis]
@@ -256,7 +256,7 @@ def test_alternative_wcs_follows(frame: Any) -> None:
 
 
 def test_header_without_wcs() -> None:
-    """A header that places its pixels nowhere gets no WCS, and the cutout none either."""
+    """A header without WCS gets none, and the cutout neither."""
     header = fits.Header([("OBJECT", "M 31")])
     cutout = get_cutout(PLANE, {"x": 20, "y": 30}, 3, header=header)
     assert "wcs" not in cutout
@@ -264,10 +264,10 @@ def test_header_without_wcs() -> None:
     assert cutout["header"]["CROP_X1"] == 17
 
 
-@pytest.mark.parametrize("card", ["CPDIS1", "CQDIS2", "D2IMDIS1", "CPDIS2A"])
+@pytest.mark.parametrize("card", ["CPDIS1", "CQDIS2", "D2IMDIS1", "CPDIS2A", "DP1.EXTVER"])
 def test_lookup_tables_in_a_header_are_refused(frame: Any, card: str) -> None:
-    """A distortion by table cannot follow a crop; it is named, not dropped."""
-    frame.header[card] = "LOOKUP"
+    """The error about a lookup-table distortion, or about a record of one, names the card."""
+    frame.header[card] = 1.0 if "." in card else "LOOKUP"
     with pytest.raises(ValueError, match=f"header: found {card}, a lookup-table distortion"):
         crop_image(frame.data, 3, 4, 5, 5, header=frame.header)
     with pytest.raises(ValueError, match=f"header: found {card}"):
@@ -276,7 +276,7 @@ def test_lookup_tables_in_a_header_are_refused(frame: Any, card: str) -> None:
 
 @pytest.mark.parametrize("attribute", ["cpdis1", "cpdis2", "det2im1", "det2im2"])
 def test_lookup_tables_in_a_wcs_are_refused(frame: Any, attribute: str) -> None:
-    """So are those of a WCS that is passed in."""
+    """A given WCS with a lookup-table distortion is refused."""
     setattr(frame.wcs, attribute, DistortionLookupTable(np.ones((4, 4), "f4"), (1, 1), (1, 1), (20, 20)))
     with pytest.raises(ValueError, match="wcs: found a lookup-table distortion"):
         get_cutout(frame.data, {"x": 20, "y": 30}, 3, wcs=frame.wcs)
@@ -295,7 +295,7 @@ def other_wcs(sip: bool) -> WCS:
 @pytest.mark.parametrize("sip", [False, True])
 @pytest.mark.parametrize("with_header", [False, True])
 def test_given_wcs_is_shifted(frame: Any, sip: bool, with_header: bool) -> None:
-    """A WCS that is passed in places the cutout's pixels where it placed the frame's, with a header or without."""
+    """With a given WCS the cutout's pixels keep the sky positions it gives, with a header or without."""
     wcs = other_wcs(sip)
     before, header_before = wcs.to_header_string(relax=True), frame.header.tostring()
     cutout = get_cutout(
@@ -312,7 +312,7 @@ def test_given_wcs_is_shifted(frame: Any, sip: bool, with_header: bool) -> None:
 
 
 def test_given_wcs_replaces_the_headers(frame: Any) -> None:
-    """Nothing of the header's own WCS is left, lookup tables included, and nothing but the WCS changes."""
+    """A given WCS replaces all of the header's own, lookup tables included; nothing else changes."""
     header = as_ctype(frame.header, "TAN-SIP", {**SIP, "CPDIS1": "LOOKUP", "DP1.EXTVER": 1.0, "D2IMDIS1": "LOOKUP"})
     header.append(("CRVAL1", 7.0), end=True)  # a second card of one name
     cutout = get_cutout(frame.data, {"x": 20, "y": 30}, 3, wcs=other_wcs(sip=False), header=header)
@@ -323,6 +323,21 @@ def test_given_wcs_replaces_the_headers(frame: Any) -> None:
     assert cutout["header"]["EXPTIME"] == 30.5
     assert "MJD-OBS" not in left
     assert cutout["header"]["BUNIT"] == "adu"
+
+
+@pytest.mark.filterwarnings("ignore:.*PC00:astropy.wcs.FITSFixedWarning")
+def test_given_wcs_replaces_old_forms(frame: Any) -> None:
+    """A given WCS also replaces a matrix in the old form PC001001 and the sizes of distortions."""
+    header = as_ctype(frame.header, "TAN", {"DVERR": 0.5, "CPERR1": 0.5, "D2IMERR1": 0.5})
+    for keyword in [keyword for keyword in header if keyword.startswith("CD")]:
+        del header[keyword]
+    header.update({"CDELT1": -7e-5, "CDELT2": 7e-5, "PC001001": 0.8, "PC001002": 0.6, "PC002001": -0.6})
+    given = as_ctype(header, "TAN", {"CRPIX1A": 3.0})
+    wcs = WCS(fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CDELT1": -2e-4, "CDELT2": 2e-4}))
+    cutout = get_cutout(frame.data, {"x": 20, "y": 30}, 3, wcs=wcs, header=given)
+    assert not {"PC001001", "PC001002", "PC002001", "DVERR", "CPERR1", "D2IMERR1"} & set(cutout["header"])
+    assert "CRPIX1A" in cutout["header"]
+    assert_same_sky(WCS(cutout["header"]), wcs, 17, 27)
 
 
 def test_cutout_has_every_plane(frame: Any) -> None:
@@ -342,7 +357,7 @@ def test_cutout_has_every_plane(frame: Any) -> None:
 
 
 def test_plane_of_another_shape_is_refused(frame: Any) -> None:
-    """A plane that cannot be on the image's pixels is named."""
+    """The error about a plane of another shape names it."""
     with pytest.raises(ValueError, match=r"err: found the shape \(60, 83\), wanted \(61, 83\), the image's"):
         get_cutout(frame.data, {"x": 20, "y": 30}, 3, err=frame.data[:60])
 
@@ -371,7 +386,7 @@ def test_meta_keeps_every_field_of_a_dict() -> None:
 
 
 def test_meta_keeps_every_column_of_a_row() -> None:
-    """A row's columns are kept, masked values as masked, arrays and strings included."""
+    """A row's columns are kept, arrays and strings included, and masked values stay masked."""
     table = Table(
         {"x": [20.0, 30.0], "y": [30.0, 20.0], "mag": [19.5, 20.5], "id": ["a", "b"], "aper": [[1.0, 2.0], [3.0, 4.0]]},
         masked=True,
@@ -392,14 +407,14 @@ def test_position_of_a_qtable() -> None:
 
 
 def test_position_with_another_unit_is_refused() -> None:
-    """A position on the sky is no position in the frame."""
+    """A position in units of angle is refused."""
     with pytest.raises(TypeError, match="only dimensionless scalar quantities"):
         get_cutout(PLANE, {"x": 20.5 * u.deg, "y": 30.4}, 3)
 
 
 @pytest.mark.parametrize("unit", [u.pix, None])
 def test_masked_column_of_a_qtable_is_masked(unit: Any) -> None:
-    """The number under the mask is no position, and names nothing."""
+    """The hidden number of a masked value is used neither as a position nor for the name."""
     place = Masked([20.5, 10.0], mask=[True, False])
     place = place if unit is None else place * unit
     first, second = QTable({"x": place, "y": place})
@@ -432,26 +447,26 @@ def test_name_is_the_references(ra: float, dec: float, dtype: str, name: str) ->
 
 
 def test_name_of_a_quantity() -> None:
-    """A position with a unit is named as well, whatever the unit."""
+    """A sky position in any unit gives the name."""
     row = QTable({"x": [1], "y": [1], "ra": [0.25] * u.rad, "dec": [-300] * u.arcmin})[0]
     assert get_cutout(PLANE, row, 1)["meta"]["name"] == "J005717.75-050000.0"
 
 
 @pytest.mark.parametrize("place", [{}, {"ra": 1.0}, {"ra": None, "dec": 1.0}, {"ra": np.nan, "dec": 1.0}])
 def test_no_name_without_place(place: dict[str, Any]) -> None:
-    """There is no name where the position on the sky is not known."""
+    """Without a sky position there is no name."""
     assert "name" not in get_cutout(PLANE, {"x": 1, "y": 1, **place}, 1)["meta"]
 
 
 def test_no_name_of_a_masked_place() -> None:
-    """Nor where it is masked."""
+    """With a masked sky position there is no name."""
     assert "name" not in get_cutout(PLANE, {"x": 1, "y": 1, "ra": np.ma.masked, "dec": 3.0}, 1)["meta"]
 
 
 @pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
 @pytest.mark.parametrize("name", ["decam_mini/stack", "jwst_a2744", "saao_kb13475/e0124"])
 def test_real_frames(shared_data: Path, name: str) -> None:
-    """Cutouts of real candidates equal the frame's pixels and keep their places on the sky."""
+    """Cutouts of real candidates equal the frame's pixels and keep their sky positions."""
     folder = shared_data / name
     if not folder.is_dir():
         pytest.skip(f"no real data: found no {name}")

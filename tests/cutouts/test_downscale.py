@@ -32,14 +32,14 @@ TPV = {"CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", "PV1_0": 0.0, "PV1_1": 1.001,
 
 @pytest.mark.parametrize("case", REFERENCE["blocks"], ids=lambda c: f"{c['mode']}-{c['scale']}")
 def test_blocks_are_the_references(case: dict[str, Any]) -> None:
-    """Each mode joins blocks as the independent code does; rows and columns that fill no block are left out."""
+    """Each mode combines blocks like the independent code; rows and columns that fill no block are left out."""
     image = ((np.arange(7)[:, None] * 100.0 + np.arange(11)) * 7 % 64).astype("i4")
     np.testing.assert_array_equal(downscale_image(image, case["scale"], case["mode"]), case["blocks"])
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.data())
 def test_block_is_the_sum_of_its_pixels(ny: int, nx: int, data: st.DataObject) -> None:
-    """Any block of any shape holds the sum and the mean of its own pixels."""
+    """Each block has the sum, or the mean, of its own pixels, for any shape."""
     image = np.random.default_rng(ny * 100 + nx).normal(size=(ny, nx))
     scale = data.draw(st.integers(1, min(ny, nx)))
     y, x = data.draw(st.integers(0, ny // scale - 1)), data.draw(st.integers(0, nx // scale - 1))
@@ -51,7 +51,7 @@ def test_block_is_the_sum_of_its_pixels(ny: int, nx: int, data: st.DataObject) -
 
 
 def test_anything_that_slices_is_downscaled(tmp_path: Path) -> None:
-    """A frame on disk that is no array itself, such as an HDU's section, is read and joined."""
+    """A frame on disk that is not an array, such as an HDU's section, is read and combined."""
     image = np.arange(35.0).reshape(5, 7)
     fits.PrimaryHDU(image).writeto(tmp_path / "frame.fits")
     with fits.open(tmp_path / "frame.fits") as hdus:
@@ -60,7 +60,7 @@ def test_anything_that_slices_is_downscaled(tmp_path: Path) -> None:
 
 
 def test_masks_are_joined() -> None:
-    """A boolean mask stays one: bad where all pixels are bad, or where any is."""
+    """A boolean mask stays boolean: bad where all pixels of a block are bad, or where any is."""
     mask = np.zeros((4, 6), bool)
     mask[:2, :2] = True
     mask[2, 4] = True
@@ -71,7 +71,7 @@ def test_masks_are_joined() -> None:
 
 
 def test_nan_spoils_its_block_alone() -> None:
-    """A block with an undefined pixel is undefined; the sum of the others is not touched."""
+    """A block with an undefined pixel is undefined; other blocks are not affected."""
     image = np.ones((4, 4), "f4")
     image[0, 3] = np.nan
     found = downscale_image(image, 2)
@@ -98,7 +98,7 @@ def test_nan_spoils_its_block_alone() -> None:
 @pytest.mark.parametrize("scale", [1, 2, 3])
 @pytest.mark.filterwarnings("ignore:cdelt will be ignored since cd is present:RuntimeWarning")
 def test_place_on_the_sky_survives(frame: Any, change: tuple[str, ...], cards: dict[str, Any], scale: int) -> None:
-    """The corners and the centre of each block lie where they lay before, however the header writes its WCS."""
+    """The corners and the centre of each block keep their sky positions, in every form of WCS."""
     header = frame.header
     for name in change:
         del header[name]
@@ -115,7 +115,7 @@ def test_place_on_the_sky_survives(frame: Any, change: tuple[str, ...], cards: d
 
 
 def test_inverse_sip_survives(frame: Any) -> None:
-    """The polynomials from the sky to pixels are in new pixels, too."""
+    """The polynomials from the sky to pixels are converted to new pixels."""
     frame.header.update(SIP | INVERSE)
     _, small = downscale_image(frame.data, 3, header=frame.header)
     focal = np.array([[5.0, 7.0], [-11.0, 20.0]])
@@ -125,7 +125,7 @@ def test_inverse_sip_survives(frame: Any) -> None:
 
 
 def test_repeated_cards_survive(frame: Any) -> None:
-    """Where a header says CRPIX or CD twice, each copy is in new pixels, once."""
+    """If a header has CRPIX or CD twice, each card is converted to new pixels once."""
     frame.header.append(("CRPIX1", 12.5), end=True)
     frame.header.append(("CD1_1", -2e-4), end=True)
     _, small = downscale_image(frame.data, 4, header=frame.header)
@@ -135,7 +135,7 @@ def test_repeated_cards_survive(frame: Any) -> None:
 
 
 def test_alternative_wcs_survives(frame: Any) -> None:
-    """A second WCS of the header is scaled as well."""
+    """An alternative WCS is scaled like the primary one."""
     for name in ("CTYPE", "CRVAL", "CRPIX"):
         for axis in "12":
             frame.header[f"{name}{axis}B"] = frame.header[name + axis]
@@ -146,7 +146,7 @@ def test_alternative_wcs_survives(frame: Any) -> None:
 
 
 def test_header_without_wcs() -> None:
-    """A header that places its pixels nowhere gets no WCS."""
+    """A header without WCS gets none."""
     _, small = downscale_image(np.zeros((6, 8)), 2, header=fits.Header([("OBJECT", "M 31")]))
     assert dict(small) == {"OBJECT": "M 31", "NAXIS1": 4, "NAXIS2": 3}
 
@@ -164,7 +164,7 @@ def test_header_without_wcs() -> None:
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], match: str) -> None:
-    """An unknown mode is no sum; what is wrong is named with what is wanted."""
+    """The error about a wrong argument names it, the value found and the value wanted."""
     with pytest.raises(ValueError, match=match):
         downscale_image(np.zeros((6, 8)), **arguments)
 

@@ -131,7 +131,7 @@ NAMES += ["DP1.EXTVER", "swmeta", "stampwrk", "2mass", "mag-auto", "_private", "
 
 @pytest.mark.parametrize("name", VALUES)
 def test_value_survives(tmp_path: Path, name: str) -> None:
-    """A value comes back as it was, with its type, under its own name and as the field ``time``."""
+    """A value is read back with its type, under its own name and as the field ``time``."""
     meta = round_trip(tmp_path, {"value": VALUES[name], "a_longer_name": VALUES[name], "time": VALUES[name]})
     assert list(meta) == ["value", "a_longer_name", "time"]
     for found in meta.values():
@@ -139,7 +139,7 @@ def test_value_survives(tmp_path: Path, name: str) -> None:
 
 
 def test_names_survive(tmp_path: Path) -> None:
-    """Any name comes back, in its place: long ones, mixed case, FITS's own, ours, and two that differ in case only."""
+    """Any name is read back, in order: long, mixed case, keywords, and two names that differ in case only."""
     meta = {name: i for i, name in enumerate([*NAMES, *(name.upper() for name in NAMES if name != name.upper())])}
     assert list(round_trip(tmp_path, meta).items()) == list(meta.items())
 
@@ -175,12 +175,12 @@ values = (
 
 @given(st.dictionaries(st.text(max_size=80) | st.from_regex(r"[A-Za-z_]\w{0,11}", fullmatch=True), values, max_size=5))
 def test_any_metadata_survives(tmp_path: Path, meta: dict[str, Any]) -> None:
-    """Whatever names and values there are, all come back, in order, with their types."""
+    """Any names and values are read back, in order, with their types."""
     assert_same(round_trip(tmp_path, meta), meta)
 
 
 def test_row_with_masked_columns_survives(tmp_path: Path) -> None:
-    """A cutout of a table's row keeps each field, masked ones as masked."""
+    """A cutout of a table's row keeps each field, and masked fields stay masked."""
     table = Table(
         {"x": [3.0], "y": [2.0], "mag": [1.5], "band": ["g"], "obs": Time(["2026-11-24T01:02:03"])}, masked=True
     )
@@ -192,7 +192,7 @@ def test_row_with_masked_columns_survives(tmp_path: Path) -> None:
 
 
 def test_masked_time_is_masked(tmp_path: Path) -> None:
-    """A time that is masked comes back as masked."""
+    """A masked time is read back as masked."""
     times = Time(["2026-11-24", "2026-11-25"])
     times[1] = np.ma.masked
     meta = round_trip(tmp_path, {"first": times[0], "second": times[1]})
@@ -210,7 +210,7 @@ def test_masked_time_is_masked(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_kept_is_named(tmp_path: Path, meta: dict[Any, Any], match: str) -> None:
-    """A value of another kind is refused by name, and no file is left."""
+    """The error about a value of another type names it, and no file is written."""
     with pytest.raises(ValueError, match=match):
         store(tmp_path, meta)
     assert not list(tmp_path.iterdir())
@@ -236,7 +236,7 @@ def test_planes_survive(tmp_path: Path, frame: Any) -> None:
 
 @pytest.mark.parametrize("with_header", [True, False])
 def test_header_and_wcs_survive(tmp_path: Path, frame: Any, with_header: bool) -> None:
-    """The loaded WCS places each pixel where the cutout's does, with a header or with a WCS alone."""
+    """The loaded WCS gives the same sky positions as the cutout's, with a header or with a WCS alone."""
     cutout = get_cutout(frame.data, {"x": 81, "y": 3}, 4, wcs=frame.wcs, header=frame.header if with_header else None)
     write_cutout(cutout, tmp_path / "sky.fits")
     loaded = load_cutout(tmp_path / "sky.fits")
@@ -248,7 +248,7 @@ def test_header_and_wcs_survive(tmp_path: Path, frame: Any, with_header: bool) -
 
 
 def test_header_is_the_first_planes(tmp_path: Path, frame: Any) -> None:
-    """The header that is loaded is the science plane's, whatever planes follow."""
+    """The loaded header is the science plane's, whichever planes follow."""
     cutout = get_cutout(frame.data, {"x": 81, "y": 3}, 4, header=frame.header, mask=frame.data > 100)
     write_cutout(cutout, tmp_path / "two.fits")
     header = load_cutout(tmp_path / "two.fits")["header"]
@@ -256,7 +256,7 @@ def test_header_is_the_first_planes(tmp_path: Path, frame: Any) -> None:
 
 
 def test_plane_that_was_stored_anew(tmp_path: Path) -> None:
-    """A plane that someone replaced by another dtype, STDPipe for one, is not forced back into the old one."""
+    """A plane that STDPipe or someone else stored again as another dtype keeps that dtype."""
     path = tmp_path / "anew.fits"
     write_cutout({"image": IMAGE.astype("f2"), "mask": IMAGE.astype("i2"), "diff": IMAGE > 3}, path)
     with fits.open(path, mode="update") as hdus:
@@ -268,12 +268,12 @@ def test_plane_that_was_stored_anew(tmp_path: Path) -> None:
 
 
 def test_no_wcs_where_there_was_none(tmp_path: Path) -> None:
-    """A cutout without header comes back without WCS."""
+    """A cutout without header is read back without WCS."""
     assert "wcs" not in load_cutout(store(tmp_path, {}))
 
 
 def test_header_of_scaled_integers_scales_nothing(tmp_path: Path, frame: Any) -> None:
-    """BSCALE, BZERO and BLANK of the frame's file do not touch the planes, which are physical values."""
+    """BSCALE, BZERO and BLANK of the frame's file do not change the planes, which are physical values."""
     frame.header.update({"BITPIX": 16, "BSCALE": 0.5, "BZERO": 1000, "BLANK": -32768, "CHECKSUM": "0"})
     cutout = get_cutout(
         frame.data, {"x": 20, "y": 30}, 4, header=frame.header, mask=frame.data > 100, count=frame.data.astype("i2")
@@ -315,7 +315,7 @@ def test_file_is_replaced(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_planes_are_refused(tmp_path: Path, planes: dict[str, Any], match: str) -> None:
-    """Planes that FITS cannot hold apart, or at all, are named."""
+    """The error names planes that FITS cannot tell apart, or cannot store."""
     with pytest.raises(ValueError, match=match):
         write_cutout(planes, tmp_path / "wrong.fits")
 
@@ -355,7 +355,7 @@ def test_stdpipe_shifts_are_swapped() -> None:
 
 
 def test_swapped_shifts_stay_swapped(tmp_path: Path) -> None:
-    """Once read and written by us, STDPipe's shifts are not swapped again."""
+    """Shifts of STDPipe that stampworker has read and written are not swapped again."""
     loaded = load_cutout(STDPIPE_FILE)
     write_cutout(loaded, tmp_path / "again.fits")
     again = load_cutout(tmp_path / "again.fits")
@@ -364,14 +364,14 @@ def test_swapped_shifts_stay_swapped(tmp_path: Path) -> None:
 
 
 def test_our_files_are_marked(tmp_path: Path) -> None:
-    """A card marks our files, and their shifts are not swapped."""
+    """A card marks a file of stampworker, and its shifts are not swapped."""
     path = store(tmp_path, {"adjust_dx": 0.25, "adjust_dy": -0.75})
     assert fits.getheader(path)["STAMPWRK"] == 1
     assert load_cutout(path)["meta"] == {"adjust_dx": 0.25, "adjust_dy": -0.75}
 
 
 def test_shifts_of_a_later_fit_of_stdpipe_are_swapped(tmp_path: Path) -> None:
-    """Where STDPipe fitted and wrote a copy of our file, marks and all, the new shifts are along its own axes."""
+    """If STDPipe fits and writes a copy of a stampworker file, marks included, its shifts are swapped."""
     path = store(tmp_path, {"adjust_dx": 0.25, "adjust_dy": -0.75, "adjust_df": 30})
     with fits.open(path, mode="update") as hdus:
         hdus[0].header.update({"HIERARCH adjust_dx": 0.5, "HIERARCH adjust_dy": -0.125})
@@ -379,7 +379,7 @@ def test_shifts_of_a_later_fit_of_stdpipe_are_swapped(tmp_path: Path) -> None:
 
 
 def test_changed_and_new_cards_count(tmp_path: Path) -> None:
-    """What someone changes in or adds to our file's header is what is read."""
+    """Cards that someone edits or adds in a stampworker file are read."""
     path = store(tmp_path, {"objectId": "old", "flag": True, "list": [1, 2], "mag": np.float32(0.1), "nan": np.nan})
     with fits.open(path, mode="update") as hdus:
         hdus[0].header.update({"OBJECTID": "new", "FLAG": 1, "CLASS": "SN Ia"})
@@ -390,7 +390,7 @@ def test_changed_and_new_cards_count(tmp_path: Path) -> None:
 
 
 def test_cards_tell_people_and_stdpipe(tmp_path: Path) -> None:
-    """Cards show what FITS and STDPipe can read; what they could not read, or would mistake, has none."""
+    """Cards show what FITS and STDPipe can read; a value that they would misread has no card."""
     meta = {name: VALUES[name] for name in ("none", "true", "nan", "inf", "minus_inf", "int16", "masked", "array")}
     meta |= {"time": Time("2026-11-24T00:00:37.5", scale="tai"), "aware": VALUES["aware"]}
     hidden = {
@@ -415,7 +415,7 @@ def test_cards_tell_people_and_stdpipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["next week", 5.0, None])
 def test_time_that_is_none_has_no_card(tmp_path: Path, value: Any) -> None:
-    """STDPipe makes a Time of the card TIME, whatever it says."""
+    """The card TIME holds times only, because STDPipe converts any value of it to a Time."""
     assert "TIME" not in fits.getheader(store(tmp_path, {"time": value}))
 
 
@@ -446,7 +446,7 @@ def foreign_file(tmp_path: Path, cards: dict[str, Any]) -> Path:
     ],
 )
 def test_text_is_never_run(tmp_path: Path, text: str) -> None:
-    """A string that looks like an array and is none is a string; nothing in it is executed."""
+    """A string that only looks like an array stays a string; nothing in it is executed."""
     text = text.format(path=(tmp_path / "made").name)
     assert load_cutout(foreign_file(tmp_path, {"VALUE": text}))["meta"] == {"value": text}
     assert not Path((tmp_path / "made").name).exists()
@@ -464,12 +464,12 @@ def test_text_is_never_run(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_text_of_an_array_is_an_array(tmp_path: Path, text: str, wanted: np.ndarray) -> None:
-    """What numpy prints is read, NaN and infinities included."""
+    """Arrays as numpy prints them are read, NaN and infinities included."""
     assert_same(load_cutout(foreign_file(tmp_path, {"VALUE": text}))["meta"]["value"], wanted)
 
 
 def test_text_in_place_of_a_time_is_text(tmp_path: Path) -> None:
-    """A TIME that is none stays a string."""
+    """A TIME that is no time stays a string."""
     assert load_cutout(foreign_file(tmp_path, {"TIME": "next week"}))["meta"] == {"time": "next week"}
 
 
@@ -493,14 +493,14 @@ def test_text_in_place_of_a_time_is_text(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_metadata_is_refused(tmp_path: Path, document: str, match: str) -> None:
-    """Metadata that was damaged, or made to be dangerous, is refused with the file's name."""
+    """The error about damaged or malicious metadata names the file."""
     path = foreign_file(tmp_path, {"STAMPWRK": 1, "SWMETA": document})
     with pytest.raises(ValueError, match=rf"foreign\.fits: {match}"):
         load_cutout(path)
 
 
 def test_damaged_file_is_refused(tmp_path: Path) -> None:
-    """A file whose bytes are damaged gives an error that names it, or what can still be read; nothing else."""
+    """A damaged file gives an error that names it, or what can still be read."""
     path = store(tmp_path, {"objectId": "a", "note": "long " * 30, "fluxes": np.arange(5.0)})
     whole = path.read_bytes()
     rng = np.random.default_rng(5)
@@ -518,7 +518,7 @@ def test_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_card_is_refused(tmp_path: Path) -> None:
-    """A card that is none is refused with the file's name."""
+    """The error about an invalid card names the file."""
     path = store(tmp_path, {"magnitude": 1.5})
     path.write_bytes(path.read_bytes().replace(b"HIERARCH MAGNITUDE = 1.5", b"HIERARCH MAGNITUDE = '.5"))
     with (
@@ -529,20 +529,20 @@ def test_damaged_card_is_refused(tmp_path: Path) -> None:
 
 
 def test_later_version_is_refused(tmp_path: Path) -> None:
-    """A file of later rules is refused, as its meaning is not known."""
+    """A file with a later version of the rules is refused."""
     with pytest.raises(ValueError, match=r"foreign\.fits: found STAMPWRK 2, wanted at most 1"):
         load_cutout(foreign_file(tmp_path, {"STAMPWRK": 2}))
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    """A file that is not there is an OSError."""
+    """A file that does not exist is an OSError."""
     with pytest.raises(FileNotFoundError, match=r"nothing\.fits"):
         load_cutout(tmp_path / "nothing.fits")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_stdpipe_reads_our_files(tmp_path: Path) -> None:
-    """STDPipe's load_cutout reads whatever we write: no name, no value and no mark stops it."""
+    """STDPipe's load_cutout reads all files of stampworker, with any names and values."""
     stdpipe = pytest.importorskip("stdpipe.cutouts", reason="STDPipe is not installed (extra: bench)")
     rng = np.random.default_rng(4)
     data = rng.normal(size=(5, 7)).astype("f4")

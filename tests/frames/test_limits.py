@@ -1,4 +1,4 @@
-"""What one alert may cost in bytes: counted by need, refused before anything is read."""
+"""What one alert may cost in bytes: what it needs is counted, and refused before anything is read."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def open_store(folder: Path, server: WebServer) -> Iterator[Open]:
 
 
 def test_ranges(server: WebServer, open_store: Open, data: np.ndarray) -> None:
-    """Rows count, of all planes together, whether they are kept or not; the next alert begins anew."""
+    """The rows of all planes are counted together, whether they are in memory or not; each alert starts at zero."""
     store = open_store(remote=True)
     frame = store.open("a.fits")
     np.testing.assert_array_equal(frame[:, :], data)  # no alert, no limit
@@ -80,7 +80,7 @@ def test_ranges(server: WebServer, open_store: Open, data: np.ndarray) -> None:
 
 
 def test_refused_before_it_is_read(server: WebServer, open_store: Open) -> None:
-    """What is too much is not asked for, neither beforehand nor when it is sliced."""
+    """A section above the limit is requested neither beforehand nor when it is sliced."""
     store = open_store(remote=True)
     frames = [store.open("a.fits"), store.open("a.fits.fz")]
     asked = len(server.requests)
@@ -96,7 +96,7 @@ def test_refused_before_it_is_read(server: WebServer, open_store: Open) -> None:
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_tiles(open_store: Open, remote: bool) -> None:
-    """Tiles count, compressed and decoded, kept or not: 40 kB decoded each, not the rows of the section."""
+    """Tiles are counted, compressed and decoded, in memory or not: 40 kB decoded each, not the rows of the section."""
     store = open_store(remote=remote)
     frame = store.open("a.fits.fz")
     for _ in range(2):
@@ -108,7 +108,7 @@ def test_tiles(open_store: Open, remote: bool) -> None:
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_gzip(open_store: Open, remote: bool) -> None:
-    """A gzip file counts as a whole, once an alert whatever number of its planes are read."""
+    """A gzip file is counted as a whole, once per alert, however many of its planes are read."""
     store = open_store(remote=remote, max_alert_bytes=600_000)
     planes = [store.open("two.fits.gz#0"), store.open("two.fits.gz#1")]
     rows = store.open("a.fits.fz")
@@ -121,7 +121,7 @@ def test_gzip(open_store: Open, remote: bool) -> None:
 
 
 def test_gzip_above_the_limit(server: WebServer, open_store: Open) -> None:
-    """A gzip file that no alert could use is not decompressed, nor downloaded."""
+    """A gzip file that is too large for any alert is neither downloaded nor decompressed."""
     with pytest.raises(FrameRefused, match=r"than the 100000 bytes allowed \(frames\.max_alert_bytes\)"):
         open_store(remote=False).open("a.fits.gz")
     with pytest.raises(FrameRefused, match=rf"gzip of \d+ bytes, {TOO_MUCH}"):
@@ -130,7 +130,7 @@ def test_gzip_above_the_limit(server: WebServer, open_store: Open) -> None:
 
 
 def test_without_ranges(server: WebServer, open_store: Open) -> None:
-    """A file that the server sends as a whole counts as a whole."""
+    """A file that the server sends as a whole is counted as a whole."""
     server.behaviours["/a.fits"] = web.without_ranges
     store = open_store(remote=True)
     frame = store.open("a.fits")
@@ -146,7 +146,7 @@ def test_plain_files_are_free(open_store: Open, data: np.ndarray) -> None:
 
 
 def test_an_alert_that_costs_too_much(server: WebServer, open_store: Open) -> None:
-    """The alert whose planes together are above the limit is rejected, its pixels unread; a later one is served."""
+    """An alert whose planes together are above the limit is rejected before they are read; the next one works."""
     for plane in ("science", "difference"):
         server.files[f"/{plane}.fits"] = server.files["/a.fits"]
     store = open_store(remote=True, max_alert_bytes=70_000)

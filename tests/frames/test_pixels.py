@@ -30,7 +30,7 @@ def test_dtype_of_planes(write: Write, store: FrameStore, pixels: np.ndarray, dt
 
 @pytest.mark.parametrize(("dtype", "bzero"), [("i2", 2.0**15), ("i4", 2.0**31)])
 def test_unsigned_with_blank(write: Write, store: FrameStore, dtype: str, bzero: float) -> None:
-    """BLANK is honoured with the unsigned convention, where astropy forgets it."""
+    """BLANK works with the unsigned convention, where astropy ignores it."""
     stored = np.random.default_rng(8).integers(-500, 500, (61, 83)).astype(dtype)
     path = write("a.fits", stored, BLANK=-7)
     with fits.open(path, mode="update", do_not_scale_image_data=True) as hdus:
@@ -59,7 +59,7 @@ def test_wide_integers_as_astropy(tmp_path: Path, store: FrameStore, dtype: str,
 
 
 def test_undefined_unsigned_integers(write: Write, store: FrameStore) -> None:
-    """BLANK, a stored number, is NaN among unsigned integers of 64 bits, too, and only it."""
+    """Among unsigned integers of 64 bits too, the stored number BLANK is NaN, and no other number is."""
     data = np.random.default_rng(64).integers(1, 2000, (61, 83)).astype("u8")
     path = write("a.fits", data, BLANK=7 - 2**63)
     got = store.open(str(path))[0:61, 0:83]
@@ -71,7 +71,7 @@ def test_undefined_unsigned_integers(write: Write, store: FrameStore) -> None:
     ("dtype", "scale", "zero"), [("i2", 0.1, -31.7), ("i4", 3e-5, 1e3), ("u1", 2.5, 0), ("f4", 2, 1)]
 )
 def test_scaled_as_astropy(write: Write, store: FrameStore, dtype: str, scale: float, zero: float) -> None:
-    """Scaled numbers are the same bits as astropy's, a section as well as the whole."""
+    """Scaled numbers have the same bits as astropy's, in a section and in the whole image."""
     path = write("a.fits", np.random.default_rng(8).integers(0, 200, (61, 83)).astype(dtype))
     with fits.open(path, mode="update", do_not_scale_image_data=True) as hdus:
         hdus[0].header["BSCALE"], hdus[0].header["BZERO"] = scale, zero
@@ -92,7 +92,7 @@ def test_masks_stay_integers(write: Write, store: FrameStore, dtype: str) -> Non
 
 
 def test_float_and_scaled_masks(write: Write, store: FrameStore) -> None:
-    """In a float mask what is not zero, or NaN, is bad; so is an undefined integer."""
+    """In a float mask, NaN and any number except 0 is bad; in an integer mask, an undefined pixel is bad."""
     floats = np.zeros((61, 83), "f4")
     floats[1, 2], floats[3, 4], floats[5, 6] = np.nan, -0.5, np.inf
     got = store.open(str(write("f.fits", floats)), mask=True)
@@ -115,7 +115,7 @@ def test_slices(write: Write, store: FrameStore, pixels: np.ndarray) -> None:
 
 
 def test_axes_of_length_one(write: Write, store: FrameStore, pixels: np.ndarray) -> None:
-    """Axes of length 1 are dropped, a cube is corrupt and its shape named."""
+    """Axes of length 1 are dropped; a cube is corrupt, and the message has its shape."""
     for i, shape in enumerate([(1, 61, 83), (1, 1, 61, 83), (61, 1, 83)]):
         frame = store.open(str(write(f"{i}.fits", pixels.reshape(shape))))
         np.testing.assert_array_equal(frame[ANY], pixels[ANY])
@@ -125,7 +125,7 @@ def test_axes_of_length_one(write: Write, store: FrameStore, pixels: np.ndarray)
 
 @pytest.fixture
 def mef(tmp_path: Path, pixels: np.ndarray) -> Path:
-    """Empty primary, table, SCI 1, ERR, SCI 2."""
+    """Write an empty primary HDU, a table, SCI 1, ERR and SCI 2."""
     table = fits.BinTableHDU.from_columns([fits.Column("a", "J", array=np.arange(5))], name="CAT")
     images = [
         fits.ImageHDU(pixels * factor, name=name, ver=ver)
@@ -159,13 +159,13 @@ def test_fragments(mef: Path, store: FrameStore, pixels: np.ndarray, fragment: s
     ],
 )
 def test_wrong_fragments(mef: Path, store: FrameStore, fragment: str, problem: str) -> None:
-    """A fragment that names no image is corrupt; the message lists what there is."""
+    """A fragment that names no image is corrupt; the message lists the HDUs."""
     with pytest.raises(FrameCorrupt, match=problem):
         store.open(f"{mef}{fragment}")
 
 
 def test_gzip(write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
-    """Gzip is known by its first bytes, whatever the name; several members and zero padding are read."""
+    """Gzip is recognised by its first bytes, not by its name; several members and zero padding are read."""
     raw = write("a.fits", pixels).read_bytes()
     half = len(raw) // 2
     packed = {"a.fits.gz": gzip.compress(raw), "plainly.fits": gzip.compress(raw)}
@@ -177,7 +177,7 @@ def test_gzip(write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarra
 
 
 def test_header_is_astropys(write: Write, store: FrameStore, pixels: np.ndarray) -> None:
-    """The header is astropy's; bytes that are not printable do no harm."""
+    """The header is astropy's; unprintable bytes do no harm."""
     path = write("a.fits", pixels, BUNIT="adu", GAIN=1.7, OBSERVER="Abcde")
     path.write_bytes(path.read_bytes().replace(b"Abcde", b"Ab\xe9\x00e"))
     frame = store.open(str(path))
@@ -209,7 +209,7 @@ def damage(path: Path, old: bytes, new: bytes) -> str:
 def test_damaged_keywords(
     write: Write, store: FrameStore, pixels: np.ndarray, old: bytes, new: bytes, problem: str
 ) -> None:
-    """A structural keyword that is wrong is named with what was found and what was wanted."""
+    """The message about a wrong structural keyword names it, the value found and the value wanted."""
     path = write("bad.fits", pixels, BSCALE=2.0)
     with pytest.raises((FrameCorrupt, FrameRefused), match=rf"bad.fits: HDU 0.*({problem})"):
         store.open(damage(path, old, new))
@@ -217,7 +217,7 @@ def test_damaged_keywords(
 
 @pytest.mark.parametrize("magic", [b"BZh9", b"\xfd7zXZ\0", b"PK\x03\x04"])
 def test_other_compressions_are_named(tmp_path: Path, store: FrameStore, magic: bytes) -> None:
-    """A file packed by something else than gzip says so."""
+    """A file compressed by something other than gzip is corrupt, and the message names the format."""
     (tmp_path / "a.fits").write_bytes(magic + bytes(5000))
     with pytest.raises(FrameCorrupt, match="-compressed, wanted FITS, gzip or tile compression"):
         store.open("a.fits")
@@ -225,7 +225,7 @@ def test_other_compressions_are_named(tmp_path: Path, store: FrameStore, magic: 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_truncated_anywhere(write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray, packed: bool) -> None:
-    """A file cut at any place is corrupt wherever the stamp lies: opening it fails."""
+    """A file cut at any byte is corrupt: opening it fails, whatever is sliced."""
     raw = write("a.fits", pixels).read_bytes()
     end = 2880 + pixels.nbytes if not packed else None
     data = gzip.compress(raw) if packed else raw

@@ -1,4 +1,4 @@
-"""The frames of a batch, opened and fetched while the one before is computed."""
+"""The frames of a batch are opened and fetched while the batch before is computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NIGHT = 4  # sets of frames
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[WebServer]:
-    """Serve some sets of frames, too large to come whole with the first request."""
+    """Serve some sets of frames, which are larger than the first request."""
     rng = np.random.default_rng(5)
     with WebServer() as running:
         for number in range(NIGHT):
@@ -50,7 +50,7 @@ def batch(number: int) -> list[Alert]:
 
 
 def test_what_was_prepared_is_computed_without_another_request(server: WebServer) -> None:
-    """All that packets need is there before they are made, also when a batch has ended in between."""
+    """All that packets need is in memory before they are made, also when a batch has ended meanwhile."""
     settings = settings_of(server)
     with FrameStore(settings.frames) as store:
         first = prepare(batch(0), store, settings)
@@ -65,7 +65,7 @@ def test_what_was_prepared_is_computed_without_another_request(server: WebServer
 
 
 def meet(paths: Iterable[str], number: int) -> dict[str, web.Behaviour]:
-    """Let requests wait until there are so many at the same time."""
+    """Let requests wait until so many of them wait at the same time."""
     barrier = threading.Barrier(number)
 
     def wait(handler: web.Handler) -> None:
@@ -76,7 +76,7 @@ def meet(paths: Iterable[str], number: int) -> dict[str, web.Behaviour]:
 
 
 def test_sets_of_frames_are_opened_and_fetched_together(server: WebServer) -> None:
-    """Not one set after another: servers are waited for once for the opening, and once for what the stamps need."""
+    """Sets of frames are opened at the same time, and then what the stamps need is fetched at the same time."""
     settings = settings_of(server)
     alerts = [alert for number in range(NIGHT) for alert in batch(number)[:1]]
     server.behaviours |= meet(server.files, 2 * NIGHT)
@@ -87,7 +87,7 @@ def test_sets_of_frames_are_opened_and_fetched_together(server: WebServer) -> No
 
 
 def test_a_compressed_mask_is_set_up_once(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is opened ahead as the mask that it is, not as an image first."""
+    """A mask is opened ahead as a mask, not as an image first."""
     tiles = fits.CompImageHDU(np.zeros((500, 300), "i2"), compression_type="RICE_1")
     fits.HDUList([fits.PrimaryHDU(), tiles]).writeto(tmp_path / "mask")
     server.files["/mask.fits"] = (tmp_path / "mask").read_bytes()
@@ -106,7 +106,7 @@ def test_a_compressed_mask_is_set_up_once(server: WebServer, tmp_path: Path, mon
 
 
 def test_what_fails_while_the_others_open_is_not_asked_again(server: WebServer) -> None:
-    """Also where failures are not remembered for so long."""
+    """A frame that cannot be opened is requested once per batch, even if failures are not remembered that long."""
     server.behaviours["/1-difference.fits"] = web.status(503)
     settings = settings_of(server, failure_ttl_s=0.0)
     with FrameStore(settings.frames) as store:
@@ -115,7 +115,7 @@ def test_what_fails_while_the_others_open_is_not_asked_again(server: WebServer) 
 
 
 def test_what_is_fetched_ahead_is_bounded_in_sum(server: WebServer) -> None:
-    """Half of the cache, for all frames together; the rest is read when it is sliced, and the packets are the same."""
+    """All frames together fill half of the cache; the rest is read when it is sliced, and the packets are the same."""
     alerts = [alert for number in range(NIGHT) for alert in batch(number)]
     settings = settings_of(server, cache_bytes=1_000_000)
     with FrameStore(settings.frames) as store:
@@ -129,7 +129,7 @@ def test_what_is_fetched_ahead_is_bounded_in_sum(server: WebServer) -> None:
 
 @pytest.mark.parametrize("how", [web.serve, web.without_ranges])
 def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServer, how: web.Behaviour) -> None:
-    """Also where the frame is from an earlier batch: it is not asked for again; when it is not used it is let go."""
+    """Data fetched for the next batch survive the end of this one; data that no batch uses are released."""
     server.behaviours |= dict.fromkeys(server.files, how)
     settings = settings_of(server)
     with FrameStore(settings.frames) as store:
@@ -153,7 +153,7 @@ def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServe
 def test_planes_on_another_grid_are_fetched_ahead(
     server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plane: str
 ) -> None:
-    """What the stamps need of them comes in few requests before packets are made; what cannot be mapped costs nothing.
+    """What the stamps need of other grids is fetched in few requests; a section that cannot be mapped costs nothing.
 
     Stamps of which the other frame shows nothing, and those that need too many of its pixels, are not fetched.
     """
@@ -185,7 +185,7 @@ def test_planes_on_another_grid_are_fetched_ahead(
 
 
 def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> None:
-    """The rest is opened when its turn comes, and what was computed is let go of."""
+    """Frame sets beyond max_open_frames are opened when their turn comes, and computed ones are released."""
     settings = settings_of(server, max_open_frames=4)
     alerts = [alert for number in range(NIGHT) for alert in batch(number)]
     with FrameStore(settings.frames) as store:
@@ -199,7 +199,7 @@ def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> 
 
 
 def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) -> None:
-    """A set whose server fails is rejected with the server's words, the others are packets."""
+    """A set whose server fails is rejected with the server's error; the others become packets."""
     server.behaviours["/1-difference.fits"] = web.status(503)
     settings = settings_of(server)
     with FrameStore(settings.frames) as store:
@@ -209,7 +209,7 @@ def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) ->
 
 
 def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most: int) -> list[list[Packet | Reject]]:
-    """Return the results of attempts, each at the alerts that the one before left and after the failure's age."""
+    """Return the results of attempts; each takes the alerts that are left, after the failures were forgotten."""
     attempts = []
     while alerts and len(attempts) < most:
         attempts.append(make_packets(alerts, store, settings))
@@ -232,7 +232,7 @@ def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most
     ],
 )
 def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
-    """Every other request fails: each alert is a packet or to be tried again, and before long all are packets."""
+    """If every second request fails, each alert becomes a packet or is tried again, and soon all are packets."""
     settings = settings_of(server, read_s=0.1, total_s=0.15, failure_ttl_s=0.05)
     server.behaviours |= dict.fromkeys(server.files, web.in_turn(fault, web.serve))
     alerts = [alert for number in range(2) for alert in batch(number)]
@@ -254,7 +254,7 @@ def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
 
 @pytest.mark.parametrize("how", ["down", "silent"])
 def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
-    """Batches are over at once, every alert to be tried again; when the server is back all are packets."""
+    """While a server is down, batches end at once and every alert is tried again; later all become packets."""
     alerts = [alert for number in range(NIGHT) for alert in batch(number)]
     with contextlib.ExitStack() as running:
         other = running.enter_context(WebServer())
@@ -276,7 +276,7 @@ def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
 
 
 def test_slow_frames_cost_their_alerts_only(server: WebServer) -> None:
-    """Also when as many wait in vain at the same time as make a server slow: others were answered meanwhile."""
+    """A few slow files do not make a server count as slow if it answers other requests meanwhile."""
     names = [f"/{i}.fits" for i in range(16)]
     server.files |= dict.fromkeys(names, server.files["/0-science.fits"])
     silent = names[1:15:2]

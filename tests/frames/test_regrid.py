@@ -24,7 +24,7 @@ STARS = [(150.1003, 2.1997), (150.0985, 2.2011), (150.1012, 2.2006)]
 
 
 def scene(cards: dict[str, Any], shape: tuple[int, int], arcsec: float = 1.2) -> np.ndarray:
-    """Paint stars of a known sky, flux per pixel, on any grid: each pixel its own sky position and area."""
+    """Paint known stars on any grid, flux per pixel, from the sky position and area of each pixel."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wcs = WCS(fits.Header(cards))
@@ -59,7 +59,7 @@ SWAPPED = {"CTYPE1": "DEC--TAN", "CTYPE2": "RA---TAN", "CRVAL1": 2.2, "CRVAL2": 
     "other", [{}, SIP, TPV, GALACTIC, B1950, SWAPPED], ids=["tan", "sip", "tpv", "galactic", "b1950", "swapped"]
 )
 def test_flux_and_place(write: Write, store: FrameStore, sky: dict[str, Any], other: dict[str, Any]) -> None:
-    """Stars of a turned, coarser, distorted grid come out where and as bright as painted on the science grid."""
+    """Stars of a turned, coarser, distorted grid have the positions and fluxes that they have on the science grid."""
     science = store.open(str(write("s.fits", scene(sky, (61, 83)), **sky)))
     cards = turned(sky, 25, 0.4, 35.2, 44.9) | other
     frame = on_grid(store.open(str(write("t.fits", scene(cards, (95, 70)), **cards))), science)
@@ -78,6 +78,15 @@ def test_flux_and_place(write: Write, store: FrameStore, sky: dict[str, Any], ot
     assert frame.wcs_cards() == science.wcs_cards()
     assert frame.header["CRPIX1"] == sky["CRPIX1"]
     assert frame.url.endswith("/t.fits")
+
+
+def test_header_has_the_science_wcs_only(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
+    """The header keeps no WCS of the frame's own pixels: neither its name nor an alternative one."""
+    science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
+    own = {"WCSNAME": "own", "CTYPE1A": "LINEAR", "CRPIX1A": 7.0, "CDELT1A": 2.0, "CRDER1": 1e-5}
+    frame = on_grid(store.open(str(write("t.fits", np.zeros((50, 50), "f4"), **sky, **own, FILTER="r"))), science)
+    assert not set(own) & set(frame.header)
+    assert frame.header["FILTER"] == "r"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,7 @@ def test_unit_decides_about_the_area(
 
 
 def test_same_grid_is_the_frame_itself(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
-    """0.005 pixels are agreement, 0.02 are not; the same grid may be written in other keywords."""
+    """Grids that differ by 0.005 pixels are one, by 0.02 pixels are not; one grid may be written in other keywords."""
     data = np.zeros((61, 83), "f4")
     science = store.open(str(write("s.fits", data, **sky)))
     pc = {k.replace("CD", "PC"): v for k, v in sky.items() if k.startswith("CD")} | {"CDELT1": 1.0, "CDELT2": 1.0}
@@ -116,7 +125,7 @@ def test_same_grid_is_the_frame_itself(write: Write, store: FrameStore, sky: dic
 
 @pytest.mark.parametrize("lacking", ["science", "other"])
 def test_shape_without_wcs(write: Write, store: FrameStore, sky: dict[str, Any], lacking: str) -> None:
-    """Another shape cannot be placed where either side has no WCS; both files and shapes are named."""
+    """A frame of another shape is a mismatch if either frame has no WCS; the message has both files and shapes."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **({} if lacking == "science" else sky))))
     other = store.open(str(write("t.fits", np.zeros((60, 80), "f4"), **(sky if lacking == "science" else {}))))
     for _ in range(2):
@@ -129,7 +138,7 @@ def test_shape_without_wcs(write: Write, store: FrameStore, sky: dict[str, Any],
 def test_unknown_systems_are_not_compared(
     write: Write, store: FrameStore, sky: dict[str, Any], which: str, cards: dict[str, Any]
 ) -> None:
-    """Ecliptic longitudes are not taken for right ascensions, nor is an unknown system for a known one."""
+    """An ecliptic or unknown system is not compared with an equatorial one."""
     data = np.zeros((61, 83), "f4")
     strange = sky | cards
     science = store.open(str(write("s.fits", data, **(strange if which == "science" else sky))))
@@ -143,16 +152,22 @@ def test_unknown_systems_are_not_compared(
 
 
 def test_lookup_tables_are_not_compared(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
-    """Frames with the same lookup-table distortions are one grid; otherwise nothing is guessed."""
+    """Frames with the same lookup-table distortions are on one grid; with other ones they are a mismatch."""
     data = np.zeros((61, 83), "f4")
     tables = sky | {"CPDIS1": "LOOKUP"}
     science, other = (store.open(str(write(f"{n}.fits", data, **tables))) for n in "st")
     plain = store.open(str(write("p.fits", data, **sky)))
     moved = store.open(str(write("m.fits", data, **(tables | {"CRPIX1": 45.0}))))
+    detector = [
+        store.open(str(write(f"d{n}.fits", data, **(sky | {"D2IMDIS1": "LOOKUP", "D2IM1.EXTVER": float(n)}))))
+        for n in (1, 2)
+    ]
     assert on_grid(other, science) is other
     for frame in (plain, moved):
         with pytest.raises(FrameMismatch, match=r"cannot be compared with that of .*s\.fits.*CPDIS1: lookup-table"):
             on_grid(frame, science)
+    with pytest.raises(FrameMismatch, match="D2IMDIS1: lookup-table"):
+        on_grid(*detector)
 
 
 def all_sky(projection: str, centre: float) -> tuple[dict[str, Any], np.ndarray]:
@@ -170,7 +185,7 @@ def all_sky(projection: str, centre: float) -> tuple[dict[str, Any], np.ndarray]
 def test_across_the_edge_of_a_map(
     write: Write, store: FrameStore, sky: dict[str, Any], projection: str, side: int, share: float
 ) -> None:
-    """Where an all-sky map begins and ends within a stamp, both sides are right, and only what has no data is none."""
+    """A stamp across the edge of an all-sky map is right on both sides, and NaN only where the map has no data."""
     about = turned(sky, 20, 900.0, 41, 31) | {"CRVAL1": 180.0, "CRVAL2": 5.0}
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **about)))
     got, want = (
@@ -210,7 +225,7 @@ def mask_of_a_pixel(value: int) -> np.ndarray:
 def test_masks_and_holes_grow_alike(
     write: Write, store: FrameStore, sky: dict[str, Any], dx: float, dy: float, reach: tuple[int, int]
 ) -> None:
-    """A bad pixel spoils what takes part of it: 4 pixels along a shifted axis, 1 along an aligned one."""
+    """A bad pixel makes 4 pixels bad along a shifted axis, and 1 pixel along an aligned axis."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
     cards = sky | {"CRPIX1": sky["CRPIX1"] + dx, "CRPIX2": sky["CRPIX2"] + dy}
     image = np.ones((61, 83), "f4")
@@ -229,7 +244,7 @@ def test_masks_and_holes_grow_alike(
 
 
 def test_beyond_the_other_frame(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
-    """Where the other frame has no data planes are NaN and masks 1, also when it lies elsewhere on the sky."""
+    """Outside the other frame, planes are NaN and masks 1, also if it is elsewhere on the sky."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
     corner = sky | {"CRPIX1": sky["CRPIX1"] - 50, "CRPIX2": sky["CRPIX2"] - 40}
     away = sky | {"CRVAL1": 330.0, "CRVAL2": -40.0}
@@ -253,7 +268,7 @@ def test_kinds_of_interpolation(write: Write, store: FrameStore, stars: np.ndarr
 
 
 def test_a_hole_does_not_ring(write: Write, store: FrameStore, stars: np.ndarray, sky: dict[str, Any]) -> None:
-    """Beside a hole the interpolated image is what it is without the hole, to the noise of a sky pixel."""
+    """Beside a hole, the interpolated image is the same as without the hole, to the noise of a sky pixel."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
     cards = sky | {"CRPIX1": sky["CRPIX1"] + 0.5}
     holed = stars.copy()
@@ -268,7 +283,7 @@ def test_a_hole_does_not_ring(write: Write, store: FrameStore, stars: np.ndarray
 
 
 def test_only_the_needed_section_is_read(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
-    """Of the other frame a stamp reads its own footprint and the spline's margin."""
+    """A stamp reads its own footprint on the other frame, with the spline's margin."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
     cards = sky | {"CRPIX1": sky["CRPIX1"] + 500.5, "CRPIX2": sky["CRPIX2"] + 300.5}
     other = store.open(str(write("t.fits", np.zeros((700, 1100), "f4"), **cards)))
@@ -280,7 +295,7 @@ def test_only_the_needed_section_is_read(write: Write, store: FrameStore, sky: d
 
 
 def test_far_smaller_pixels_are_refused(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
-    """A section that would need a giant part of the other frame is refused before it is read."""
+    """A section that needs too many pixels of the other frame is refused before it is read."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **turned(sky, 0, 100.0, 41, 31))))
     other = store.open(str(write("t.fits", np.zeros((4500, 4500), "u1"), **turned(sky, 0, 0.5, 2250, 2250))))
     with pytest.raises(FrameMismatch, match="wanted at most 16777216 pixels"):
@@ -290,7 +305,7 @@ def test_far_smaller_pixels_are_refused(write: Write, store: FrameStore, sky: di
 def test_decision_is_kept_and_let_go(
     write: Write, store: FrameStore, sky: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two frames are compared once, and the answer does not keep them alive."""
+    """Two frames are compared once, and the stored answer does not keep them alive."""
     science, other = (store.open(str(write(f"{n}.fits", np.zeros((61, 83), "f4"), **sky))) for n in "st")
     compared: list[Frame] = []
     compare = regrid._compare

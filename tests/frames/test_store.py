@@ -1,4 +1,4 @@
-"""What may be read, what is kept, what happens to files that change: the store."""
+"""The store: what may be read, what is kept, and what happens to files that change."""
 
 import gc
 import gzip
@@ -28,7 +28,7 @@ ALL = (slice(0, 61), slice(0, 83))
 
 @pytest.fixture
 def tree(tmp_path: Path, write: Write, pixels: np.ndarray) -> Path:
-    """root/a.fits inside, secret.fits outside, and links between them."""
+    """Make root/a.fits inside, secret.fits outside, and links between them."""
     root = tmp_path / "root"
     (root / "night").mkdir(parents=True)
     secret = write("secret.fits", pixels)
@@ -49,7 +49,7 @@ def tree(tmp_path: Path, write: Write, pixels: np.ndarray) -> Path:
     ],
 )
 def test_outside_the_roots(tree: Path, url: str) -> None:
-    """Parents, links out of a root and neighbours whose names begin alike are refused, whether there or not."""
+    """Parents, links out of a root and folders whose names begin like a root are refused, existing or not."""
     with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
         url = url.replace("ROOT", str(tree)).replace("TMP", str(tree.parent))
         with pytest.raises(FrameRefused, match=f"outside the frame roots.*frame_roots: {tree}"):
@@ -60,7 +60,7 @@ def test_outside_the_roots(tree: Path, url: str) -> None:
     "url", ["a.fits", "night/in.fits", "night/../a.fits", "away/root/a.fits", "file://ROOT/a.fits"]
 )
 def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
-    """What lies beneath a root after links are resolved is read."""
+    """A file is read if it is beneath a root after links are resolved."""
     with FrameStore(FrameSettings(frame_roots=(str(tree / "night"), str(tree))), base=tree) as store:
         np.testing.assert_array_equal(store.open(url.replace("ROOT", str(tree)))[ALL], pixels)
 
@@ -93,7 +93,7 @@ def test_inside_the_roots(tree: Path, pixels: np.ndarray, url: str) -> None:
     ],
 )
 def test_other_schemes(tree: Path, url: str, problem: str) -> None:
-    """Other schemes and hosts, and what is neither path nor URL, are refused, without credentials in the message."""
+    """Other schemes and hosts, and text that is no path or URL, are refused, without credentials in the message."""
     with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:
         with pytest.raises(FrameRefused, match=problem) as caught:
             store.open(url)
@@ -104,7 +104,7 @@ def test_other_schemes(tree: Path, url: str, problem: str) -> None:
 def test_a_folder_swapped_for_a_link(
     tree: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, proc: bool
 ) -> None:
-    """A folder that becomes a link out of the root while its file is opened leads nowhere."""
+    """A file is refused if its folder becomes a link out of the root while it is opened."""
     (tree / "night" / "secret.fits").write_bytes((tree / "a.fits").read_bytes())
     opener = os.open
 
@@ -138,7 +138,7 @@ def test_a_folder_swapped_for_a_link(
     ],
 )
 def test_roots_that_are_no_folders(tree: Path, root: str, problem: str) -> None:
-    """A root that is neither a folder that is there nor a URL is an error of the settings, which names it."""
+    """A root that is neither an existing folder nor a URL is a ConfigError that names it."""
     root, problem = (text.replace("TMP", str(tree.parent)) for text in (root, problem))
     with pytest.raises(ConfigError, match=f"frames.frame_roots: found .*{problem}"):
         FrameStore(FrameSettings(frame_roots=(str(tree), root)))
@@ -152,7 +152,7 @@ def test_roots_as_urls(tree: Path) -> None:
 
 
 def test_without_roots(tree: Path, pixels: np.ndarray) -> None:
-    """Without roots only files named by a flag are read; relative paths start at the base, else at the first root."""
+    """Without roots only allowed files are read; relative paths start from the base, by default the first root."""
     with FrameStore(FrameSettings(), allowed=[(tree / "a.fits").as_uri()]) as store:
         np.testing.assert_array_equal(store.open(str(tree / "a.fits"))[ALL], pixels)
         with pytest.raises(FrameRefused, match="frame_roots: none configured"):
@@ -167,7 +167,7 @@ def test_without_roots(tree: Path, pixels: np.ndarray) -> None:
 
 
 def test_url_is_quoted(tmp_path: Path, write: Write, store: FrameStore, pixels: np.ndarray) -> None:
-    """Blanks and signs in a name survive as a file: URL that opens the same frame."""
+    """Blanks and special characters in a name become a file: URL that opens the same frame."""
     path = write("a b%20[1].fits", pixels)
     frame = store.open(str(path) + "#0")
     assert frame.url == path.as_uri() + "#0"
@@ -175,7 +175,7 @@ def test_url_is_quoted(tmp_path: Path, write: Write, store: FrameStore, pixels: 
 
 
 def test_things_that_are_no_files(tmp_path: Path, store: FrameStore) -> None:
-    """A directory, a pipe, a link to itself and a name of 300 characters do not hang; each says what it is."""
+    """A directory, a pipe, a link to itself and a name of 300 characters do not hang; each has its own message."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(FrameCorrupt, match="a directory, wanted a FITS file"):
@@ -188,7 +188,7 @@ def test_things_that_are_no_files(tmp_path: Path, store: FrameStore) -> None:
 
 
 def test_permission_denied(write: Write, store: FrameStore, pixels: np.ndarray) -> None:
-    """A file that may not be read is unavailable: the permission may come."""
+    """A file without read permission is unavailable, because the permission may be given later."""
     path = write("a.fits", pixels)
     path.chmod(0)
     path.parent.chmod(0o755)
@@ -217,7 +217,7 @@ def descriptors(folder: Path) -> int:
 
 
 def test_open_files_are_bounded(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
-    """At most max_open_frames descriptors are held, the same file needs one, and close gives all back."""
+    """At most max_open_frames descriptors are open, one per file, and close closes all."""
     paths = [write(f"{i}.fits", pixels + i) for i in range(12)]
     with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_open_frames=4)) as store:
         for _ in range(2):
@@ -237,7 +237,7 @@ def test_open_files_are_bounded(tmp_path: Path, write: Write, pixels: np.ndarray
 
 @pytest.mark.parametrize("kind", ["gzip", "tiled"])
 def test_files_are_let_go_of_without_the_collector(tmp_path: Path, write: Write, pixels: np.ndarray, kind: str) -> None:
-    """What the store has let go of, and nobody refers to, is closed at once, not when cycles are collected."""
+    """A file that the store dropped and nobody refers to is closed at once, not by the garbage collector."""
     data = gzip.compress(write("plain.fits", pixels).read_bytes())
     if kind == "tiled":
         fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(pixels)]).writeto(tmp_path / "tiled.fits")
@@ -257,8 +257,8 @@ def test_files_are_let_go_of_without_the_collector(tmp_path: Path, write: Write,
 def test_names_of_one_frame_are_not_many_frames(
     tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However an HDU is called, its table of tiles, its tiles and its WCS are held once; frames keep their URL."""
-    monkeypatch.setattr(frame_store, "_MOST_KNOWN", 20)
+    """Different names of one HDU share its table of tiles, its tiles and its WCS; each frame keeps its URL."""
+    monkeypatch.setattr(frame_store, "_MAX_OPENED", 20)
     hdus = [fits.PrimaryHDU(), fits.CompImageHDU(pixels, name="sciences", tile_shape=(8, 8))]
     fits.HDUList(hdus).writeto(tmp_path / "a.fits")
     cases = [f"a.fits#{''.join(letters)}" for letters in itertools.product(*zip("scienc", "SCIENC", strict=True))]
@@ -268,14 +268,14 @@ def test_names_of_one_frame_are_not_many_frames(
         assert len({frame.url for frame in frames}) == len(frames) == 68
         assert len({id(frame._pixels) for frame in frames}) == 1
         assert len({id(frame.header) for frame in frames}) == 1
-        assert len(store._known) == 20
+        assert len(store._opened) == 20
         assert store.open("a.fits#1", mask=True).dtype.kind == "u"
         assert store.open("a.fits#1").dtype.kind == "f"
         assert store.open("a.fits#001") is store.open("a.fits#001")
 
 
 def test_evicted_frames_stay_readable(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
-    """A frame that the store has let go of, or outlives it, still gives its pixels."""
+    """A frame still gives its pixels after the store dropped it or was closed."""
     paths = [write(f"{i}.fits", pixels + i) for i in range(3)]
     with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_open_frames=1)) as store:
         frames = [store.open(str(path)) for path in paths]
@@ -284,7 +284,7 @@ def test_evicted_frames_stay_readable(tmp_path: Path, write: Write, pixels: np.n
 
 
 def test_failed_opens_leave_nothing(tmp_path: Path, store: FrameStore) -> None:
-    """A hundred corrupt files hold no descriptor."""
+    """A hundred corrupt files leave no descriptor open."""
     for i in range(100):
         (tmp_path / f"{i}.fits").write_bytes(b"SIMPLE  = " + bytes(3000))
         with pytest.raises(FrameCorrupt, match=r"BITPIX|END card"):
@@ -293,7 +293,7 @@ def test_failed_opens_leave_nothing(tmp_path: Path, store: FrameStore) -> None:
 
 
 def test_gzip_is_bounded(tmp_path: Path, write: Write, pixels: np.ndarray) -> None:
-    """Decompressed files are kept within cache_bytes, decompressed again when needed; a bomb is refused."""
+    """Decompressed files are kept within cache_bytes and decompressed again when needed; a bomb is refused."""
     raw = [write(f"{i}.fits", pixels + i).read_bytes() for i in range(4)]
     for i, data in enumerate(raw):
         (tmp_path / f"{i}.gz").write_bytes(gzip.compress(data))
@@ -313,7 +313,7 @@ def test_gzip_is_bounded(tmp_path: Path, write: Write, pixels: np.ndarray) -> No
 def test_no_more_is_decompressed_than_there_are_hdus(
     tmp_path: Path, write: Write, store: FrameStore, pixels: np.ndarray
 ) -> None:
-    """Zeros without end after the last HDU are not decompressed; HDUs above the limit are refused by their header."""
+    """Zeros after the last HDU are not decompressed; an HDU above the limit is refused when its header is read."""
     raw = write("a.fits", pixels).read_bytes()
     (tmp_path / "zeros.gz").write_bytes(gzip.compress(raw + bytes(50_000_000)))
     np.testing.assert_array_equal(store.open("zeros.gz")[ALL], pixels)
@@ -332,7 +332,7 @@ def test_no_more_is_decompressed_than_there_are_hdus(
 
 
 def test_a_gzip_file_of_many_members(tmp_path: Path, write: Write, store: FrameStore, pixels: np.ndarray) -> None:
-    """A file of members without content, large ones among them, costs time in proportion to its size."""
+    """A file of many empty members and some large ones costs time in proportion to its size."""
     raw, empty = write("a.fits", pixels).read_bytes(), gzip.compress(b"") * 25_000
     noise = np.random.default_rng(5).bytes(3_000_000)
     path = tmp_path / "a.gz"
@@ -348,11 +348,11 @@ def test_a_gzip_file_of_many_members(tmp_path: Path, write: Write, store: FrameS
 def test_decompression_ends(
     tmp_path: Path, write: Write, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, elsewhere: float, error: type
 ) -> None:
-    """What is not decompressed in total_s costs the alert; where the time went elsewhere, it is tried again."""
+    """A file that is not decompressed in total_s is refused, or unavailable if the time went elsewhere."""
     (tmp_path / "a.gz").write_bytes(gzip.compress(write("a.fits", pixels).read_bytes()))
     settings = FrameSettings(frame_roots=(str(tmp_path),), total_s=0.2)
-    inflated = gunzip.Extent.end
-    monkeypatch.setattr(gunzip.Extent, "end", lambda *given: (time.sleep(0.21 - elsewhere), inflated(*given))[1])
+    end_of_hdus = gunzip._end_of_hdus
+    monkeypatch.setattr(gunzip, "_end_of_hdus", lambda *given: (time.sleep(0.21 - elsewhere), end_of_hdus(*given))[1])
     with FrameStore(settings) as store, store.allowance():
         time.sleep(elsewhere)
         with pytest.raises(error, match=r"a\.gz: not decompressed after .* with 0\.2 s for all \(frames\.total_s\)"):
@@ -381,7 +381,7 @@ def many_headers(path: Path, headers: int, cards: int) -> None:
 
 
 def test_headers_of_a_file_are_bounded(tmp_path: Path) -> None:
-    """Headers that are above the limit together, not one of them alone, cost no image that comes before them."""
+    """If headers are above the limit only together, images before that limit still open."""
     many_headers(tmp_path / "a.fits", 40, 300)
     with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), max_header_bytes=28_800)) as store:
         assert store.open("a.fits").shape == (3, 3)
@@ -393,7 +393,7 @@ def test_headers_of_a_file_are_bounded(tmp_path: Path) -> None:
 
 
 def test_headers_that_were_passed_are_let_go_of(tmp_path: Path, store: FrameStore) -> None:
-    """What is kept of the HDUs before an image is little; asked for later, they are read again."""
+    """The headers of HDUs before an image are not kept; they are read again when needed."""
     many_headers(tmp_path / "a.fits", 24, 1000)
     tracemalloc.start()
     try:
@@ -407,7 +407,7 @@ def test_headers_that_were_passed_are_let_go_of(tmp_path: Path, store: FrameStor
 
 
 def test_replaced_file_is_read_again(write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
-    """A file replaced by another, or removed, is noticed at the next open; the old frame keeps the old pixels."""
+    """The next open notices that a file was replaced or removed; the old frame keeps the old pixels."""
     path = write("a.fits", pixels)
     old = store.open("a.fits")
     write("b.fits", pixels + 1).replace(path)
@@ -422,7 +422,7 @@ def test_replaced_file_is_read_again(write: Write, tmp_path: Path, store: FrameS
 def test_file_that_shrinks_while_open(
     write: Write, store: FrameStore, monkeypatch: pytest.MonkeyPatch, mapped: bool
 ) -> None:
-    """A file cut while it is open is unavailable, and the process lives; grown back, it is read again."""
+    """A file that shrinks while it is open is unavailable and does not kill the process; restored, it is read again."""
     if not mapped:
         monkeypatch.setattr(sources, "MappedFile", _unmappable)
     rng = np.random.default_rng(3)
@@ -448,7 +448,7 @@ def _unmappable(fd: int, url: str) -> None:
 def test_files_read_by_position(
     write: Write, tmp_path: Path, store: FrameStore, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a file cannot be mapped the pixels are the same, with one descriptor a file."""
+    """A file that cannot be mapped has the same pixels, and one descriptor."""
     monkeypatch.setattr(sources, "MappedFile", _unmappable)
     frame = store.open(str(write("a.fits", pixels)))
     np.testing.assert_array_equal(frame[ALL], pixels)
@@ -462,7 +462,7 @@ def test_files_read_by_position(
 def test_only_the_rows_are_read(
     write: Write, store: FrameStore, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read by position, a section asks for the bytes of its rows and no others."""
+    """A section that is read by position reads the bytes of its rows and no others."""
     monkeypatch.setattr(sources, "MappedFile", _unmappable)
     frame = store.open(str(write("a.fits", pixels)))
     asked: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""gzip files: decompressed as far as their HDUs go, within limits of size and time."""
+"""gzip files: decompressed up to the end of their HDUs, within limits of size and time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
 from stampworker.errors import FrameCorrupt, FrameRefused, FrameUnavailable
-from stampworker.frames.fits.header import Extent
+from stampworker.frames.fits.header import Hdu, iter_hdus
 from stampworker.frames.io.sources import GZIP_MAGIC
 from stampworker.frames.limits import end_within
 
@@ -26,18 +26,18 @@ _MEMBER_STEP = 1 << 12
 
 @dataclass(frozen=True)
 class InflateLimits:
-    """What decompressing a file may take.
+    """Limits on the decompression of a file.
 
     Attributes
     ----------
     size : int
         Largest decompressed size, bytes.
     setting : str
-        What that limit is called.
+        Name of the setting that gives this limit.
     max_header_bytes : int
         See `stampworker.frames.fits.header.iter_hdus`.
     seconds : float
-        Longest time; less where less is left to the alert.
+        Longest time; less if the alert has less left.
     """
 
     size: int
@@ -47,7 +47,7 @@ class InflateLimits:
 
 
 def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
-    """Decompress a gzip file of one or several members, as far as its HDUs go.
+    """Decompress a gzip file of one or several members, up to the end of its HDUs.
 
     Parameters
     ----------
@@ -61,19 +61,18 @@ def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
     Returns
     -------
     data : bytearray
-        What follows the last HDU is cut off, or there in part.
+        The HDUs; of what follows them, nothing or a part.
 
     Raises
     ------
     FrameCorrupt
         The stream is damaged or ends early.
     FrameRefused
-        It decompresses to more than the limit, or its headers say so, or it takes too long.
+        The file decompresses to more than the limit, or its headers say so, or it takes too long.
     FrameUnavailable
-        Something else has taken the alert's time.
+        The alert has no time left, most of which went elsewhere.
     """
-    data = bytearray()
-    extent, wanted, due = Extent(limits.max_header_bytes), 0, 0
+    data, hdus, wanted, due = bytearray(), list[Hdu](), 0, 0
     began, end = time.monotonic(), end_within(limits.seconds)
     offset, pending, step = 0, b"", _MEMBER_STEP
     stream = isal_zlib.decompressobj(wbits=31)
@@ -82,7 +81,7 @@ def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
             pending = packed.read(offset, min(step, packed.size - offset))
             offset, step = offset + len(pending), min(2 * step, _INFLATE_STEP)
         if stream.eof:
-            if not pending.startswith(GZIP_MAGIC):  # zeros that pad the file to a block, as tapes and archives do
+            if not pending.startswith(GZIP_MAGIC):  # zeros pad the file to a block, on tapes and in archives
                 return data
             stream = isal_zlib.decompressobj(wbits=31)
         try:
@@ -93,15 +92,43 @@ def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
             raise FrameCorrupt(url, f"the gzip stream ends early, after {packed.size} bytes ({len(data)} decompressed)")
         data += part
         if len(data) >= due:
-            wanted = extent.end(data)
+            wanted = _end_of_hdus(data, hdus, limits)
             if wanted + _INFLATE_STEP < len(data):
                 return data
             due = max(wanted, len(data)) + _INFLATE_STEP
         _check_limits(url, limits, max(len(data), wanted), began, end)
         pending = stream.unconsumed_tail
         if stream.eof:
-            # Read again in small steps: a stream copies what it leaves over, and members may have 20 bytes.
+            # Read the rest again, in small steps: a stream copies its unused bytes, and members may have 20 bytes.
             offset, pending, step = offset - len(stream.unused_data), b"", _MEMBER_STEP
+
+
+@dataclass
+class _FirstBytes:
+    """The first bytes of a file of at most ``size``; a read that begins beyond them raises EOFError."""
+
+    data: bytearray
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset >= len(self.data):
+            raise EOFError
+        return bytes(memoryview(self.data)[offset : offset + length])
+
+
+def _end_of_hdus(data: bytearray, hdus: list[Hdu], limits: InflateLimits) -> int:
+    """Return how many bytes of a file are needed, as far as its first bytes show; extend the list of its HDUs.
+
+    A header that is damaged or above a limit ends what is needed: `iter_hdus` goes no further later, and says why.
+    """
+    try:
+        for hdu in iter_hdus(_FirstBytes(data, limits.size), "", limits.max_header_bytes, hdus.copy()):
+            hdus.append(hdu.without_cards())
+    except EOFError:
+        return max(len(data), hdus[-1].end if hdus else 0)
+    except (FrameCorrupt, FrameRefused):
+        pass
+    return hdus[-1].end if hdus else 0
 
 
 def _check_limits(url: str, limits: InflateLimits, size: int, began: float, end: float) -> None:
@@ -111,5 +138,5 @@ def _check_limits(url: str, limits: InflateLimits, size: int, began: float, end:
     if now <= end:
         return
     problem = f"not decompressed after {now - began:.1f} s, with {limits.seconds:g} s for all (frames.total_s)"
-    # Of what the alert has, most was spent elsewhere, where it may be shorter the next time.
+    # If most of the time went elsewhere, there may be more of it next time.
     raise (FrameRefused if now - began > limits.seconds / 2 else FrameUnavailable)(url, problem)

@@ -1,8 +1,13 @@
-"""FITS structure from raw header blocks: HDUs, their axes, and where their data lie.
+"""FITS structure from raw header blocks: HDUs, their axes, and the position of their data.
 
-The structural keywords are read here and not through astropy: a header of 500 cards takes 100 µs instead of
-milliseconds, its size is bounded, and a damaged card elsewhere in the header does no harm.
-Layout: FITS standard 4.0 (Pence et al. 2010, A&A 524, A42; IAU FITS Working Group 2018).
+Layout: FITS standard 4.0 (Pence et al. 2010, A&A 524, A42; IAU FITS Working Group 2018). The structural keywords are
+read here and not through astropy for three reasons: the size of a header is limited, a damaged card elsewhere in the
+header does no harm, and it is ten times faster. A header of 500 cards takes 0.13 ms here and 1.2 ms in astropy::
+
+    SETUP="from astropy.io import fits; from stampworker.frames.fits.header import values_of
+    raw = fits.Header([(f'KEY{i}', i) for i in range(500)]).tostring().encode()"
+    python -m timeit -s "$SETUP" "values_of(raw)['KEY7']"
+    python -m timeit -s "$SETUP" "fits.Header.fromstring(raw)['KEY7']"
 """
 
 from __future__ import annotations
@@ -11,21 +16,19 @@ import math
 import re
 import string
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from stampworker.errors import FrameCorrupt, FrameRefused, FrameUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from stampworker.frames.io.sources import Source
-
 BLOCK = 2880
 CARD = 80
 MAX_HDUS = 10_000
 """An HDU takes at least 2880 bytes, so a hostile file could hold millions."""
 MAX_HEADERS = 32
-"""All headers of a file together may be so many times as long as one: gzip makes 300 MB of them out of 20."""
+"""All headers of a file together may be as long as so many headers: 20 MB of gzip can hold 300 MB of headers."""
 
 _FIRST_READ = 8 * BLOCK
 _INTEGER = re.compile(rb"\s*([+-]?\d{1,19})\s*(?:/|$)")
@@ -41,6 +44,16 @@ _FOREIGN = {
 }
 
 
+class Bytes(Protocol):
+    """What headers are read from: a `stampworker.frames.io.sources.Source`, or the first bytes of a file."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset`` on."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Hdu:
     """One header and data unit.
@@ -52,19 +65,19 @@ class Hdu:
     name : str
         EXTNAME in capitals, ``PRIMARY`` for an unnamed primary HDU.
     version : int
-        EXTVER.
+        Its EXTVER.
     kind : str
         ``image``, ``tiled`` (tile-compressed image), ``table`` or ``other``.
     axes : tuple of int
-        Of the image, as an array has them (slowest first); of the table otherwise.
+        Lengths of the axes, slowest first as an array has them; of a tiled image, the image's.
     cards : bytes
-        The header's cards, END not included; none after `without_cards`.
+        Cards of the header without END; empty after `without_cards`.
     values : dict of str to bytes
-        Keyword to the rest of its card after ``=``; the first of equals.
+        Keyword to the rest of its card after ``=``; the first card counts.
     start : int
-        Where the header begins.
+        First byte of the header.
     offset, size : int
-        Where the data begin and how many bytes they are, padding not included.
+        First byte and number of bytes of the data, without padding.
     """
 
     index: int
@@ -83,7 +96,7 @@ class Hdu:
 
     @property
     def end(self) -> int:
-        """Where the next HDU begins."""
+        """First byte of the next HDU."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
     def without_cards(self) -> Hdu:
@@ -92,7 +105,7 @@ class Hdu:
 
     @property
     def plane(self) -> tuple[int, int] | None:
-        """(ny, nx) of the image: axes of length 1 beyond the second dropped; None where it is not 2-D."""
+        """(ny, nx) of the image, axes of length 1 dropped if there are more than two; None if it is not 2-D."""
         axes = list(self.axes)
         while len(axes) > 2 and 1 in axes:
             axes.remove(1)
@@ -100,36 +113,36 @@ class Hdu:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds no data."""
+        """True if it holds no data."""
         return not self.axes or 0 in self.axes
 
 
 def describe(value: bytes) -> str:
-    """Return the text of a card's value for a message."""
+    """Return a card's value as text for a message."""
     text = value.split(b"/")[0].strip()[:40].decode("latin-1")
     return repr(text) if text.isprintable() else ascii(text)
 
 
 class Cards:
-    """Typed values of one header, with messages that say what was found and what was wanted.
+    """Typed values of one header; errors say what was found and what was wanted.
 
     Parameters
     ----------
     values : dict of str to bytes
         See `Hdu`.
-    url, place : str
-        File and HDU, for messages.
+    url, hdu : str
+        Names of file and HDU for messages.
     """
 
-    def __init__(self, values: dict[str, bytes], url: str, place: str) -> None:
-        self.values, self.url, self.place = values, url, place
+    def __init__(self, values: dict[str, bytes], url: str, hdu: str) -> None:
+        self.values, self.url, self.hdu = values, url, hdu
 
     def corrupt(self, problem: str) -> FrameCorrupt:
-        """Return the error that says what is wrong in this HDU."""
-        return FrameCorrupt(self.url, f"{self.place}: {problem}")
+        """Return an error about this HDU."""
+        return FrameCorrupt(self.url, f"{self.hdu}: {problem}")
 
     def integer(self, keyword: str, default: int | None = None, low: int | None = 0, high: int | None = None) -> int:
-        """Return an integer between ``low`` and ``high``; `FrameCorrupt` where it is something else."""
+        """Return an integer from ``low`` to ``high``; raise `FrameCorrupt` for anything else."""
         value = self.values.get(keyword)
         if value is None:
             if default is None:
@@ -150,7 +163,7 @@ class Cards:
         return number
 
     def real(self, keyword: str, default: float) -> float:
-        """Return a real number; `FrameCorrupt` where it is something else."""
+        """Return a real number; raise `FrameCorrupt` for anything else."""
         value = self.values.get(keyword)
         if value is None:
             return default
@@ -160,25 +173,25 @@ class Cards:
         return number
 
     def text(self, keyword: str, default: str = "") -> str:
-        """Return a string without trailing blanks; ``default`` where it is missing or not a string."""
+        """Return a string without trailing blanks; ``default`` if it is missing or not a string."""
         value = self.values.get(keyword)
         text = None if value is None else parse_text(value)
         return default if text is None else text
 
     def flag(self, keyword: str) -> bool:
-        """Return whether the keyword is T."""
+        """Return True if the keyword is T."""
         return self.values.get(keyword, b"").split(b"/")[0].strip() == b"T"
 
 
 def parse_real(value: bytes) -> float | None:
-    """Return the number of a card's value, None where it is not a finite number."""
+    """Return a card's value as a number; None if it is not a finite number."""
     match = _REAL.match(value)
     number = float(match[1].upper().replace(b"D", b"E")) if match else math.inf
     return number if math.isfinite(number) else None
 
 
 def parse_text(value: bytes) -> str | None:
-    """Return the string of a card's value without trailing blanks, None where it is not a string."""
+    """Return a card's value as a string without trailing blanks; None if it is not a string."""
     match = _TEXT.match(value)
     return match[1].replace(b"''", b"'").rstrip().decode("latin-1") if match else None
 
@@ -189,42 +202,40 @@ def split_cards(cards: bytes) -> Iterator[bytes]:
 
 
 def values_of(cards: bytes) -> dict[str, bytes]:
-    """Return keyword → the rest of its card after ``=``; the first of equals."""
-    values: dict[str, bytes] = {}
-    for card in split_cards(cards):
-        if card[8:9] == b"=":
-            values.setdefault(card[:8].rstrip().decode("latin-1"), card[9:])
-    return values
+    """Return keyword to the rest of its card after ``=``; the first card of a keyword counts."""
+    text = cards.decode("latin-1")
+    starts = range(len(cards) - CARD, -1, -CARD)  # backwards, so that the first card of a keyword is kept
+    return {text[i : i + 8].rstrip(): cards[i + 9 : i + CARD] for i in starts if text[i + 8] == "="}
 
 
-def iter_hdus(source: Source, url: str, max_header_bytes: int, passed: Sequence[Hdu] = ()) -> Iterator[Hdu]:
+def iter_hdus(source: Bytes, url: str, max_header_bytes: int, known: Sequence[Hdu] = ()) -> Iterator[Hdu]:
     """Yield the HDUs of a FITS file, reading headers only.
 
     Parameters
     ----------
-    source : Source
-        The file's bytes.
+    source : Bytes
+        The file.
     url : str
         Name for messages.
     max_header_bytes : int
-        Longest header of one HDU; all together may have `MAX_HEADERS` times as many.
-    passed : sequence of Hdu, optional
-        The first HDUs, which are known already.
+        Longest header of one HDU; all headers together may have `MAX_HEADERS` times as many bytes.
+    known : sequence of Hdu, optional
+        The first HDUs of the file, which are not read again.
 
     Yields
     ------
     hdu : Hdu
-        Of those that follow.
+        Each HDU after the known ones.
 
     Raises
     ------
     FrameCorrupt
-        Not FITS, or a header is damaged or cut off.
+        The file is not FITS, or a header is damaged or cut off.
     FrameRefused
-        A header, or all together, are longer than they may be, or there are more than `MAX_HDUS`.
+        A header, or all headers together, are above the limit, or there are more than `MAX_HDUS`.
     """
-    last = passed[-1] if passed else None
-    headers = sum(hdu.offset - hdu.start for hdu in passed)
+    last = known[-1] if known else None
+    headers = sum(hdu.offset - hdu.start for hdu in known)
     while last is None or last.end < source.size:
         start, index = (0, 0) if last is None else (last.end, last.index + 1)
         if index >= MAX_HDUS:
@@ -239,8 +250,8 @@ def iter_hdus(source: Source, url: str, max_header_bytes: int, passed: Sequence[
         yield last
 
 
-def reload(source: Source, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
-    """Return a bare HDU with its cards; `FrameUnavailable` where the file has another one there now."""
+def reload(source: Bytes, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
+    """Return an HDU with its cards read again; raise `FrameUnavailable` if the file has another HDU there now."""
     cards, offset = _read_cards(source, url, hdu.index, hdu.start, max_header_bytes)
     again = _parse(cards, url, hdu.index, hdu.start, offset)
     if (again.kind, again.axes, again.offset, again.size) != (hdu.kind, hdu.axes, hdu.offset, hdu.size):
@@ -248,58 +259,15 @@ def reload(source: Source, url: str, hdu: Hdu, max_header_bytes: int) -> Hdu:
     return again
 
 
-class Extent:
-    """How far the HDUs go of a file whose bytes come one after another.
-
-    Parameters
-    ----------
-    max_header_bytes : int
-        See `iter_hdus`.
-    """
-
-    def __init__(self, max_header_bytes: int) -> None:
-        self._limit = max_header_bytes
-        self._next = self._index = self._headers = 0
-
-    def end(self, data: bytearray) -> int:
-        """Return where the HDUs that begin within ``data``, the file's first bytes, end: what follows is not needed.
-
-        Where a header is not there as a whole, that is where ``data`` ends. Where one is damaged or above a limit it is
-        where that begins: `iter_hdus` gets no further either, and says why.
-        """
-        while self._next + CARD <= len(data) and self._index < MAX_HDUS:
-            if not data.startswith(b"XTENSION=" if self._index else b"SIMPLE  =", self._next):
-                break
-            at = _end_card(data, self._next, self._next)
-            if at < 0:
-                return len(data) if len(data) - self._next < 2 * self._limit else self._next
-            offset = self._next + -(-(at + CARD - self._next) // BLOCK) * BLOCK
-            self._headers += offset - self._next
-            if self._headers > MAX_HEADERS * self._limit:
-                break
-            try:
-                hdu = _parse(bytes(data[self._next : at]), "", self._index, self._next, offset)
-            except FrameCorrupt:
-                break
-            self._next, self._index = hdu.end, self._index + 1
-        return self._next
-
-
-def _end_card(raw: bytes | bytearray, start: int, searched: int) -> int:
-    """Return where the END card is of a header that begins at ``start``; -1 where it is not there."""
-    at = raw.find(b"END     ", searched)
-    while at >= 0 and (at - start) % CARD:
-        at = raw.find(b"END     ", at + 1)
-    return at
-
-
-def _read_cards(source: Source, url: str, index: int, offset: int, limit: int) -> tuple[bytes, int]:
-    """Return the cards before END, and where the data begin."""
+def _read_cards(source: Bytes, url: str, index: int, offset: int, limit: int) -> tuple[bytes, int]:
+    """Return the cards before END, and the first byte of the data."""
     raw = source.read(offset, min(_FIRST_READ, source.size - offset))
     _check_magic(raw, url, index)
     searched = 0
     while True:
-        at = _end_card(raw, 0, searched)
+        at = raw.find(b"END     ", searched)
+        while at >= 0 and at % CARD:
+            at = raw.find(b"END     ", at + 1)
         if at >= 0:
             return raw[:at], offset + -(-(at + CARD) // BLOCK) * BLOCK
         searched = len(raw) - len(raw) % CARD
@@ -350,7 +318,7 @@ def _parse(raw: bytes, url: str, index: int, start: int, offset: int) -> Hdu:
 
 
 def bitpix_of(cards: Cards, keyword: str) -> int:
-    """Return BITPIX or ZBITPIX."""
+    """Return BITPIX or ZBITPIX, checked."""
     bitpix = cards.integer(keyword, low=None)
     if bitpix not in (8, 16, 32, 64, -32, -64):
         raise cards.corrupt(f"{keyword} is {bitpix}, wanted 8, 16, 32, 64, -32 or -64")
@@ -358,17 +326,17 @@ def bitpix_of(cards: Cards, keyword: str) -> int:
 
 
 def axes_of(cards: Cards, keyword: str) -> tuple[int, ...]:
-    """Return the lengths of the axes, slowest first, of NAXIS or ZNAXIS."""
+    """Return the lengths of the axes that NAXIS or ZNAXIS gives, slowest first."""
     return tuple(cards.integer(f"{keyword}{i}") for i in range(cards.integer(keyword, high=999), 0, -1))
 
 
 def find(hdus: Iterator[Hdu], fragment: str, url: str) -> Hdu:
-    """Return the HDU that a URL's fragment names, or the first that holds a 2-D image.
+    """Return the HDU that the fragment of a URL names, or the first one that holds a 2-D image.
 
     Parameters
     ----------
     hdus : iterator of Hdu
-        In the order of the file.
+        HDUs in the order of the file.
     fragment : str
         EXTNAME in any case, ``NAME,ver``, a number, or nothing.
     url : str
@@ -382,9 +350,9 @@ def find(hdus: Iterator[Hdu], fragment: str, url: str) -> Hdu:
     Raises
     ------
     FrameCorrupt
-        There is no such HDU, or it is not a 2-D image.
+        No HDU has this name or number, or it is not a 2-D image.
     """
-    passed: list[str] = []
+    others: list[str] = []
     for hdu in hdus:
         if _named(hdu, fragment):
             if hdu.empty or hdu.kind not in ("image", "tiled") or (not fragment and len(hdu.axes) < 2):
@@ -394,9 +362,9 @@ def find(hdus: Iterator[Hdu], fragment: str, url: str) -> Hdu:
                 raise FrameCorrupt(url, f"{hdu} has shape {hdu.axes}, wanted a 2-D image")
             else:
                 return hdu
-        passed.append(f"{hdu}: {_what(hdu)}")
+        others.append(f"{hdu}: {_what(hdu)}")
     wanted = f"no HDU {fragment!r}" if fragment else "no HDU holds a 2-D image"
-    raise FrameCorrupt(url, f"{wanted} among {len(passed)}: {'; '.join(passed[:10])}")
+    raise FrameCorrupt(url, f"{wanted} among {len(others)}: {'; '.join(others[:10])}")
 
 
 def _named(hdu: Hdu, fragment: str) -> bool:

@@ -1,4 +1,8 @@
-"""From stored numbers to pixel values: BSCALE, BZERO, BLANK, byte order, and what a mask is."""
+"""From stored numbers to pixel values: BSCALE, BZERO, BLANK, byte order, and the rule for masks.
+
+The rule for masks: integers keep their bits, unsigned ones included, and an undefined pixel (BLANK) becomes 1. Floats
+and scaled integers become 0 where the value is 0, and 1 where it is anything else, NaN or undefined.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ Convert = Callable[["NDArray[Any]"], "NDArray[Any]"]
 
 
 def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], Convert]:
-    """Return the dtype of the plane and the function that makes pixel values of stored numbers.
+    """Return the dtype of the plane and the function that converts stored numbers to pixel values.
 
     Parameters
     ----------
@@ -37,15 +41,14 @@ def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], 
     bitpix : int
         BITPIX of the image (ZBITPIX of a compressed one).
     mask : bool
-        Whether the plane is a mask: integers stay as they are, anything else becomes 0 (good) and 1 (bad: not zero, NaN
-        or undefined).
+        The plane is a mask; see the rule above.
 
     Returns
     -------
     dtype : dtype
         float32; float64 for 64-bit floats and integers of more than 24 bits; for a mask an integer.
     convert : callable
-        Array of stored numbers, any byte order and strides, to a new C-contiguous array of ``dtype``.
+        Takes an array of stored numbers, any byte order and strides; returns a new C-contiguous array of ``dtype``.
 
     Notes
     -----
@@ -59,7 +62,7 @@ def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], 
     dtype = np.dtype("f4" if bitpix in (8, 16, -32) else "f8")
     if blank is None and scale == 1 and zero == 0:
         return dtype, lambda stored: stored.astype(dtype)
-    # Rounded before the offset of 2^63 is added, all small numbers would be the same one.
+    # As floats: after adding 2^63, all small numbers would be rounded to the same one.
     integers = _unsigned(bitpix, scale, zero) if bitpix == 64 else None
 
     def convert(stored: NDArray[Any]) -> NDArray[Any]:
@@ -77,12 +80,12 @@ def converter(cards: Cards, bitpix: int, *, mask: bool) -> tuple[np.dtype[Any], 
 
 
 def _unsigned(bitpix: int, scale: float, zero: float) -> Convert | None:
-    """Return what makes integers of stored ones where BZERO is that of the unsigned convention (of bytes: signed)."""
+    """Return the conversion to integers if BZERO is that of the unsigned convention (for bytes: signed), else None."""
     name = _UNSIGNED.get((bitpix, zero)) if scale == 1 else None
     if name is None:
         return None
     native = STORED[bitpix].newbyteorder("=")
-    # The convention's offset is the sign bit: adding it is flipping it.
+    # Adding the convention's offset flips the sign bit.
     sign = np.array(1 << (bitpix - 1), f"u{bitpix // 8}").view(native)[()]
     return lambda stored: (stored.astype(native) ^ sign).view(name)
 

@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 Section = tuple[int, int, int, int]
-"""y0, y1, x0, x1 of a section, half-open."""
+"""y0, y1, x0, x1 of rows ``y0:y1`` and columns ``x0:x1``."""

@@ -1,11 +1,11 @@
-"""Tile-compressed images, of which only the tiles that a section touches are decoded.
+"""Tile-compressed images: only the tiles that a section touches are decoded.
 
 The tile codecs are the compiled functions that astropy takes from CFITSIO
 (``astropy.io.fits.hdu.compressed._compression``, the same from astropy 6.1 to 8.0). They are called here, not through
-``CompImageHDU.section``, for two reasons. Speed: ``section`` takes 2.9 ms for a stamp over 63 row tiles where this
-takes 1 ms. And safety: these functions believe the header and the stream, so a hostile file makes them read outside
-their buffers; every number is checked here before they see it. A test compares with ``section`` for every codec, so a
-change in astropy shows.
+``CompImageHDU.section``, for two reasons. Speed: for a stamp over 63 row tiles ``section`` takes 2.9 ms and this module
+1 ms (``python tests/benchmarks/bench_frames.py``, row "RICE rows, int16"). Safety: these functions trust the header and
+the stream, so a hostile file makes them read outside their buffers; this module checks every number before they get it.
+A test compares with ``section`` for every codec, so a change in astropy is noticed.
 
 Format: FITS standard 4.0, section 10; dithering: Pence, Seaman & White 2009, PASP 121, 414.
 """
@@ -41,9 +41,9 @@ _WIDTH = {"L": 1, "B": 1, "I": 2, "J": 4, "K": 8, "A": 1, "E": 4, "D": 8, "C": 8
 _NUMBER = {"B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8"}
 _HEAPS = ("COMPRESSED_DATA", "GZIP_COMPRESSED_DATA", "UNCOMPRESSED_DATA")
 _DITHERS = {"": 0, "NONE": 0, "NO_DITHER": 0, "SUBTRACTIVE_DITHER_1": 1, "SUBTRACTIVE_DITHER_2": 2}
-_MAX_TILE_BYTES = 1 << 30  # the codecs count in C ints
-_LARGE = 32 << 20  # bytes; such are no part of malloc's heap, and a second copy of one costs what it saves
-# The RICE decoder reads on to the next byte that is not 0, and a block further than the stream goes.
+_MAX_TILE_BYTES = 1 << 30  # the codecs count bytes in C ints
+_LARGE = 32 << 20  # bytes; malloc keeps such blocks outside of its heap, so copying them would save nothing
+# The RICE decoder reads beyond the stream: up to the next byte that is not 0, and one block more.
 _PAD = b"\xff" * 4096
 
 _DECODE_ERRORS = (ValueError, _compression.CfitsioException, *INFLATE_ERRORS)
@@ -53,7 +53,7 @@ Decode = Callable[["NDArray[np.uint8]", tuple[int, int]], "NDArray[Any]"]
 
 @dataclass(frozen=True)
 class _Heap:
-    """One column of tiles: where each begins in the file and how many bytes it has."""
+    """One column of tiles: first byte in the file and number of bytes of each, and the type of its numbers."""
 
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -74,14 +74,14 @@ class TiledImage:
     mask : bool
         See `stampworker.frames.fits.scaling.converter`.
     budget : CacheBudget
-        Bounds the decoded tiles that are kept.
+        Limits the decoded tiles that are kept.
     limit : int
         Largest tile, decoded bytes.
 
     Raises
     ------
     FrameCorrupt
-        The table does not describe the image, or points outside the file.
+        The table does not describe the image, or points outside of its heap.
     FrameRefused
         A tile is larger than ``limit``.
     """
@@ -91,7 +91,7 @@ class TiledImage:
         if hdu.plane is None:
             raise ValueError(f"{hdu} is not a 2-D image")
         self.shape = hdu.plane
-        self._source, self._url, self._place, self._budget = source, url, str(hdu), budget
+        self._source, self._url, self._hdu, self._budget = source, url, str(hdu), budget
         self._bitpix = bitpix_of(cards, "ZBITPIX")
         self._tile = _tile_shape(cards, hdu)
         self._across = -(-self.shape[1] // self._tile[1])
@@ -99,10 +99,10 @@ class TiledImage:
         size = self._tile[0] * self._tile[1] * 8
         if size > min(limit, _MAX_TILE_BYTES):
             raise FrameRefused(url, f"{hdu}: tiles of {self._tile} pixels, above max_decompressed_bytes ({limit})")
-        self._heaps, numbers = _read_table(source, hdu, cards, tiles)
-        self._scale, self._zero = _per_tile(numbers, "ZSCALE", cards), _per_tile(numbers, "ZZERO", cards)
+        self._heaps, columns = _read_table(source, hdu, cards, tiles)
+        _add_keywords(columns, cards, tiles)
+        self._scale, self._zero, self._blanks = (columns.get(name) for name in ("ZSCALE", "ZZERO", "ZBLANK"))
         self._quantised = self._bitpix < 0 and self._scale is not None
-        self._blanks = _blanks(numbers, cards)
         self._dither, self._seed = _dither(cards) if self._quantised else (0, 1)
         self._codec = _codec(cards, self._bitpix, lossless=not self._quantised)
         self._gunzip = _gunzip(self._bitpix, shuffled=False, lossless=True)
@@ -118,7 +118,7 @@ class TiledImage:
             self._decoded, self.nbytes = {}, 0
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        """Return rows ``y0:y1``, columns ``x0:x1``, all inside the image.
+        """Return rows ``y0:y1``, columns ``x0:x1`` of the image.
 
         Raises
         ------
@@ -129,41 +129,40 @@ class TiledImage:
         if not values.size:
             return values
         height, width = self._tile
-        rows, columns = self._touched((y0, y1, x0, x1))
-        tiles = self._tiles([row * self._across + column for row in rows for column in columns])
-        at = iter(tiles)
+        rows, columns = self._tiles_of((y0, y1, x0, x1))
+        tiles = iter(self._tiles([row * self._across + column for row in rows for column in columns]))
         for row in rows:
             top = row * height
             a, b = max(y0, top), min(y1, top + height)
             for column in columns:
                 left = column * width
                 c, d = max(x0, left), min(x1, left + width)
-                values[a - y0 : b - y0, c - x0 : d - x0] = next(at)[a - top : b - top, c - left : d - left]
+                values[a - y0 : b - y0, c - x0 : d - x0] = next(tiles)[a - top : b - top, c - left : d - left]
         return values
 
-    def byte_ranges(self, boxes: Iterable[Section]) -> list[tuple[int, int]]:
-        """Return offset and length of the tiles' bytes that boxes, all inside the image, need."""
+    def byte_ranges(self, sections: Iterable[Section]) -> list[tuple[int, int]]:
+        """Return offset and length of the tiles that sections inside the image need."""
         heap = self._heaps["COMPRESSED_DATA"]
-        touched = {
+        tiles = {
             row * self._across + column
-            for rows, columns in map(self._touched, boxes)
+            for rows, columns in map(self._tiles_of, sections)
             for row in rows
             for column in columns
         }
-        return [(int(heap.offsets[index]), int(heap.lengths[index])) for index in sorted(touched)]
+        return [(int(heap.offsets[index]), int(heap.lengths[index])) for index in sorted(tiles)]
 
-    def bytes_needed(self, box: Section) -> int:
-        """Return how many bytes a box inside the image needs: its tiles', compressed and decoded."""
-        rows, columns = self._touched(box)
+    def bytes_needed(self, section: Section) -> int:
+        """Return the bytes of the tiles that a section inside the image needs, compressed and decoded."""
+        rows, columns = self._tiles_of(section)
         packed = 0
         for heap in self._heaps.values():
             lengths = heap.lengths.reshape(-1, self._across)
             packed += int(lengths[rows.start : rows.stop, columns.start : columns.stop].sum())
         return packed + len(rows) * len(columns) * self._tile[0] * self._tile[1] * self.dtype.itemsize
 
-    def _touched(self, box: Section) -> tuple[range, range]:
-        """Return the rows and columns of tiles that a box touches."""
-        y0, y1, x0, x1 = box
+    def _tiles_of(self, section: Section) -> tuple[range, range]:
+        """Return the rows and columns of tiles that a section touches."""
+        y0, y1, x0, x1 = section
         height, width = self._tile
         return range(y0 // height, (y1 - 1) // height + 1), range(x0 // width, (x1 - 1) // width + 1)
 
@@ -183,7 +182,7 @@ class TiledImage:
         if not self._budget.fits(self, size):
             self.release()
         with self._lock:
-            # Another thread may have decoded the same ones.
+            # Another thread may have decoded the same tiles.
             new = {index: tile for index, tile in fresh.items() if index not in self._decoded}
             size = sum(tile.nbytes for tile in new.values())
             if not self._budget.fits(self, size):
@@ -193,7 +192,7 @@ class TiledImage:
         self._budget.evict(self)
 
     def _decode(self, indices: list[int]) -> list[NDArray[Any]]:
-        """Decode tiles, with one read for those that lie together in the file."""
+        """Decode tiles, with one read if they are close together in the file."""
         heap = self._heaps["COMPRESSED_DATA"]
         start = int(heap.offsets[indices].min())
         length = int((heap.offsets[indices] + heap.lengths[indices]).max()) - start
@@ -217,17 +216,17 @@ class TiledImage:
         try:
             return codec(stream, self._shape_of(index))
         except _DECODE_ERRORS as exc:
-            raise FrameCorrupt(self._url, f"{self._place}: {self._where(index)}: {exc}") from exc
+            raise FrameCorrupt(self._url, f"{self._hdu}: {self._describe(index)}: {exc}") from exc
 
     def _values(self, index: int, stored: NDArray[Any], stream: NDArray[np.uint8]) -> NDArray[Any]:
-        """Return what the tile's numbers stand for before BSCALE: integers, or floats that were quantised."""
+        """Return a tile's numbers before BSCALE: integers, or the floats that the quantised integers stand for."""
         blank = None if self._blanks is None else int(self._blanks[index])
         if not self._quantised:
             if self._bitpix < 0:
                 return stored
             return stored.astype(STORED[self._bitpix].newbyteorder("="), copy=False)
         if self._scale is None or self._zero is None:
-            raise FrameCorrupt(self._url, f"{self._place}: ZSCALE without ZZERO")
+            raise FrameCorrupt(self._url, f"{self._hdu}: ZSCALE without ZZERO")
         scale, zero = float(self._scale[index]), float(self._zero[index])
         if self._dither:
             return self._undither(index, stored, scale, zero, blank)
@@ -257,7 +256,7 @@ class TiledImage:
         return np.frombuffer(values, "f4" if self._bitpix == -32 else "f8").reshape(numbers.shape)
 
     def _fallback(self, index: int) -> NDArray[Any]:
-        """Decode a tile that did not quantise well and was stored without loss in another column."""
+        """Decode a tile that was stored without loss in another column, because quantising it would lose too much."""
         for name in _HEAPS[1:]:
             heap = self._heaps.get(name)
             if heap is None or heap.lengths[index] == 0:
@@ -265,14 +264,14 @@ class TiledImage:
             raw = np.frombuffer(self._source.read(int(heap.offsets[index]), int(heap.lengths[index])), np.uint8)
             codec = self._gunzip if name.startswith("GZIP") else _uncompressed(heap.dtype)
             return self._run(codec, raw, index)
-        raise FrameCorrupt(self._url, f"{self._place}: {self._where(index)} has no data")
+        raise FrameCorrupt(self._url, f"{self._hdu}: {self._describe(index)} has no data")
 
     def _shape_of(self, index: int) -> tuple[int, int]:
         row, column = divmod(index, self._across)
         height, width = self._tile
         return min(height, self.shape[0] - row * height), min(width, self.shape[1] - column * width)
 
-    def _where(self, index: int) -> str:
+    def _describe(self, index: int) -> str:
         row, column = divmod(index, self._across)
         (height, width), (h, w) = self._tile, self._shape_of(index)
         y, x = row * height, column * width
@@ -280,7 +279,7 @@ class TiledImage:
 
 
 def _in_one_piece(tiles: dict[int, NDArray[Any]]) -> dict[int, NDArray[Any]]:
-    """Copy tiles into one allocation: thousands of small ones, when they are freed, would leave the heap in holes."""
+    """Copy tiles into one allocation: thousands of small ones would fragment the heap when they are freed."""
     small = {index: tile for index, tile in tiles.items() if tile.nbytes < _LARGE}
     if not small:
         return tiles
@@ -293,7 +292,7 @@ def _in_one_piece(tiles: dict[int, NDArray[Any]]) -> dict[int, NDArray[Any]]:
 
 
 def _tile_shape(cards: Cards, hdu: Hdu) -> tuple[int, int]:
-    """Return (rows, columns) of a tile; along dropped axes it has length 1 anyway."""
+    """Return (rows, columns) of a tile; along the dropped axes its length is 1."""
     n = len(hdu.axes)
     tile = [cards.integer(f"ZTILE{i}", hdu.axes[-1] if i == 1 else 1, low=1) for i in range(n, 0, -1)]
     sides = [min(side, axis) for side, axis in zip(tile, hdu.axes, strict=True)]
@@ -305,7 +304,7 @@ def _tile_shape(cards: Cards, hdu: Hdu) -> tuple[int, int]:
 
 
 def _read_table(source: Source, hdu: Hdu, cards: Cards, tiles: int) -> tuple[dict[str, _Heap], dict[str, NDArray[Any]]]:
-    """Return where the tiles lie, checked against the file, and the columns of numbers."""
+    """Return the checked columns of tiles, and the columns of numbers."""
     width, rows = cards.integer("NAXIS1"), cards.integer("NAXIS2")
     if rows < tiles:
         raise cards.corrupt(f"{rows} tiles, wanted {tiles} for an image of shape {hdu.axes}")
@@ -319,7 +318,7 @@ def _read_table(source: Source, hdu: Hdu, cards: Cards, tiles: int) -> tuple[dic
     for name, (start, code, item) in columns.items():
         if name in _HEAPS:
             heap = _heap(table, start, code, item, hdu, cards, heap_start)
-            if heap.lengths.any() or name == "COMPRESSED_DATA":  # what is kept of each open frame counts
+            if heap.lengths.any() or name == "COMPRESSED_DATA":  # empty columns would cost memory for each open frame
                 heaps[name] = heap
         elif name in ("ZSCALE", "ZZERO", "ZBLANK") and code in _NUMBER:
             raw = np.ascontiguousarray(table[:, start : start + _WIDTH[code]])
@@ -328,7 +327,7 @@ def _read_table(source: Source, hdu: Hdu, cards: Cards, tiles: int) -> tuple[dic
 
 
 def _columns(cards: Cards, width: int) -> dict[str, tuple[int, str, str]]:
-    """Return name → (first byte, type, type of what it points to) of the table's columns."""
+    """Return name to (first byte, type, type of the array's numbers) of the table's columns."""
     columns: dict[str, tuple[int, str, str]] = {}
     start = 0
     for i in range(1, cards.integer("TFIELDS", high=999) + 1):
@@ -353,40 +352,23 @@ def _heap(table: NDArray[np.uint8], start: int, code: str, item: str, hdu: Hdu, 
     pairs = np.ascontiguousarray(table[:, start : start + _WIDTH[code]]).view(pointer).astype(np.int64)
     dtype = np.dtype(_NUMBER[item])
     counts, offsets = pairs[:, 0], pairs[:, 1]
-    room = hdu.size - heap_start
-    bad = (counts < 0) | (offsets < 0) | (offsets > room) | (counts > (room - offsets) // dtype.itemsize)
+    heap_size = hdu.size - heap_start
+    bad = (counts < 0) | (offsets < 0) | (offsets > heap_size) | (counts > (heap_size - offsets) // dtype.itemsize)
     bad &= counts != 0
-    if room < 0 or bad.any():
+    if heap_size < 0 or bad.any():
         tile = int(np.argmax(bad))
-        raise cards.corrupt(
-            f"tile {tile} has {counts[tile]} numbers from byte {offsets[tile]} on, wanted within {max(room, 0)} bytes"
-        )
+        wanted = f"wanted within {max(heap_size, 0)} bytes"
+        raise cards.corrupt(f"tile {tile} has {counts[tile]} numbers from byte {offsets[tile]} on, {wanted}")
     return _Heap(np.where(counts == 0, 0, offsets) + hdu.offset + heap_start, counts * dtype.itemsize, dtype)
 
 
-def _per_tile(numbers: dict[str, NDArray[Any]], name: str, cards: Cards) -> NDArray[Any] | _Constant | None:
-    if name in numbers:
-        return numbers[name]
-    return _Constant(cards.real(name, 0.0)) if name in cards.values else None
-
-
-class _Constant:
-    """A keyword in place of a column: the same number for every tile."""
-
-    def __init__(self, value: float) -> None:
-        self._value = value
-
-    def __getitem__(self, index: int) -> float:
-        return self._value
-
-
-def _blanks(numbers: dict[str, NDArray[Any]], cards: Cards) -> NDArray[Any] | _Constant | None:
-    if "ZBLANK" in numbers:
-        return numbers["ZBLANK"]
-    for name in ("ZBLANK", "BLANK"):
-        if name in cards.values:
-            return _Constant(cards.integer(name, low=None))
-    return None
+def _add_keywords(columns: dict[str, NDArray[Any]], cards: Cards, tiles: int) -> None:
+    """Add the columns that are missing and have a keyword instead: the same number for every tile."""
+    for name, keywords in {"ZSCALE": ("ZSCALE",), "ZZERO": ("ZZERO",), "ZBLANK": ("ZBLANK", "BLANK")}.items():
+        keyword = next((keyword for keyword in keywords if keyword in cards.values), None)
+        if name not in columns and keyword is not None:
+            number = cards.integer(keyword, low=None) if name == "ZBLANK" else cards.real(keyword, 0.0)
+            columns[name] = np.broadcast_to(number, tiles)
 
 
 def _dither(cards: Cards) -> tuple[int, int]:
@@ -448,7 +430,7 @@ def _plio(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
     words = np.ascontiguousarray(stream[: stream.size // 2 * 2]).view(">i2").astype("i2")
     if words.size < 4:
         raise ValueError(f"{stream.size} bytes, wanted a PLIO line list")
-    # The header: word 3 positive is the length in the old form; else words 4 and 5 have it and word 2 the header's.
+    # In the old form, word 3 is positive and is the length; else words 4 and 5 are, and word 2 is the header's length.
     if words[2] > 0:
         first, length = 4, int(words[2])
     elif words.size >= 7:
@@ -468,12 +450,12 @@ def _hcompress(settings: dict[str, int]) -> Decode:
     def decode(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
         if stream.size < 25 or bytes(stream[:2]) != b"\xdd\x99":
             raise ValueError("not an HCOMPRESS stream")
-        there = struct.unpack(">ii", stream[2:10].tobytes())
+        found = struct.unpack(">ii", stream[2:10].tobytes())
         planes = stream[22:25].tolist()
-        if there != shape or min(shape) < 4 or max(planes) > 64:
-            raise ValueError(f"an HCOMPRESS stream of {there} pixels in {planes} bit planes, wanted {shape}")
-        # A stream that ends early is read on: in each quadrant (the second number of planes is that of two) at most 2
-        # bits a pixel and plane, then a sign a pixel.
+        if found != shape or min(shape) < 4 or max(planes) > 64:
+            raise ValueError(f"an HCOMPRESS stream of {found} pixels in {planes} bit planes, wanted {shape}")
+        # The decoder reads beyond a stream that ends early: in each quadrant (the second number of planes is for two of
+        # them) at most 2 bits per pixel and plane, then a sign per pixel.
         n = shape[0] * shape[1]
         padded = stream.tobytes() + bytes(n * (planes[0] + 2 * planes[1] + planes[2] + 2) // 16 + 4096)
         pixels = _compression.decompress_hcompress_1_c(padded, *shape, scale, smooth, 8)
@@ -509,7 +491,7 @@ def _uncompressed(dtype: np.dtype[Any]) -> Decode:
 
 
 def _as_numbers(raw: NDArray[np.uint8], shape: tuple[int, int], bitpix: int, *, lossless: bool) -> NDArray[Any]:
-    """Return bytes as big-endian numbers, whose width tells their type: it may differ from BITPIX."""
+    """Return bytes as big-endian numbers; their number per pixel gives the type, which may differ from BITPIX."""
     n = shape[0] * shape[1]
     kind = "f" if bitpix < 0 and lossless else "i"
     types = {n: "u1", 2 * n: ">i2", 4 * n: f">{kind}4", 8 * n: f">{kind}8"}

@@ -44,7 +44,7 @@ GZIPPED = st.sampled_from([False, False, True])
 
 @contextlib.contextmanager
 def bounds(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """Let the block take so much processor time, and so much memory more than the process has: else it fails."""
+    """Fail if the block takes more processor time or additional memory than allowed."""
 
     def stop(number: int, at: object) -> None:
         raise AssertionError(f"no end after {seconds:g} s")
@@ -199,7 +199,7 @@ def _changes(values: dict[str, st.SearchStrategy[str]]) -> st.SearchStrategy[lis
 
 
 def with_cards(raw: bytes, changes: list[tuple[str, str, int]]) -> bytes:
-    """Replace cards, or add them where there is none of the keyword and room before the block's end."""
+    """Replace cards; add those whose keyword is not there, if the block has room."""
     data = bytearray(raw)
     for keyword, value, skip in changes:
         card = f"{keyword:8}= {value}".encode("latin-1", "replace")[:80].ljust(80)
@@ -224,7 +224,7 @@ def try_everything(data: bytes, gzipped: bool = False) -> None:
 
 
 def try_frame(frame: Frame, mask: bool) -> None:
-    """Ask a frame for all that it gives."""
+    """Use everything that a frame offers."""
     ny, nx = frame.shape
     assert len(frame.header) > 0
     assert (frame.wcs is None) == (frame.wcs_problem is not None)
@@ -239,7 +239,7 @@ def try_frame(frame: Frame, mask: bool) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _good(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Give the science frame that all others are brought onto."""
+    """Give the science frame whose grid all others are brought onto."""
     global GOOD
     path = tmp_path_factory.mktemp("good") / "good.fits"
     path.write_bytes(SEEDS["plain"])
@@ -250,14 +250,14 @@ def _good(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.parametrize("take", [lambda: bytearray(MEMORY), lambda: np.empty(MEMORY, "u1"), lambda: b"x" * MEMORY])
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, take: Any) -> None:
-    """A reader that takes 200 MB, touched or not, does not pass."""
+    """A reader that allocates 200 MB, used or not, fails."""
     monkeypatch.setattr(plain.PlainImage, "read", lambda *_: take())
     with pytest.raises(MemoryError):
         try_everything(SEEDS["plain"])
 
 
 def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that does not come to an end does not pass."""
+    """A reader that does not end fails."""
     monkeypatch.setattr(plain.PlainImage, "read", lambda *_: any(False for _ in iter(int, 1)))
     monkeypatch.setitem(globals(), "SECONDS", 0.1)
     with pytest.raises(AssertionError, match=r"no end after 0\.1 s"):
@@ -272,7 +272,7 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     GZIPPED,
 )
 def test_any_header(seed: str, changes: list[tuple[str, str, int]], gzipped: bool) -> None:
-    """Cards replaced or added, structural ones, of the WCS and of the compression, lead to no crash and no hang."""
+    """Replaced or added cards of structure, WCS and compression cause no crash and no hang."""
     try_everything(with_cards(SEEDS[seed], changes), gzipped)
 
 
@@ -289,7 +289,7 @@ def test_any_header(seed: str, changes: list[tuple[str, str, int]], gzipped: boo
 def test_any_tiling(
     seed: str, changes: list[tuple[str, str, int]], words: list[tuple[int, int]], gzipped: bool
 ) -> None:
-    """A compressed image's table, its descriptors of tiles and its codec's settings may say what they like."""
+    """Any values in a compressed image's table, descriptors of tiles and codec settings cause no crash and no hang."""
     data = bytearray(with_cards(SEEDS[seed], changes))
     table = 5760 + max(data[5760:].find(b"END" + b" " * 77), 0)
     start = -(-table // 2880) * 2880
@@ -303,7 +303,7 @@ def test_any_tiling(
 @EXAMPLES
 @given(st.sampled_from(sorted(SKIES)), _changes(HEAVENS))
 def test_any_wcs(seed: str, changes: list[tuple[str, str, int]]) -> None:
-    """A WCS may say what it likes, distortions of any order too."""
+    """Any WCS, distortions of any order included, causes no crash and no hang."""
     try_everything(with_cards(SKIES[seed], changes))
 
 
@@ -311,7 +311,7 @@ def test_any_wcs(seed: str, changes: list[tuple[str, str, int]]) -> None:
 @EXAMPLES
 @given(st.sampled_from(sorted(SEEDS)), st.integers(0, 10**6), GZIPPED)
 def test_any_cut(seed: str, length: int, gzipped: bool) -> None:
-    """A file cut anywhere, also before or after it was gzipped, is pixels or a typed error."""
+    """A file cut anywhere, also before or after gzip, gives pixels or a typed error."""
     whole = gzip.compress(SEEDS[seed], 1) if gzipped and length % 2 else SEEDS[seed]
     try_everything(whole[: length % len(whole)], gzipped and not length % 2)
 
@@ -325,7 +325,7 @@ def test_any_cut(seed: str, length: int, gzipped: bool) -> None:
     GZIPPED,
 )
 def test_any_bytes(seed: str, flips: list[tuple[int, int]], in_data: bool, gzipped: bool) -> None:
-    """Bytes overwritten anywhere, or in the data alone, lead to no crash, also inside the decoders."""
+    """Bytes overwritten anywhere, or only in the data, cause no crash, also inside the decoders."""
     data = bytearray(gzip.compress(SEEDS[seed], 1) if gzipped else SEEDS[seed])
     start = min(5760, len(data) // 2) if in_data else 0
     for at, value in flips:

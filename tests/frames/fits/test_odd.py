@@ -1,4 +1,4 @@
-"""The real frames of the collection, each right or refused with a message that says what is wrong."""
+"""Each frame of the collection gives the right pixels, or an error that says what is wrong."""
 
 import warnings
 from pathlib import Path
@@ -57,7 +57,7 @@ NO_WCS = {
 
 
 def truth(path: Path) -> np.ndarray:
-    """Return what astropy reads of the first image."""
+    """Return the first image as astropy reads it."""
     with warnings.catch_warnings(), fits.open(path) as hdus:
         warnings.simplefilter("ignore")
         data = next(
@@ -73,7 +73,7 @@ def odd_store(odd: Path) -> FrameStore:
 
 @pytest.mark.parametrize("name", sorted(RIGHT))
 def test_right_pixels(odd: Path, odd_store: FrameStore, name: str) -> None:
-    """Every readable variant gives the pixels that astropy, or the collection's README, says; in any section."""
+    """Every section of a readable variant equals astropy's, or what the collection's README says."""
     frame = odd_store.open(name)
     want = truth(odd / (name if RIGHT[name] == "astropy" else "base_science.fits"))
     if RIGHT[name] == "blank":
@@ -108,14 +108,14 @@ def test_every_variant_is_tried(odd: Path) -> None:
 
 
 def test_missing(odd: Path, odd_store: FrameStore) -> None:
-    """A file that is not there is missing."""
+    """A file that does not exist is missing."""
     with pytest.raises(FrameMissing, match=r"none\.fits: no such file"):
         odd_store.open((odd / "none.fits").as_uri())
 
 
 @pytest.mark.parametrize("name", sorted(NO_WCS))
 def test_frames_without_usable_wcs_serve(odd_store: FrameStore, name: str) -> None:
-    """A WCS that is absent, singular or unreadable is None, and the reason is kept; the pixels are the frame's."""
+    """An absent, singular or unreadable WCS is None with a reason; the pixels can be read."""
     frame = odd_store.open(name)
     assert frame.wcs is None
     assert frame.wcs_cards() == []

@@ -1,4 +1,4 @@
-"""Tile-compressed frames: the same pixels as astropy's, every codec; damage is an error, never a crash."""
+"""Tile-compressed frames: astropy's pixels for every codec; damage is an error, never a crash."""
 
 import contextlib
 import threading
@@ -53,7 +53,7 @@ def assert_as_astropy(store: FrameStore, path: Path) -> None:
 def test_floats(
     tmp_path: Path, store: FrameStore, pixels: np.ndarray, settings: dict[str, Any], tile: Any, dtype: str
 ) -> None:
-    """Quantised, dithered and lossless floats with NaN, whatever the tile's shape, are the bits that astropy gives."""
+    """Quantised, dithered and lossless floats with NaN have astropy's bits, for any shape of tile."""
     if tile is not None and settings["compression_type"] != "HCOMPRESS_1":
         settings = {**settings, "tile_shape": tile}
     if settings["compression_type"] == "HCOMPRESS_1":
@@ -91,7 +91,7 @@ def test_blank_integers(tmp_path: Path, store: FrameStore) -> None:
 @pytest.mark.parametrize("codec", INTEGERS)
 @pytest.mark.parametrize("dtype", ["u1", "i2", "i4"])
 def test_scaled_integers(tmp_path: Path, store: FrameStore, codec: str, dtype: str) -> None:
-    """BSCALE, BZERO and BLANK of a compressed image give the bits that astropy gives."""
+    """A compressed image with BSCALE, BZERO and BLANK has astropy's bits."""
     data = np.random.default_rng(5).integers(0, 50, (61, 83)).astype(dtype)
     tile = (19, 26) if codec == "HCOMPRESS_1" else (10, 30)
     path = pack(tmp_path / "a.fits.fz", data, compression_type=codec, tile_shape=tile)
@@ -115,7 +115,7 @@ def test_tiles_that_do_not_quantise(tmp_path: Path, store: FrameStore, pixels: n
 
 
 def test_header_of_the_image(tmp_path: Path, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any]) -> None:
-    """The header is the image's, not the table's that holds the tiles; the WCS is the frame's."""
+    """The header is the image's, without the cards of the table of tiles, and so is the WCS."""
     hdu = fits.CompImageHDU(pixels, fits.Header(sky | {"GAIN": 2.0, "BUNIT": "nJy"}), name="SCI")
     fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(tmp_path / "a.fits.fz")
     frame = store.open("a.fits.fz#sci")
@@ -131,7 +131,7 @@ def test_header_of_the_image(tmp_path: Path, store: FrameStore, pixels: np.ndarr
 
 
 def test_decoded_tiles_are_kept_within_bounds(tmp_path: Path, pixels: np.ndarray) -> None:
-    """Decoded tiles are kept, up to cache_bytes over all frames; the least recently used give way; trim empties."""
+    """Decoded tiles of all frames are kept within cache_bytes; the least recently used are evicted first."""
     paths = [pack(tmp_path / f"{i}.fits.fz", pixels + i, tile_shape=(16, 16), dither_seed=1) for i in range(4)]
     limit = 2 * pixels.nbytes + 5000
     with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), cache_bytes=limit)) as store:
@@ -152,7 +152,7 @@ def test_decoded_tiles_are_kept_within_bounds(tmp_path: Path, pixels: np.ndarray
 
 
 def test_tiles_that_threads_decode_at_once(tmp_path: Path, store: FrameStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that several threads decode at the same time are kept, and counted, once."""
+    """Tiles that several threads decode at the same time are kept and counted once."""
     data = np.random.default_rng(4).integers(0, 99, (200, 300)).astype("i4")
     frame = store.open(str(pack(tmp_path / "a.fits.fz", data, tile_shape=(1, 300))))
     meet = threading.Barrier(4, timeout=30)
@@ -167,7 +167,7 @@ def test_tiles_that_threads_decode_at_once(tmp_path: Path, store: FrameStore, mo
 
 
 def test_a_large_tile_is_not_copied_to_be_kept(tmp_path: Path, store: FrameStore) -> None:
-    """Decoding and keeping a large tile takes its stored and its final numbers, no third copy."""
+    """A large tile is in memory twice while it is decoded, as stored and as final numbers, not three times."""
     path = pack(tmp_path / "a.fits.fz", np.zeros((2200, 2200), "i4"), tile_shape=(2200, 2200))
     frame = store.open(str(path))
     tracemalloc.start()
@@ -181,7 +181,7 @@ def test_a_large_tile_is_not_copied_to_be_kept(tmp_path: Path, store: FrameStore
 
 
 def test_no_cache_at_all(tmp_path: Path, pixels: np.ndarray) -> None:
-    """With cache_bytes 0 frames are read all the same and nothing is kept."""
+    """With cache_bytes 0, frames are read and nothing is kept."""
     path = pack(tmp_path / "a.fits.fz", pixels, dither_seed=1)
     with FrameStore(FrameSettings(frame_roots=(str(tmp_path),), cache_bytes=0)) as store:
         np.testing.assert_array_equal(store.open(str(path))[0:61, 0:83], fits.getdata(path, 1))
@@ -189,7 +189,7 @@ def test_no_cache_at_all(tmp_path: Path, pixels: np.ndarray) -> None:
 
 
 def test_only_touched_tiles_are_read(tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
-    """Damage in a tile costs the sections that touch it and no others, and the message names the tile."""
+    """A damaged tile is an error only for sections that touch it, and the message names it."""
     path = pack(tmp_path / "a.fits.fz", pixels, compression_type="GZIP_1", quantize_level=0)
     raw = bytearray(path.read_bytes())
     at = [i for i in range(len(raw) - 2) if raw[i : i + 3] == b"\x1f\x8b\x08"]
@@ -203,7 +203,7 @@ def test_only_touched_tiles_are_read(tmp_path: Path, store: FrameStore, pixels: 
 
 
 def test_truncated_anywhere(tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
-    """A compressed file cut at any place is corrupt when it is opened."""
+    """A compressed file cut at any byte is corrupt when it is opened."""
     raw = pack(tmp_path / "a.fits.fz", pixels, dither_seed=1).read_bytes()
     with fits.open(tmp_path / "a.fits.fz", disable_image_compression=True) as hdus:
         header = hdus[1].header
@@ -244,14 +244,14 @@ def edit(path: Path, **cards: Any) -> str:
 def test_hostile_headers(
     tmp_path: Path, store: FrameStore, pixels: np.ndarray, cards: dict[str, Any], problem: str
 ) -> None:
-    """Numbers that would lead a decoder astray are found before it sees them."""
+    """Numbers that a decoder cannot survive are found before it gets them."""
     path = pack(tmp_path / "bad.fits.fz", pixels, quantize_method=1, dither_seed=4)
     with pytest.raises(FrameCorrupt, match=rf"bad.fits.fz: .*({problem})"):
         store.open(edit(path, **cards))
 
 
 def test_giant_tile_is_refused(tmp_path: Path, store: FrameStore) -> None:
-    """One tile of 10^10 pixels is refused before memory is taken for it; a smaller lie fails at the tile."""
+    """One tile of 10^10 pixels is refused before memory is allocated; a smaller wrong size fails at the tile."""
     data = np.zeros((61, 83), "i4")
     path = pack(tmp_path / "a.fits.fz", data, compression_type="RICE_1", tile_shape=(61, 83))
     with pytest.raises(FrameRefused, match="above max_decompressed_bytes"):
@@ -263,7 +263,7 @@ def test_giant_tile_is_refused(tmp_path: Path, store: FrameStore) -> None:
 
 @pytest.mark.parametrize("codec", ["RICE_1", "PLIO_1", "HCOMPRESS_1", "GZIP_2"])
 def test_damaged_streams_do_not_crash(tmp_path: Path, codec: str) -> None:
-    """Random bytes in place of tiles give wrong pixels or a typed error, in every codec."""
+    """Random bytes instead of tiles give wrong pixels or a typed error, in every codec."""
     rng = np.random.default_rng(13)
     data = rng.integers(0, 100, (61, 83)).astype("i4")
     path = pack(tmp_path / "a.fits.fz", data, compression_type=codec, tile_shape=(19, 26))
