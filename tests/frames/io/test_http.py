@@ -33,8 +33,8 @@ from stampworker.errors import ConfigError, FrameCorrupt, FrameError, FrameMissi
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet
 from stampworker.frames import FrameKey, FrameStore
-from stampworker.frames.io.failures import Memory
-from stampworker.frames.io.http import _PlainSocket, forbidden
+from stampworker.frames.io.failures import FailureCache
+from stampworker.frames.io.connections import _PlainSocket, forbidden
 from stampworker.frames.urls import parse, parse_root
 
 ALL = (slice(None), slice(None))
@@ -415,7 +415,9 @@ def test_the_checked_address_is_connected_to(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in answers[len(asked) - 1]]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setattr("stampworker.frames.io.http.forbidden", lambda ip: None if ip == "127.0.0.1" else forbidden(ip))
+    monkeypatch.setattr(
+        "stampworker.frames.io.connections.forbidden", lambda ip: None if ip == "127.0.0.1" else forbidden(ip)
+    )
     name = f"http://frames.example:{server.server_port}/"
     store = open_store(name)
     np.testing.assert_array_equal(store.open(name + "data/a.fits")[ALL], pixels)
@@ -1017,13 +1019,13 @@ def test_failures_do_not_hold_bodies(server: WebServer, scheme: str, age: float)
 
 def test_failures_are_forgotten() -> None:
     """What is over leaves at the end of a batch, not only when it is asked for; the oldest gives way to the newest."""
-    memory = Memory(0.0)
+    memory = FailureCache(0.0)
     for i in range(5):
         memory.note(i, FrameMissing("http://h/a", "404"))
     memory.note("busy", FrameUnavailable("http://h/a", "429"), 60.0)
     memory.sweep()
     assert list(memory._known) == ["busy"]
-    memory = Memory(60.0)
+    memory = FailureCache(60.0)
     for i in range(10_050):
         memory.note(i, FrameMissing("http://h/a", "404"))
     assert len(memory._known) == 10_000
