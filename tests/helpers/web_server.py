@@ -12,7 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import unquote
 
+import numpy as np
+
+from stampworker.frames import FrameStore
+
 Behaviour = Callable[["Handler"], None]
+Open = Callable[..., FrameStore]
+"""The fixture ``open_store``: opens a store on the server; takes roots and settings."""
+ServeNoise = Callable[..., np.ndarray]
+"""The fixture ``serve_noise``: serves a frame of noise by name and shape, and returns its pixels."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -86,6 +94,10 @@ class WebServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
+
+    def url_of(self, path: str = "data/a.fits") -> str:
+        """Return the URL of a path."""
+        return self.url + path
 
     def __exit__(self, *exc: object) -> None:
         self.stopping.set()
