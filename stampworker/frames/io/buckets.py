@@ -33,6 +33,9 @@ _CHUNK = 1 << 20
 # An operator who forgot the credentials is to be told where they come from. obstore asks a cloud machine's metadata
 # service for them, elsewhere nobody answers, and only the message shows that it was this that failed.
 _NO_CREDENTIALS = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing token request")
+# A server that cannot be connected to is not asked for other frames (frames.failure_ttl_s). That it was the connection
+# that failed, obstore says only in what it appends for debugging.
+_DOWN = re.compile(r"ConnectError\(|kind: Connect\b")
 _ENDPOINT = re.compile(r"https?://[^?#@\s]+")
 
 
@@ -205,9 +208,9 @@ class BucketClient:
             return _BeyondEnd(frame_url.display_url, f"no byte of the range: {said}")
         if waited < min(self.settings.connect_s, self.settings.read_s, self.settings.total_s):
             error = FrameUnavailable(frame_url.display_url, said)
-            self.failures.note(frame_url.key, error)
+            self.failures.note(frame_url.origin if _DOWN.search(str(exc)) else frame_url.key, error)
             return error
-        # obstore's exceptions do not tell a wait in vain from an answer that says no; a clock does.
+        # obstore has one exception for a wait in vain and for an answer that says no. The clock tells them apart.
         error = FrameUnavailable(frame_url.display_url, f"not answered in {waited:.1f} s: {said}")
         self.failures.note_late(frame_url.origin, frame_url.key, error, since)
         return error

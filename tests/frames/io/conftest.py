@@ -31,12 +31,12 @@ def server(write: Write, pixels: np.ndarray) -> Iterator[WebServer]:
 
 @pytest.fixture
 def open_store(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Return a function that opens a store with the server's ``data/`` as its root and short times."""
+    """Return a function that opens a store with the server's ``data/`` as its root, and long times."""
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     stores: list[FrameStore] = []
 
     def open_store(*roots: str, **settings: Any) -> FrameStore:
-        given = {"connect_s": 0.5, "read_s": 0.3, "total_s": 0.6, "failure_ttl_s": 0.0} | settings
+        given = {"connect_s": 5.0, "read_s": 5.0, "total_s": 10.0, "failure_ttl_s": 0.0} | settings
         stores.append(FrameStore(FrameSettings(frame_roots=roots or (f"{server.url}data/",), **given)))
         return stores[-1]
 

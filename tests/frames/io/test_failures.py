@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from helpers import web_server as web
@@ -68,7 +69,7 @@ def test_a_slow_frame_is_not_a_slow_server(
     for name in (*names, "ok.fits", "ok2.fits", "other.fits"):
         server.files[f"{folder}/{name}"] = server.files["/data/a.fits"]
     server.behaviours |= {f"{folder}/{name}": web.silence for name in names}
-    store = open_store(root, failure_ttl_s=60.0, read_s=0.1, **given)
+    store = open_store(root, failure_ttl_s=60.0, read_s=0.3, **given)
     for name in (names[0], names[0], names[1]):
         with pytest.raises(FrameUnavailable, match=f"{name}: no"):
             store.open(name)

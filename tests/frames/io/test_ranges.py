@@ -47,7 +47,7 @@ def test_a_stamp_moves_its_rows(server: WebServer, open_store: Open, serve_noise
     """63 × 63 pixels of 3080 × 3072 float32 move less than 2.5 % of the frame, in two requests; again: nothing."""
     data = serve_noise("wide.fits", (3080, 3072))
     content = server.files["/data/wide.fits"]
-    store = open_store(total_s=10.0, read_s=10.0)
+    store = open_store()
     frame = store.open(server.url_of("data/wide.fits"))
     np.testing.assert_array_equal(frame[1500:1563, 700:763], data[1500:1563, 700:763])
     assert server.sent < 0.025 * len(content)
@@ -67,7 +67,7 @@ def test_tiles_alone_are_moved(
     """Of a tile-compressed frame move the headers, the table of tiles and the tiles that a stamp touches."""
     data = serve_noise("a.fz", (800, 700), compression_type="RICE_1", tile_shape=tile, quantize_method=1)
     content = server.files["/data/a.fz"]
-    frame = open_store(total_s=10.0, read_s=10.0).open(server.url_of("data/a.fz"))
+    frame = open_store().open(server.url_of("data/a.fz"))
     np.testing.assert_array_equal(frame[500:531, 300:331], data[500:531, 300:331])
     assert server.sent < 0.35 * len(content)
     np.testing.assert_array_equal(frame[ALL], data)
@@ -101,7 +101,7 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
     for name in names:
         server.files[f"/data/{name}"] = server.files["/data/a.fits"]
         server.behaviours[f"/data/{name}"] = meet
-    store = open_store(failure_ttl_s=5.0, prefetch_threads=8, total_s=10.0, read_s=10.0)
+    store = open_store(failure_ttl_s=5.0, prefetch_threads=8)
     bad = ["none.fits", "../secret.fits"]
     ready = store.open_many(FrameKey(name, False) for name in [*names, *names, *bad, "/etc/hostname"])
     assert list(ready) == [(name, False) for name in names + bad]
@@ -118,7 +118,7 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, serv
     """What a batch of stamps needs comes beforehand: near rows in one request, far ones at a time, none twice."""
     data = serve_noise("b.fits", (3000, 400))
     tiled = serve_noise("c.fz", (800, 700), compression_type="RICE_1", tile_shape=(64, 64), quantize_method=1)
-    store = open_store(total_s=10.0, read_s=10.0)
+    store = open_store()
     frame, tiles = store.open("b.fits"), store.open("c.fz")
     opened = len(server.requests)
     together = threading.Barrier(2)
@@ -151,7 +151,7 @@ def test_sections_are_fetched_together(server: WebServer, open_store: Open, serv
 def test_no_more_is_fetched_than_can_be_kept(server: WebServer, open_store: Open, serve_noise: ServeNoise) -> None:
     """Sections that would not fit into the cache are left to be read one by one."""
     data = serve_noise("b.fits", (1000, 400))
-    store = open_store(cache_bytes=300_000, total_s=10.0)
+    store = open_store(cache_bytes=300_000)
     frame = store.open("b.fits")
     store.prefetch_sections([([frame], [(0, 1000, 0, 400)])])
     assert len(server.requests) == 1
@@ -196,7 +196,7 @@ def test_range_that_cannot_be(
 def test_ranges_that_cease(server: WebServer, open_store: Open, serve_noise: ServeNoise) -> None:
     """A server that stops serving ranges makes an open frame unavailable; the next open takes the file whole."""
     data = serve_noise("b.fits", (400, 200))
-    store = open_store(total_s=5.0)
+    store = open_store()
     frame = store.open("b.fits")
     server.behaviours["/data/b.fits"] = web.without_ranges
     with pytest.raises(FrameUnavailable, match="status 200 to a range"):
@@ -215,7 +215,7 @@ def test_file_that_changes(
     new = (tmp_path / "new.fits").read_bytes()
     pack = gzip.compress if name.endswith(".gz") else bytes
     server.files[f"/data/{name}"] = pack(raw)
-    store = open_store(total_s=5.0)
+    store = open_store()
     frame = store.open(name)
     server.files[f"/data/{name}"] = pack(new)
     server.behaviours[f"/data/{name}"] = lambda handler: web.serve(handler, etag='"2"')
@@ -245,7 +245,7 @@ def test_what_is_kept_is_bounded(
     for i in range(4):
         planes.append(serve_noise(f"{i}.fits", (200, 300)))
         server.behaviours[f"/data/{i}.fits"] = how
-    store = open_store(cache_bytes=600_000, total_s=5.0)
+    store = open_store(cache_bytes=600_000)
     for i in (0, 1, 2, 3, 0, 3):
         np.testing.assert_array_equal(store.open(f"{i}.fits")[ALL], planes[i])
         assert store.cached_bytes <= 600_000
