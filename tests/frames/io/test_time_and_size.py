@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ SHORT = {"connect_s": 0.5, "read_s": 0.3, "total_s": 0.6}
         (web.silence, r"no answer for read_s \(0\.3 s\)"),
         (web.drip, r"no end of the answer within total_s \(0\.6 s\)"),
         (web.drip_headers, r"no answer within total_s \(0\.6 s\)"),
+        (web.drip_chunks, r"no end of the answer within total_s \(0\.6 s\)"),
     ],
 )
 def test_slow_server_costs_the_alert(
@@ -40,6 +43,35 @@ def test_slow_server_costs_the_alert(
             store.open("a.fits" if i % 2 else f"a.fits#{i}")
     assert time.monotonic() - start < 1.5
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x03\x3f\xff"])
+def test_slow_handshake_costs_the_alert(open_store: Open, said: bytes) -> None:
+    """A server that is silent in the TLS handshake, or drips, is unavailable in time, and the next alerts at once."""
+    over = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(said)
+            while said and not over.wait(0.05):
+                connection.sendall(b"x")
+            over.wait(20)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        root = f"https://127.0.0.1:{listener.getsockname()[1]}/"
+        store = open_store(root, failure_ttl_s=5.0, connect_s=0.3, total_s=0.6)
+        start = time.monotonic()
+        try:
+            for i in range(50):
+                with pytest.raises(FrameUnavailable, match=r"no connection to .* within connect_s \(0\.3 s\)"):
+                    store.open(f"{i}.fits")
+            assert time.monotonic() - start < 1.2
+        finally:
+            over.set()
+            thread.join()
 
 
 def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, serve_noise: ServeNoise) -> None:
@@ -90,13 +122,15 @@ def test_download_limits(server: WebServer, open_store: Open, serve_noise: Serve
         "/data/b.fits": web.without_ranges,
         "/data/c.fits": lambda handler: handler.answer(200, length=10**15),
         "/data/endless.fits": web.endless,
+        "/data/below.fits": web.chunk_below_zero,
     }
     store = open_store(max_download_bytes=100_000)
     for name in ("b.fits", "b.fits.gz", "c.fits"):
         with pytest.raises(FrameRefused, match=r"above the 100000 allowed \(frames\.max_download_bytes\)"):
             store.open(name)
-    with pytest.raises(FrameRefused, match="more than the 100000 bytes allowed"):
-        store.open("endless.fits")
+    for name in ("endless.fits", "below.fits"):
+        with pytest.raises(FrameRefused, match="more than the 100000 bytes allowed"):
+            store.open(name)
     server.behaviours.clear()
     frame = store.open("b.fits")
     assert frame[10:30, 5:9].shape == (20, 4)
