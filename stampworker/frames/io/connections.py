@@ -28,7 +28,7 @@ from urllib3.exceptions import HTTPError
 
 from stampworker.errors import ConfigError, FrameRefused
 from stampworker.frames.limits import end_within
-from stampworker.frames.urls import WEB, FrameURL, parse, scheme_of, without_credentials
+from stampworker.frames.urls import WEB, FrameURL, Origin, parse, scheme_of, without_credentials
 
 if TYPE_CHECKING:
     from stampworker.config import FrameSettings
@@ -169,29 +169,36 @@ class Connections:
 
     def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL]) -> None:
         origins = {root.origin for root in roots}
-        options = {
-            "num_pools": len(origins) or 1,
+        self._options = {
             "maxsize": _IDLE_CONNECTIONS,
             "timeout": urllib3.Timeout(connect=settings.connect_s, read=settings.read_s),
             "ssl_context": _tls_context() if any(scheme == "https" for scheme, _, _ in origins) else None,
         }
-        self._proxies = {scheme: _proxy(scheme) for scheme in WEB} if origins else {}
-        self._managers = {proxy: _manager(proxy, options) for proxy in (None, *self._proxies.values())}
+        proxies = {scheme: _proxy(scheme) for scheme in WEB} if origins else {}
+        self._proxies = {root.origin: None if proxy_bypass(netloc(root)) else proxies[root.scheme] for root in roots}
+        self._pools = self._make_pools()
 
     def close(self) -> None:
-        """Close the connections that are kept."""
-        for manager in self._managers.values():
-            manager.clear()
+        """Close the connections that are kept; frames that are still referred to make new ones."""
+        pools, self._pools = self._pools, self._make_pools()
+        for pool in pools.values():
+            pool.close()
+
+    def _make_pools(self) -> dict[Origin, urllib3.HTTPConnectionPool]:
+        managers = {proxy: _manager(proxy, self._options) for proxy in self._proxies.values()}
+        return {
+            origin: managers[proxy].connection_from_host(origin[1], origin[2], origin[0])
+            for origin, proxy in self._proxies.items()
+        }
 
     def proxy(self, url: FrameURL) -> FrameURL | None:
         """Return the proxy through which a URL is asked for, if any."""
-        return None if proxy_bypass(netloc(url)) else self._proxies.get(url.scheme)
+        return self._proxies[url.origin]
 
     def send(self, url: FrameURL, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         """Send a GET and return the answer, its body unread; errors are those of `_Connection` and of urllib3."""
-        proxy, target = self.proxy(url), url.target
-        pool = self._managers[proxy].connection_from_host(url.host, url.port, url.scheme)
-        if proxy is not None and url.scheme == "http":
+        pool, target = self._pools[url.origin], url.target
+        if self.proxy(url) is not None and url.scheme == "http":
             target = f"http://{netloc(url).removesuffix(':80')}{target}"
         while True:
             try:
