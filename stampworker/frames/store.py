@@ -27,7 +27,7 @@ from stampworker.frames.fits.section import Section
 from stampworker.frames.fits.tiles import TiledImage
 from stampworker.frames.frame import Frame, Image, Pixels
 from stampworker.frames.io.buckets import BucketClient, BucketFile
-from stampworker.frames.io.failures import Memory
+from stampworker.frames.io.failures import FailureCache
 from stampworker.frames.io.http import WebClient, WebFile
 from stampworker.frames.io.local import LocalRoots, open_local, sort_error
 from stampworker.frames.io.memory import MemoryFile, open_memory
@@ -141,7 +141,7 @@ class FrameStore:
         self._urls += [parse(url) for url in named if scheme_of(url) in REMOTE]
         first = settings.frame_roots[0] if settings.frame_roots else ""
         self._base_url = first if base is None and scheme_of(first) in REMOTE else None
-        self._failures = Memory(settings.failure_ttl_s)
+        self._failures = FailureCache(settings.failure_ttl_s)
         self._web = WebClient(settings, self._urls, self._failures)
         self._buckets = BucketClient(settings, self._urls, self._failures)
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None

@@ -1,8 +1,11 @@
 """URLs of frames: what they name, beneath which root, and how they are shown.
 
-A URL lies beneath a root when scheme, host and port are equal and its path begins with the root's, folder by folder,
+A URL is beneath a root when scheme, host and port are equal and its path begins with the root's, folder by folder,
 after percent-decoding. Anything that servers are known to read differently from what it looks like is refused:
 ``..`` in any disguise, an encoded slash, a backslash.
+
+A URL is shown without what might be a secret: name and password, every value of the query, whatever follows a ``;`` in
+the path. ``https://jane:pw@host/a.fits;v=1?id=7&sig=x`` is shown as ``https://host/a.fits;***?id=***&sig=***``.
 """
 
 from __future__ import annotations
@@ -21,21 +24,13 @@ BUCKETS = ("s3", "gs", "abfs")
 REMOTE = (*WEB, *BUCKETS, "memory")
 """Schemes of frames that are not files."""
 
+Origin = tuple[str, str, int]
+"""Scheme, host and port."""
+
 _SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.:-]*(?=://)", re.IGNORECASE)
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
-# Names of parameters that carry, or accompany, a signature or a key: S3, GCS, CloudFront, Azure's SAS, and the like.
-# Words anywhere in a name, and whole names, which may follow a prefix as in my_key.
-_WORDS = "signature|token|secret|passw|sessid|credential|hmac|bearer"
-_NAMES = (
-    r"sig|key|pass|pwd|pw|auth(?:key|token|orization)?|creds?|policy|session(?:-?_?id)?"
-    r"|jwt|ticket|saml\w*|login|md5|code"
-)
-_SIGNED = re.compile(
-    rf"(?:^|[&;])(?:x-(?:amz|goog|ms)-[^=&;]*|s[a-z]|[^=&;]*(?:{_WORDS})[^=&;]*"
-    rf"|(?:[^=&;]*[-_.])?(?:{_NAMES})|(?:api|aws|access)\w*key\w*|key-pair-id)="
-    r"|=eyJ",  # a token in JSON
-    re.IGNORECASE,
-)
+_PARAMETER = re.compile(r";[^/]*")
+_VALUE = re.compile(r"(?<==)[^&]+|(?:^|(?<=&))[^&=]+(?=&|$)")  # after its name, or without one
 _BEFORE_HOST = re.compile(r"(?<=//).*@", re.DOTALL)
 _SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has decided
 
@@ -57,7 +52,7 @@ class FrameURL:
     authorization : str or None
         Value of the header, from a name and password in the URL.
     display_url : str
-        The URL without credentials, for messages and packets.
+        The URL as messages and packets show it: see `without_credentials`.
     """
 
     scheme: str
@@ -69,12 +64,17 @@ class FrameURL:
     display_url: str
 
     @property
-    def origin(self) -> tuple[str, str, int]:
+    def origin(self) -> Origin:
         """Scheme, host and port."""
         return self.scheme, self.host, self.port
 
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        """What tells one file from another: origin and target."""
+        return *self.origin, self.target
+
     def beneath(self, root: FrameURL) -> bool:
-        """Say whether this lies beneath a root."""
+        """Return True if this is beneath a root."""
         folders = root.folders[:-1] if root.folders[-1] == "" else root.folders
         return self.origin == root.origin and self.folders[: len(folders)] == folders
 
@@ -95,7 +95,7 @@ def parse(url: str) -> FrameURL:
 
     Returns
     -------
-    address : FrameURL
+    frame_url : FrameURL
 
     Raises
     ------
@@ -107,21 +107,21 @@ def parse(url: str) -> FrameURL:
         port = parts.port
     except ValueError:
         raise _unreadable() from None
-    shown = redact(url)
+    display_url = redact(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if _HIDDEN.search(url if scheme in WEB else url.replace(" ", "")) or "\\" in url:
-        raise FrameRefused(ascii(shown), "blanks, control characters or backslashes, wanted a URL")
+        raise FrameRefused(ascii(display_url), "blanks, control characters or backslashes, wanted a URL")
     if scheme not in WEB:
         return _keyed(url, scheme, host, port)
     if not host.isascii():
-        raise FrameRefused(ascii(shown), "a host in other letters than ASCII's, wanted its xn-- form")
+        raise FrameRefused(ascii(display_url), "a host in other letters than ASCII's, wanted its xn-- form")
     if not host:
-        raise FrameRefused(shown, "no host, wanted scheme://host/path")
+        raise FrameRefused(display_url, "no host, wanted scheme://host/path")
     if port is None:
         port = WEB[scheme]
     segments = parts.path.removeprefix("/").split("/")
     for segment in segments:
-        _check(segment, shown)
+        _check(segment, display_url)
     target = quote("/" + parts.path.removeprefix("/"), safe=_SAFE)
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
@@ -136,7 +136,7 @@ def _unreadable() -> FrameRefused:
 
 def _keyed(url: str, scheme: str, host: str, port: int | None) -> FrameURL:
     """Take ``scheme://bucket/key`` or ``memory://key`` apart; a question mark is a letter of a key."""
-    shown = redact(url)
+    display_url = redact(url)
     key = url.partition("://")[2]
     if scheme == "memory":
         host, key = "", key.removeprefix("/")
@@ -145,15 +145,15 @@ def _keyed(url: str, scheme: str, host: str, port: int | None) -> FrameURL:
         wanted = f"wanted {scheme}://bucket/folder/name"
         if "@" in bucket:
             raise FrameRefused(
-                shown, f"an @ before the path, {wanted}: account and credentials are set by the operator"
+                display_url, f"an @ before the path, {wanted}: account and credentials are set by the operator"
             )
         if not host or not host.isascii() or port is not None:
-            raise FrameRefused(ascii(shown), f"no bucket, {wanted}")
+            raise FrameRefused(ascii(display_url), f"no bucket, {wanted}")
     segments = key.split("/")
     if "" in segments[:-1]:
-        raise FrameRefused(shown, "an empty folder in the key")
+        raise FrameRefused(display_url, "an empty folder in the key")
     for segment in segments:
-        _check(segment, shown)
+        _check(segment, display_url)
     return FrameURL(scheme, host, 0, tuple(segments), key, None, without_credentials(url))
 
 
@@ -174,14 +174,15 @@ def parse_root(root: str) -> FrameURL:
     ConfigError
         It is of an unknown scheme, no URL, or holds credentials, a query or a fragment.
     """
-    shown = redact(root)
+    display_url = redact(root)
     if scheme_of(root) not in REMOTE:
         raise ConfigError(
-            f"frames.frame_roots: found {shown!r}, wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
+            f"frames.frame_roots: found {display_url!r}, wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
         )
     parts = urlsplit(root)
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError(f"frames.frame_roots: {shown!r} has credentials, a query or a fragment, wanted a prefix only")
+        problem = "has credentials, a query or a fragment, wanted a prefix only"
+        raise ConfigError(f"frames.frame_roots: {display_url!r} {problem}")
     try:
         return parse(root)
     except FrameRefused as exc:
@@ -197,38 +198,39 @@ def join(base: str, reference: str) -> str:
 
 
 def without_credentials(url: str) -> str:
-    """Return a URL without name and password, and without its query where that is, or looks, signed."""
+    """Return a URL without name and password, values of its query and parameters in its path: ``?id=***``."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return "<unreadable URL>"
-    if parts.scheme.lower() == "memory":  # which knows neither
+    if parts.scheme.lower() == "memory":  # whose names are neither secret nor split at a question mark
         return url
-    query = "" if _SIGNED.search(parts.query) else parts.query
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
+    query = _VALUE.sub("***", parts.query)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, path=_PARAMETER.sub(";***", parts.path), query=query).geturl()
 
 
 def redact(url: str) -> str:
-    """Return a URL that is not known to lie beneath a root, for messages.
+    """Return a URL that is not known to be beneath a root, for messages.
 
-    It may not be what it looks like, so that anything before an @ might be a password: one with a slash in it, or that
-    of a URL in a URL.
+    It may not be what it looks like: anything before an @ might be a password that has a slash in it, or that of a URL
+    in a URL.
     """
     return _BEFORE_HOST.sub("***@", without_credentials(url))
 
 
-def _check(segment: str, shown: str) -> None:
-    """Refuse a path segment that is, or might decode to, something that leaves its folder."""
-    decoded = segment
+def _check(segment: str, display_url: str) -> None:
+    """Refuse a path segment that leaves its folder, however often it is decoded."""
+    decoded, named = segment, segment.rpartition("@")[2].partition(";")[0]
     for _ in range(4):
         if decoded.split(";")[0] in (".", ".."):
-            raise FrameRefused(shown, f"{segment!r} in the path, wanted one that does not leave its folder")
+            raise FrameRefused(display_url, f"{named!r} in the path, wanted one that does not leave its folder")
         if "/" in decoded or "\\" in decoded or "\0" in decoded:
-            raise FrameRefused(shown, f"an encoded slash, backslash or NUL in {segment.rpartition('@')[2]!r}")
+            raise FrameRefused(display_url, f"an encoded slash, backslash or NUL in {named!r}")
         decoded, before = unquote(decoded), decoded
         if decoded == before:
             return
-    raise FrameRefused(shown, f"{segment.rpartition('@')[2]!r} is percent-encoded again and again")
+    raise FrameRefused(display_url, f"{named!r} is percent-encoded again and again")
 
 
 def _authorization(url: str) -> str | None:

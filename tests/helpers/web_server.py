@@ -1,4 +1,4 @@
-"""A web server of our own, which serves well or misbehaves on purpose, as a thread."""
+"""A web server in a thread, which serves well or misbehaves on purpose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import unquote
 
+import numpy as np
+
+from stampworker.frames import FrameStore
+
 Behaviour = Callable[["Handler"], None]
+Open = Callable[..., FrameStore]
+"""The fixture ``open_store``: opens a store on the server; takes roots and settings."""
+ServeNoise = Callable[..., np.ndarray]
+"""The fixture ``serve_noise``: serves a frame of noise by name and shape, and returns its pixels."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -67,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class WebServer(ThreadingHTTPServer):
-    """Files by path on 127.0.0.1; ``behaviours`` says for a path what is done instead of `serve`."""
+    """Files by path on 127.0.0.1; ``behaviours`` has, by path, what is done instead of `serve`."""
 
     daemon_threads = True
     block_on_close = False
@@ -80,12 +88,16 @@ class WebServer(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.tunnel: Behaviour = status(403)
         self.sent = 0
-        self.decodes = False  # what asks for a key may encode more of it than it must
+        self.decodes = False  # a client of buckets may encode more of a key than it must
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
+
+    def url_of(self, path: str = "data/a.fits") -> str:
+        """Return the URL of a path."""
+        return self.url + path
 
     def __exit__(self, *exc: object) -> None:
         self.stopping.set()
@@ -147,7 +159,7 @@ def in_chunks(handler: Handler) -> None:
 
 
 def endless(handler: Handler) -> None:
-    """Serve zeros for ever, in chunks."""
+    """Serve zeros without end, in chunks."""
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
@@ -181,6 +193,25 @@ def drip_headers(handler: Handler) -> None:
     handler.send(b"HTTP/1.1 206 Partial Content\r\nX-Long: ")
     while not handler.server.stopping.wait(0.05):
         handler.send(b"x")
+
+
+def drip_chunks(handler: Handler) -> None:
+    """Send the size of a chunk, a digit now and then, and no chunk."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    while not handler.server.stopping.wait(0.05):
+        handler.send(b"0")
+
+
+def chunk_below_zero(handler: Handler) -> None:
+    """Serve zeros without end as a chunk of a negative size."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.send(b"-2\r\n")
+    while not handler.server.stopping.is_set():
+        handler.send(bytes(0x10000))
 
 
 def reset(handler: Handler) -> None:
@@ -227,7 +258,7 @@ def first(behaviour: Behaviour, times: int = 1, then: Behaviour = serve) -> Beha
 
 
 def in_turn(*behaviours: Behaviour) -> Behaviour:
-    """Flap: behave in one way at a request, in the next way at the next one, and begin anew."""
+    """Flap: behave in one way at a request, in the next way at the next one, and start over."""
     turns = itertools.cycle(behaviours)
     lock = threading.Lock()
 

@@ -1,31 +1,24 @@
 """Frames in buckets (S3 and what speaks it, Google's, Azure's), through obstore.
 
-Where the bucket is and who asks is the operator's word alone (settings and environment), so an alert can choose only a
-key beneath a root. What is not set here obstore takes from the environment variables that each vendor's own tools know.
-
-obstore follows redirects and has no option against it. Over TLS they cannot lead to plain HTTP. And where an endpoint
-is set, and credentials come from nowhere but the environment, obstore is confined to the endpoint's host: all others
-it has to ask through a proxy that does not exist. What is left, another port of that host and what a vendor's own
-servers redirect to, is the operator's to trust.
+Settings and environment alone say where a bucket is and which credentials are used; an alert can choose only a key
+beneath a root. What is not set here obstore takes from the environment variables that each vendor's own tools know.
+An endpoint that the operator named is trusted: obstore follows its redirects, over TLS never to plain HTTP.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from stampworker.errors import ConfigError, FrameError, FrameMissing, FrameRefused, FrameUnavailable
-from stampworker.frames.io.failures import Memory
-from stampworker.frames.io.ranges import FIRST, FirstRead, collect
+from stampworker.frames.io.failures import FailureCache
+from stampworker.frames.io.ranges import FIRST_BYTES, FirstRead, check_length, collect
 from stampworker.frames.limits import end_within
 from stampworker.frames.urls import BUCKETS, FrameURL
 
@@ -37,12 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_NOBODY = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing token request")
-# In what obstore appends for debugging, which is not shown: it says more than the message.
-_LATE = re.compile(r"timed out|TimedOut|kind: Timeout")
+# An operator who forgot the credentials is to be told where they come from. obstore asks a cloud machine's metadata
+# service for them, elsewhere nobody answers, and only the message shows that it was this that failed.
+_NO_CREDENTIALS = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing token request")
+# A server that cannot be connected to is not asked for other frames (frames.failure_ttl_s). That it was the connection
+# that failed, obstore says only in what it appends for debugging.
 _DOWN = re.compile(r"ConnectError\(|kind: Connect\b")
-_NOWHERE = "http://127.0.0.1:0"  # no server can have this port
-_ASKED_NOWHERE = re.compile(r"ConnectError\(\s*\"[^\"]*\",\s*127\.0\.0\.1:0,")
 _ENDPOINT = re.compile(r"https?://[^?#@\s]+")
 
 
@@ -53,9 +46,8 @@ class _Vendor:
     store: str
     endpoint: str
     environment: tuple[str, ...]
-    keys: tuple[tuple[str, ...], ...]  # credentials for which nobody has to be asked
     credentials: str
-    place: str
+    location: str
 
 
 _VENDORS = {
@@ -63,7 +55,6 @@ _VENDORS = {
         "S3Store",
         "endpoint",
         ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-        (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),),
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role",
         "frames.s3_endpoint and frames.s3_region",
     ),
@@ -71,7 +62,6 @@ _VENDORS = {
         "GCSStore",
         "base_url",
         ("GOOGLE_BASE_URL",),
-        (("GOOGLE_BEARER_TOKEN",),),
         "GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account",
         "frames.gs_endpoint",
     ),
@@ -79,7 +69,6 @@ _VENDORS = {
         "AzureStore",
         "endpoint",
         ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-        (("AZURE_STORAGE_ACCOUNT_KEY",), ("AZURE_STORAGE_SAS_TOKEN",)),
         "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, an identity",
         "frames.abfs_account and frames.abfs_endpoint",
     ),
@@ -102,8 +91,8 @@ class BucketClient:
     settings : FrameSettings
         Endpoints, timeouts and limits.
     roots : sequence of FrameURL
-        Those of other schemes than `BUCKETS` are passed over.
-    memory : Memory
+        Roots of other schemes than `BUCKETS` are passed over.
+    failures : FailureCache
         Where failures are remembered.
 
     Raises
@@ -112,11 +101,11 @@ class BucketClient:
         obstore is not installed, an endpoint is no address, an account is missing, credentials cannot be read.
     """
 
-    def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL], memory: Memory) -> None:
-        self.settings, self.memory = settings, memory
+    def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL], failures: FailureCache) -> None:
+        self.settings, self.failures = settings, failures
         self._buckets = {root.origin: self._open(root) for root in roots if root.scheme in BUCKETS}
 
-    def get(self, address: FrameURL, options: dict[str, Any], limit: int) -> tuple[bytearray, int, str | None]:
+    def get(self, frame_url: FrameURL, options: dict[str, Any], limit: int) -> tuple[bytearray, int, str | None]:
         """Return what is asked for of an object, the object's size and its ETag.
 
         Raises
@@ -130,31 +119,31 @@ class BucketClient:
         """
         import obstore
 
-        key = (*address.origin, address.target)
-        self.memory.check(address.display_url, key, address.origin)
+        self.failures.check(frame_url.display_url, frame_url.key, frame_url.origin)
         since, end = time.monotonic(), end_within(self.settings.total_s)
         try:
-            found = obstore.get(self._buckets[address.origin], address.target, options=options)  # type: ignore[arg-type]
+            found = obstore.get(self._buckets[frame_url.origin], frame_url.target, options=options)  # type: ignore[arg-type]
             start, stop = found.range
             if stop - start > limit:
-                raise self._too_long(address, f"{stop - start} bytes, above the {limit} allowed")
-            data = collect(_chunks(found), limit, lambda problem: self._too_long(address, problem), end)
-            self.memory.note_answer(address.origin)
+                raise FrameRefused(frame_url.display_url, f"{stop - start} bytes, above the {limit} allowed")
+            chunks = map(bytes, found.stream(min_chunk_size=_CHUNK))
+            data = collect(chunks, limit, frame_url.display_url, end)
+            self.failures.note_answer(frame_url.origin)
             return data, found.meta["size"], found.meta["e_tag"]
         except FrameError:
             raise
         except Exception as exc:
-            raise self._failure(address, exc, since, end) from exc
+            raise self._failure(frame_url, exc, since) from exc
 
-    def size(self, address: FrameURL) -> int:
+    def size(self, frame_url: FrameURL) -> int:
         """Return the size of an object; errors as of `get`."""
         import obstore
 
-        since, end = time.monotonic(), end_within(self.settings.total_s)
+        since = time.monotonic()
         try:
-            return obstore.head(self._buckets[address.origin], address.target)["size"]
+            return obstore.head(self._buckets[frame_url.origin], frame_url.target)["size"]
         except Exception as exc:
-            raise self._failure(address, exc, since, end) from exc
+            raise self._failure(frame_url, exc, since) from exc
 
     def _open(self, root: FrameURL) -> ObjectStore:
         try:
@@ -180,69 +169,50 @@ class BucketClient:
                     "read_timeout": timedelta(seconds=self.settings.read_s),
                     "timeout": timedelta(seconds=self.settings.total_s),
                     "allow_http": bool(endpoint and endpoint.startswith("http://")),
-                    **self._confinement(root.scheme, endpoint),
                 },
-                # A failure is told at once; whoever reads the alert again is the one that waits.
+                # No retries here: the worker's retry topic does the waiting.
                 retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=self.settings.total_s)},
             )
         except Exception as exc:
-            raise ConfigError(f"frames.frame_roots: {root.display_url}: {_first_words(exc)}; {_look(root)}") from exc
+            raise ConfigError(f"frames.frame_roots: {root.display_url}: {_first_words(exc)}; {_hint(root)}") from exc
         return opened
-
-    def _confinement(self, scheme: str, endpoint: str | None) -> dict[str, str]:
-        """Return the options that confine obstore to an endpoint's host; none where it must ask others, or a proxy."""
-        is_told = getattr(self.settings, f"{scheme}_anonymous") or any(
-            all(map(os.environ.get, names)) for names in _VENDORS[scheme].keys
-        )
-        has_proxy = not getproxies().keys().isdisjoint(("http", "https", "all"))
-        host = urlsplit(endpoint).hostname if endpoint and is_told and not has_proxy else None
-        return {"proxy_url": _NOWHERE, "proxy_excludes": host} if host else {}
 
     def _endpoint(self, scheme: str) -> str | None:
         names = _VENDORS[scheme].environment
         given: str | None = getattr(self.settings, f"{scheme}_endpoint")
         endpoint = given or next(filter(None, map(os.environ.get, names)), None)
-        if endpoint and not (_ENDPOINT.fullmatch(endpoint) and _is_plain(urlsplit(endpoint).hostname)):
-            raise ConfigError(f"{names[0]}: not an address, wanted https://host:port, a number in its usual form")
+        if endpoint and not _ENDPOINT.fullmatch(endpoint):
+            raise ConfigError(f"{names[0]}: not an address, wanted https://host:port")
         return endpoint
 
-    def _too_long(self, address: FrameURL, problem: str) -> FrameRefused:
-        return FrameRefused(address.display_url, problem)
-
-    def _failure(self, address: FrameURL, exc: Exception, since: float, end: float) -> FrameError:
-        """Return the error of ours that an exception of obstore's, which is a text, stands for."""
+    def _failure(self, frame_url: FrameURL, exc: Exception, since: float) -> FrameError:
+        """Return the frame's error for one of obstore's, and remember it."""
         from obstore import exceptions as problems
 
-        key = (*address.origin, address.target)
-        said = _first_words(exc)
+        said, waited = _first_words(exc), time.monotonic() - since
         if isinstance(exc, FileNotFoundError):
-            missing = FrameMissing(address.display_url, "no such bucket or key")
-            self.memory.note_answer(address.origin)
-            self.memory.note(key, missing)
+            missing = FrameMissing(frame_url.display_url, "no such bucket or key")
+            self.failures.note_answer(frame_url.origin)
+            self.failures.note(frame_url.key, missing)
             return missing
         if isinstance(exc, problems.PreconditionError):
-            return _Changed(address.display_url, "the object is another one than when it was opened")
-        if _ASKED_NOWHERE.search(str(exc)):
-            refused = FrameRefused(address.display_url, "the endpoint redirects to another host")
-            self.memory.note(key, refused)
-            return refused
-        # Without credentials obstore asks a cloud machine's metadata service for some, and elsewhere there is none.
-        denied = isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError)
-        nobody = _NOBODY.search(said) is not None
-        if denied or nobody:
-            problem = f"access denied ({said}); {_look(address)}"
-            log.error("%s: %s", address.display_url, problem)
-            error = FrameUnavailable(address.display_url, problem)
-            self.memory.note(address.origin if nobody else key, error)
+            return _Changed(frame_url.display_url, "the object is another one than when it was opened")
+        no_credentials = _NO_CREDENTIALS.search(said) is not None
+        if no_credentials or isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError):
+            problem = f"access denied ({said}); {_hint(frame_url)}"
+            log.error("%s: %s", frame_url.display_url, problem)
+            error = FrameUnavailable(frame_url.display_url, problem)
+            self.failures.note(frame_url.origin if no_credentials else frame_url.key, error)
             return error
         if "status code: 416" in said:
-            return _BeyondEnd(address.display_url, f"no byte of the range: {said}")
-        late = isinstance(exc, TimeoutError) or time.monotonic() >= end or _LATE.search(str(exc)) is not None
-        error = FrameUnavailable(address.display_url, f"not answered in time: {said}" if late else said)
-        if late:
-            self.memory.note_late(address.origin, key, error, since)
-        else:
-            self.memory.note(address.origin if _DOWN.search(str(exc)) else key, error)
+            return _BeyondEnd(frame_url.display_url, f"no byte of the range: {said}")
+        if waited < min(self.settings.connect_s, self.settings.read_s, self.settings.total_s):
+            error = FrameUnavailable(frame_url.display_url, said)
+            self.failures.note(frame_url.origin if _DOWN.search(str(exc)) else frame_url.key, error)
+            return error
+        # obstore has one exception for a wait in vain and for an answer that says no. The clock tells them apart.
+        error = FrameUnavailable(frame_url.display_url, f"not answered in {waited:.1f} s: {said}")
+        self.failures.note_late(frame_url.origin, frame_url.key, error, since)
         return error
 
 
@@ -253,22 +223,22 @@ class BucketFile:
     ----------
     client : BucketClient
         The buckets.
-    address : FrameURL
+    frame_url : FrameURL
         Beneath a root.
     """
 
-    def __init__(self, client: BucketClient, address: FrameURL) -> None:
+    def __init__(self, client: BucketClient, frame_url: FrameURL) -> None:
         self.changed = False
-        self._client, self._address = client, address
+        self._client, self._frame_url = client, frame_url
         self._tag: str | None = None
         self._size = 0
 
     def open(self) -> FirstRead:
         """Ask for the first bytes."""
         try:
-            data, self._size, self._tag = self._client.get(self._address, {"range": (0, FIRST)}, FIRST)
+            data, self._size, self._tag = self._client.get(self._frame_url, {"range": (0, FIRST_BYTES)}, FIRST_BYTES)
         except _BeyondEnd:
-            if self._client.size(self._address) > 0:
+            if self._client.size(self._frame_url) > 0:
                 raise
             return FirstRead(bytearray(), 0)
         return FirstRead(data, self._size)
@@ -283,49 +253,30 @@ class BucketFile:
 
     def _same(self, options: dict[str, Any], length: int) -> bytearray:
         limit = self._client.settings.max_download_bytes
-        if length > limit:
-            raise FrameRefused(
-                self._address.display_url,
-                f"{length} bytes at once, above the {limit} allowed (frames.max_download_bytes)",
-            )
+        check_length(self._frame_url.display_url, length, limit)
         if self._tag is not None:
             options["if_match"] = self._tag
         try:
-            data, size, tag = self._client.get(self._address, options, limit)
+            data, size, tag = self._client.get(self._frame_url, options, limit)
         except (_Changed, _BeyondEnd):
             self.changed = True
             raise
-        if self._tag and tag and tag != self._tag:  # a server that does not heed the condition
+        if self._tag and tag and tag != self._tag:  # a server that ignores the condition
             self.changed = True
-            raise _Changed(self._address.display_url, "the object is another one than when it was opened")
+            raise _Changed(self._frame_url.display_url, "the object is another one than when it was opened")
         if size != self._size or len(data) != length:
             self.changed = True
             raise FrameUnavailable(
-                self._address.display_url,
+                self._frame_url.display_url,
                 f"{len(data)} of {size} bytes, wanted {length} of {self._size}, as when it was opened",
             )
         return data
 
 
-def _is_plain(host: str | None) -> bool:
-    """Say whether a host is written as those that compare hosts write it: obstore takes 127.1 for 127.0.0.1."""
-    if not host or not host.isascii():
-        return False
-    is_number = host.rpartition(".")[2].isdigit() or host.rpartition(".")[2].startswith("0x") or ":" in host
-    try:
-        return not is_number or str(ipaddress.ip_address(host)) == host
-    except ValueError:
-        return False
-
-
-def _chunks(found: Any) -> Iterator[bytes]:
-    return (bytes(chunk) for chunk in found.stream(min_chunk_size=_CHUNK))
-
-
-def _look(address: FrameURL) -> str:
+def _hint(frame_url: FrameURL) -> str:
     """Return where an operator looks when a bucket does not open."""
-    vendor = _VENDORS[address.scheme]
-    return f"credentials come from the environment ({vendor.credentials}), the place from {vendor.place}"
+    vendor = _VENDORS[frame_url.scheme]
+    return f"credentials come from the environment ({vendor.credentials}), the bucket's location from {vendor.location}"
 
 
 def _first_words(exc: Exception) -> str:

@@ -14,7 +14,7 @@ _MOST_REMEMBERED = 10_000
 _SLOW_FILES = 3
 
 
-class Memory:
+class FailureCache:
     """Failures that are not asked about again for a while, so that a burst of alerts asks once.
 
     Parameters
@@ -71,8 +71,8 @@ class Memory:
         with self._lock:
             self._known = {key: known for key, known in self._known.items() if known[1] > now}
 
-    def check(self, shown: str, *keys: Hashable) -> None:
-        """Raise the failure that is remembered under one of the keys, in the name of the URL ``shown``."""
+    def check(self, display_url: str, *keys: Hashable) -> None:
+        """Raise the failure that is remembered under one of the keys, with ``display_url`` as its URL."""
         now = time.monotonic()
         for key in keys:
             with self._lock:
@@ -82,4 +82,4 @@ class Memory:
                     known = None
             if known is not None:
                 noted, until, kind, problem = known
-                raise kind(shown, f"{problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)")
+                raise kind(display_url, f"{problem} ({now - noted:.1f} s ago; asked again in {until - now:.1f} s)")

@@ -6,14 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from stampworker.errors import ConfigError, FrameMissing, FrameUnavailable
-from stampworker.frames.io.ranges import FIRST, FirstRead
+from stampworker.frames.io.ranges import FIRST_BYTES, FirstRead
 
 if TYPE_CHECKING:
     from stampworker.frames.urls import FrameURL
 
 
 def open_memory() -> Any:
-    """Return the memory filesystem, of which a process has one; `ConfigError` where fsspec is not installed."""
+    """Return the process's memory filesystem; `ConfigError` where fsspec is not installed."""
     try:
         from fsspec.implementations.memory import MemoryFileSystem
     except ImportError as exc:
@@ -30,12 +30,12 @@ class MemoryFile:
     ----------
     files : MemoryFileSystem
         See `open_memory`.
-    address : FrameURL
+    frame_url : FrameURL
         Beneath a root.
     """
 
-    def __init__(self, files: Any, address: FrameURL) -> None:
-        self._files, self._path, self._shown = files, "/" + address.target, address.display_url
+    def __init__(self, files: Any, frame_url: FrameURL) -> None:
+        self._files, self._path, self._display_url = files, "/" + frame_url.target, frame_url.display_url
         self._opened: object = None
 
     @property
@@ -46,14 +46,14 @@ class MemoryFile:
     def open(self) -> FirstRead:
         """Return the first bytes."""
         self._opened = self._written()
-        data = self._read(0, FIRST)
+        data = self._read(0, FIRST_BYTES)
         return FirstRead(bytearray(data), self._files.size(self._path))
 
     def read_range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
         data = self._read(offset, offset + length)
         if self.changed:
-            raise FrameUnavailable(self._shown, "the file is another one than when it was opened")
+            raise FrameUnavailable(self._display_url, "the file is another one than when it was opened")
         return data
 
     def read_all(self) -> bytearray:
@@ -68,5 +68,5 @@ class MemoryFile:
         try:
             data: bytes = self._files.cat_file(self._path, start, stop)
         except FileNotFoundError:
-            raise FrameMissing(self._shown, "no such file in memory") from None
+            raise FrameMissing(self._display_url, "no such file in memory") from None
         return data

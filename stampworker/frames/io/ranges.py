@@ -6,9 +6,10 @@ that were fetched stay within the store's memory budget: stamps of a batch that 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from stampworker.frames.cache import CacheBudget
 
-FIRST = 1 << 16
+FIRST_BYTES = 1 << 16
 """Bytes asked for at first: magic, the headers of most frames."""
 
 # Ranges are widened to blocks; 63 rows of 3072 float32 are 47 of these, so the widening costs at most 4 %.
@@ -39,7 +40,7 @@ class FirstRead:
     Attributes
     ----------
     data : bytearray
-        The first `FIRST` bytes or what there is; the whole file where the server serves no ranges.
+        The first `FIRST_BYTES` bytes or what there is; the whole file where the server serves no ranges.
     size : int
         Of the whole file.
     """
@@ -57,7 +58,7 @@ class Remote(Protocol):
         ...
 
     def open(self) -> FirstRead:
-        """Ask for the first `FIRST` bytes."""
+        """Ask for the first `FIRST_BYTES` bytes."""
         ...
 
     def read_range(self, offset: int, length: int) -> bytes:
@@ -90,7 +91,7 @@ class RangedFile:
         self._remote, self._budget = remote, budget
         self._lock = threading.Lock()
         self._blocks: dict[int, bytes] = {}
-        self._keep(0, bytes(first.data))  # whole blocks, FIRST being a multiple
+        self._keep(0, bytes(first.data))  # whole blocks, FIRST_BYTES being a multiple
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on, with at most one request."""
@@ -204,15 +205,19 @@ def open_remote(remote: Remote, url: str, budget: CacheBudget, limit: int) -> So
     return RangedFile(remote, first, budget)
 
 
-def collect(
-    chunks: Iterator[bytes], limit: int, refuse: Callable[[str], FrameRefused], end: float | None = None
-) -> bytearray:
-    """Join chunks of a body; refuse more than ``limit`` bytes, `TimeoutError` after ``end``."""
+def check_length(url: str, length: int, limit: int) -> None:
+    """Refuse to ask for more than ``limit`` bytes at once."""
+    if length > limit:
+        raise FrameRefused(url, f"{length} bytes at once, above the {limit} allowed (frames.max_download_bytes)")
+
+
+def collect(chunks: Iterable[bytes], limit: int, url: str, end: float = math.inf) -> bytearray:
+    """Join chunks of a body; refuse more than ``limit`` bytes, raise `TimeoutError` after ``end``."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
         if len(data) > limit:
-            raise refuse(f"more than the {limit} bytes allowed (frames.max_download_bytes)")
-        if end is not None and time.monotonic() > end:
+            raise FrameRefused(url, f"more than the {limit} bytes allowed (frames.max_download_bytes)")
+        if time.monotonic() > end:
             raise TimeoutError("the total time is over")
     return data

@@ -1,4 +1,4 @@
-"""Frames in buckets, from a server of our own that needs no credentials and misbehaves on purpose."""
+"""Frames in buckets, from a server of the tests that needs no credentials and misbehaves on purpose."""
 
 from __future__ import annotations
 
@@ -26,8 +26,24 @@ KEY = "/bucket/night/a.fits"
 Open = Callable[..., FrameStore]
 
 
-PLACES = {"s3": "frames.s3_endpoint", "gs": "frames.gs_endpoint", "abfs": "frames.abfs_account"}
+SETTINGS = {"s3": "frames.s3_endpoint", "gs": "frames.gs_endpoint", "abfs": "frames.abfs_account"}
 CREDENTIALS = {"s3": "AWS_ACCESS_KEY_ID", "gs": "GOOGLE_APPLICATION_CREDENTIALS", "abfs": "AZURE_STORAGE_ACCOUNT_KEY"}
+
+
+ENVIRON: dict[str, tuple[str, dict[str, str], str]] = {
+    "s3": (
+        "AWS_ENDPOINT_URL",
+        {"AWS_ACCESS_KEY_ID": "jane", "AWS_SECRET_ACCESS_KEY": "hunter2"},
+        "AWS4-HMAC-SHA256 Credential=jane/",
+    ),
+    "gs": ("GOOGLE_BASE_URL", {"GOOGLE_BEARER_TOKEN": "hunter2"}, "Bearer hunter2"),
+    "abfs": (
+        "AZURE_STORAGE_ENDPOINT",
+        {"AZURE_STORAGE_ACCOUNT_NAME": "survey", "AZURE_STORAGE_ACCOUNT_KEY": "aHVudGVyMg=="},
+        "SharedKey survey:",
+    ),
+}
+"""The vendor's variables for endpoint and credentials, and what the server gets of the latter."""
 
 
 @pytest.fixture(params=["s3", "gs", "abfs"])
@@ -79,47 +95,25 @@ def test_same_pixels(server: WebServer, open_store: Open, pixels: np.ndarray, sc
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(
-    ("scheme", "environ", "authorization"),
-    [
-        (
-            "s3",
-            {"AWS_ENDPOINT_URL": "", "AWS_ACCESS_KEY_ID": "jane", "AWS_SECRET_ACCESS_KEY": "hunter2"},
-            "AWS4-HMAC-SHA256 Credential=jane/",
-        ),
-        ("gs", {"GOOGLE_BASE_URL": "", "GOOGLE_BEARER_TOKEN": "hunter2"}, "Bearer hunter2"),
-        (
-            "abfs",
-            {
-                "AZURE_STORAGE_ENDPOINT": "",
-                "AZURE_STORAGE_ACCOUNT_NAME": "survey",
-                "AZURE_STORAGE_ACCOUNT_KEY": "aHVudGVyMg==",
-            },
-            "SharedKey survey:",
-        ),
-    ],
-    indirect=["scheme"],
-)
+@pytest.mark.parametrize("scheme", ENVIRON, indirect=True)
 def test_endpoint_of_the_environment(
     server: WebServer,
     open_store: Open,
     pixels: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
     scheme: str,
-    environ: dict[str, str],
-    authorization: str,
 ) -> None:
     """Endpoint and credentials come from the environment; one that is no address stops the start, as a setting too."""
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value or server.url.rstrip("/"))
+    name, credentials, authorization = ENVIRON[scheme]
+    monkeypatch.setenv(name, server.url.rstrip("/"))
+    for other, value in credentials.items():
+        monkeypatch.setenv(other, value)
     settings = {f"{scheme}_endpoint": None, f"{scheme}_anonymous": False, "abfs_account": None}
     np.testing.assert_array_equal(open_store(**settings).open("a.fits")[ALL], pixels)
     assert server.headers[0]["Authorization"].startswith(authorization)
-    name = next(iter(environ))
-    for other in ("hunter2", "http://127.1:8080", "http://0x7f000001:8080", "http://\u24dbocalhost:8080"):
-        monkeypatch.setenv(name, other)
-        with pytest.raises(ConfigError, match=f"{name}: not an address, wanted"):
-            open_store(**settings)
+    monkeypatch.setenv(name, "hunter2")
+    with pytest.raises(ConfigError, match=f"{name}: not an address, wanted"):
+        open_store(**settings)
     with pytest.raises(ValidationError, match=f"{scheme}_endpoint"):
         open_store(**{f"{scheme}_endpoint": "nowhere"})
 
@@ -145,7 +139,7 @@ def test_credentials_that_cannot_be(
     """An account that is missing and credentials that cannot be read stop the start; the message shows none."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=rf"{scheme}://bucket/night/: .*{problem}.*{PLACES[scheme]}") as caught:
+    with pytest.raises(ConfigError, match=rf"{scheme}://bucket/night/: .*{problem}.*{SETTINGS[scheme]}") as caught:
         open_store(**{f"{scheme}_anonymous": False, "abfs_account": None})
     assert "hunter2" not in str(caught.value)
 
@@ -191,20 +185,21 @@ def test_outside_the_root(server: WebServer, open_store: Open, scheme: str, url:
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_redirects_to_other_hosts(
-    server: WebServer, open_store: Open, monkeypatch: pytest.MonkeyPatch, code: int
+def test_redirects_of_an_endpoint(
+    server: WebServer, open_store: Open, pixels: np.ndarray, scheme: str, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """They are refused, nothing is asked of the other host, and a burst asks the endpoint once."""
-    monkeypatch.setenv("NO_PROXY", "example.org")
+    """The operator's endpoint may redirect to another host, which does not get the credentials."""
+    for name, value in ENVIRON[scheme][1].items():
+        monkeypatch.setenv(name, value)
     with WebServer() as other:
-        other.files["/secret.fits"] = server.files[KEY]
-        server.behaviours[KEY] = web.redirect(f"http://localhost:{other.server_port}/secret.fits", code)
-        store = open_store(failure_ttl_s=5.0)
-        for _ in range(3):
-            with pytest.raises(FrameRefused, match=r"://bucket/night/a\.fits: the endpoint redirects to another host"):
-                store.open("a.fits")
-    assert other.requests == []
-    assert len(server.requests) == 1
+        other.files["/a.fits"] = server.files[KEY]
+        server.behaviours[KEY] = web.redirect(f"http://localhost:{other.server_port}/a.fits", code)
+        frame = open_store(**{f"{scheme}_anonymous": False}).open("a.fits")
+        np.testing.assert_array_equal(frame[ALL], pixels)
+        assert frame.url == f"{scheme}://bucket/night/a.fits"
+        assert "Authorization" in server.headers[0]
+        assert "Authorization" not in other.headers[0]
+        assert len(other.requests) == 1
 
 
 def test_missing(server: WebServer, open_store: Open) -> None:
@@ -219,12 +214,12 @@ def test_missing(server: WebServer, open_store: Open) -> None:
     assert store.open("b.fits").shape == (61, 83)
 
 
-def test_a_key_that_looks_signed_is_not_shown(server: WebServer, open_store: Open, scheme: str) -> None:
-    """A question mark is a letter of a key, but what follows it is not told where it looks like a signature."""
+def test_a_key_is_shown_like_any_url(server: WebServer, open_store: Open, scheme: str) -> None:
+    """A question mark is a letter of a key, but of what follows it only names are shown."""
     store = open_store()
     for given in ("a.fits?X-Amz-Signature=hunter2", f"{scheme}://bucket/night/a.fits?X-Amz-Signature=hunter2"):
-        assert store.open(given).url == f"{scheme}://bucket/night/a.fits"
-    assert store.open("a.fits?7").url == f"{scheme}://bucket/night/a.fits?7"
+        assert store.open(given).url == f"{scheme}://bucket/night/a.fits?X-Amz-Signature=***"
+    assert store.open("a.fits?7").url == f"{scheme}://bucket/night/a.fits?***"
     assert server.requests[0][0] == f"{KEY}?X-Amz-Signature=hunter2"
 
 
@@ -237,7 +232,7 @@ def test_access_denied_is_loud(
     with caplog.at_level(logging.ERROR), pytest.raises(FrameUnavailable, match="access denied"):
         open_store().open("a.fits")
     assert CREDENTIALS[scheme] in caplog.text
-    assert PLACES[scheme] in caplog.text
+    assert SETTINGS[scheme] in caplog.text
 
 
 METADATA = {"s3": "AWS_METADATA_ENDPOINT", "gs": "GCE_METADATA_HOST", "abfs": "AZURE_MSI_ENDPOINT"}
@@ -255,7 +250,7 @@ def test_no_credentials_is_loud(
             with pytest.raises(FrameUnavailable, match=rf"{name}: access denied"):
                 store.open(name)
     assert caplog.text.count(CREDENTIALS[scheme]) == 1
-    assert PLACES[scheme] in caplog.text
+    assert SETTINGS[scheme] in caplog.text
 
 
 @pytest.mark.parametrize(

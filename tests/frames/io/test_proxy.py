@@ -70,7 +70,9 @@ def test_proxy_that_refuses(proxy: WebServer, code: int, caplog: pytest.LogCaptu
     with caplog.at_level(logging.DEBUG), pytest.raises(FrameUnavailable, match=f"the server says {code}") as caught:
         open_frame("http://frames.invalid/")
     assert ("HTTP_PROXY" in caplog.text) == (code == 407)
-    problem = rf"no connection to frames\.invalid:443 through the proxy 127\.0\.0\.1:\d+: it says {code} "
+    problem = (
+        rf"no connection to frames\.invalid:443 through the proxy 127\.0\.0\.1:\d+: Tunnel connection failed: {code} "
+    )
     proxy.tunnel = web.status(code)
     with pytest.raises(FrameUnavailable, match=problem):
         open_frame("https://frames.invalid/")
