@@ -19,7 +19,7 @@ targets() {
 }
 targets >"$work/sources.list"
 if [ ! -s "$work/sources.list" ] && [ "$(id -u)" = 0 ]; then
-    apt-get update >/dev/null # A fresh system has no lists, and without them apt does not know whose an archive is.
+    ./apt_get.sh update # A fresh system has no lists, and without them apt does not know whose an archive is.
     targets >"$work/sources.list"
 fi
 apt-config dump | grep -iE '^Acquire::(https?|Retries)' >"$work/apt.conf" || true # Proxies and the like, or nothing.
