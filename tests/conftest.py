@@ -13,6 +13,9 @@ from astropy.wcs import WCS
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
+# Programs, and what tests import: nothing in these folders is a test, nor has examples.
+collect_ignore = ["benchmarks", "helpers", "reference", "servers", "oldest.py", "samples.py", "study.py"]
+
 # Shared machines stall for seconds, so no example has a deadline. What CI finds must be found again on the next run.
 # A test that hypothesis repeats may share a fixture that it does not change.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
