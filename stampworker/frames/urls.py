@@ -36,7 +36,7 @@ _SIGNED = re.compile(
     r"|=eyJ",  # a token in JSON
     re.IGNORECASE,
 )
-_BEFORE_HOST = re.compile(r"(?<=//).*@", re.DOTALL)
+_BEFORE_HOST = re.compile(r"(^\w[\w+.-]*:(?://)?|//).*@", re.DOTALL)  # some URLs lack the slashes
 _SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has decided
 
 
@@ -214,7 +214,7 @@ def redact(url: str) -> str:
     It may not be what it looks like, so that anything before an @ might be a password: one with a slash in it, or that
     of a URL in a URL.
     """
-    return _BEFORE_HOST.sub("***@", without_credentials(url))
+    return _BEFORE_HOST.sub(r"\1***@", without_credentials(url))
 
 
 def _check(segment: str, shown: str) -> None:

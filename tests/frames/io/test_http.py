@@ -872,6 +872,7 @@ def test_credentials_are_used_and_not_shown(
         "http://jane:12/hunter2#er@host/x",
         "http://jane:12/hunter2%2f@host/x",
         "http:jane:hunter2@host/x",
+        "s3:jane:hunter2@b/p/a",
         "https:///jane:hunter2@host/x",
         "s3://jane/hunter2@b/p/a",
         "ftp://jane:hunter2@host/x",
