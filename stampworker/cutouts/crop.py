@@ -232,6 +232,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     Returns
     -------
     downscaled : ndarray, shape (ny // scale, nx // scale)
+        One pixel per block; sums of integers may have a wider dtype, means are floats.
     downscaled_header : astropy.io.fits.Header
         Returned only with ``header``: each block's centre has the place on the sky that it had before.
 

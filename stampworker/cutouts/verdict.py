@@ -56,6 +56,7 @@ def is_artefact(
     Returns
     -------
     bool
+        True where the candidate meets all three conditions.
 
     Raises
     ------
