@@ -17,7 +17,8 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 
 @pytest.fixture
 def services() -> dict[str, Any]:
-    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    return found
 
 
 def settings_of(service: dict[str, Any]) -> config.Settings:

@@ -146,7 +146,7 @@ class Bucket(Process):
 
     def fill(self, folder: Path) -> None:
         """Bring the files of the folder ``bucket`` that are not there yet into the bucket."""
-        self._there = getattr(self, "_there", set())
+        self._there: set[Path] = getattr(self, "_there", set())
         for path in sorted(set(folder.iterdir()) - self._there):
             self._upload(path.name, path.read_bytes())
             self._there.add(path)
