@@ -9,7 +9,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,10 @@ class KafkaBroker(DockerContainer):
             self.reload()
             if self.status == "exited":
                 break
-            try:
+            # Where no broker answers yet, this has waited for a second.
+            with suppress(KafkaException):
                 if admin.list_topics(timeout=1).brokers:
                     return
-            except KafkaException:
-                time.sleep(0.1)
         raise RuntimeError(f"Kafka is {self.status} and does not answer at {self.address}:\n{self.tail()}")
 
     def tail(self, lines: int = 30) -> str:
