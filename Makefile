@@ -8,10 +8,18 @@ venv := .venv
 bin := $(venv)/bin
 bench := $(venv)/bench
 oldest := $(venv)/oldest
+
+# Tests run in two processes, but for those that start servers of their own. `make PYTEST_ARGS="-n 0 --pdb" ...` debugs.
+# With PYTEST_ARGS one of two runs may find no test, which is pytest's exit code 5.
+parallel := -n 2
+unit := -m "not broker and not server"
+fast := -m "not broker and not server and not slow"
+servers := -m "broker or server"
+pytest = $(1)/bin/python -m pytest $(2) $(PYTEST_ARGS) $(if $(PYTEST_ARGS),|| test $$? = 5)
 sources := pyproject.toml constraints.txt $(wildcard setup.py stampworker/*/*.c stampworker/*/*/*.[ch])
 install = $(1)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-unit test-oldest lint bench image clean
+.PHONY: help demo test test-unit test-fast test-oldest lint bench image clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -26,14 +34,18 @@ test: lint ## environment, ruff, mypy and every test, with a real Kafka broker i
 	tests/servers/frame_servers.sh
 	deploy/engine.sh
 	tests/servers/kafka/image.sh
-	$(bin)/python -m pytest $(PYTEST_ARGS)
+	$(call pytest,$(venv),$(parallel) $(unit))
+	$(call pytest,$(venv),$(servers))
 
 test-unit: $(venv)/.test ## the tests that need no Docker and no other servers
-	$(bin)/python -m pytest -m "not broker and not server" $(PYTEST_ARGS)
+	$(call pytest,$(venv),$(parallel) $(unit))
+
+test-fast: $(venv)/.test ## of these, the quick ones, for an edit cycle: a minute
+	$(call pytest,$(venv),$(parallel) $(fast))
 
 # What those versions need in turn is new, and warns of what they do with it.
 test-oldest: $(oldest)/.oldest ## the same with the oldest versions that pyproject.toml allows (Python 3.11 or 3.12)
-	$(oldest)/bin/python -m pytest -m "not broker and not server" -W default::DeprecationWarning $(PYTEST_ARGS)
+	$(call pytest,$(oldest),$(parallel) $(unit) -W default::DeprecationWarning)
 
 lint: $(venv)/.test ## ruff and mypy
 	$(bin)/ruff format --check .

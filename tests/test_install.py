@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "stampworker", "schemas")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_wheel_without_a_compiler(tmp_path: Path) -> None:
     """Where compiling fails the wheel is built all the same; the fit is numpy's, and the schemas are there."""

@@ -125,6 +125,7 @@ def test_file_that_is_not_there(tmp_path):
         read_alerts(tmp_path / "absent.ecsv", TableOptions(FRAMES))
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200))
 def test_any_bytes_are_alerts_or_an_error(tmp_path, data):
     """Whatever a file holds, the answer is alerts, each read or with its error, or an AlertError."""

@@ -6,6 +6,7 @@ import pytest
 from helpers import resident
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "rice", "gz"])
 def test_memory_does_not_grow(tmp_path: Path, form: str) -> None:
     """From the second frame set to the twentieth, at no time a process holds more than 1.1 times what it held then."""

@@ -254,6 +254,7 @@ def judged(tmp_path_factory):
     return found.truth[[name in results for name in found.truth["alertId"]]], results
 
 
+@pytest.mark.slow
 def test_fit_recovers_the_injected_shifts_and_scales(judged):
     """Shifts of dipoles come back to 0.05 pixel without bias, scales to 1 %."""
     figures = recovery(*judged)
@@ -271,6 +272,7 @@ def called(table, kind, *bins):
     return rows["artefact"].sum() / rows["number"].sum(), rows["stdweb"].sum() / rows["number"].sum()
 
 
+@pytest.mark.slow
 def test_verdicts_on_the_night(judged):
     """Transients stay, dipoles and scale errors go; STDWeb's rule alone loses faint transients."""
     table = confusion(*judged)

@@ -258,6 +258,7 @@ def test_no_credentials_is_loud(
     assert PLACES[scheme] in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behaviour",
     [

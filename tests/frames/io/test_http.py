@@ -460,6 +460,7 @@ def test_failing_server(server: WebServer, open_store: Open, code: int) -> None:
     assert store.open("a.fits").shape == (61, 83)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "header"), [(429, {}), (429, {"Retry_After": "1"}), (503, {"Retry_After": "1"})])
 def test_busy_server_is_left_alone(server: WebServer, open_store: Open, code: int, header: dict[str, str]) -> None:
     """After 429, or 503 with Retry-After, nothing at all is asked of the server until the time is over."""
@@ -518,6 +519,7 @@ def test_slow_server_costs_the_alert(
     assert len(server.requests) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "s3"])
 def test_a_slow_frame_is_not_a_slow_server(server: WebServer, open_store: Open, scheme: str) -> None:
     """One that is not answered in time is left alone, the others are read; after three in succession all are left."""
@@ -557,6 +559,7 @@ def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, tmp_p
     np.testing.assert_array_equal(frame[200:230, 5:9], data[200:230, 5:9])
 
 
+@pytest.mark.slow
 def test_slow_headers_cost_the_alert(server: WebServer, open_store: Open, tmp_path: Path) -> None:
     """Opening a file of many HDUs, each answer in time, ends within the total time."""
     spectra = [fits.ImageHDU(np.zeros(30_000, "f4")) for _ in range(20)]
