@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run apt-get, quietly unless it fails, and wait up to five minutes for another apt to end: apt_get.sh ARGUMENT…
-# A machine that has just started installs its upgrades. apt-get can wait for dpkg's lock, but not for those of its lists
-# and of its archives, so all three are waited for here.
+# A machine that has just started installs its upgrades. apt-get can wait for dpkg's lock, but not for those of its
+# lists and its archives. This waits for all three.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C # the message below, untranslated
 

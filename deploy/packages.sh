@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install packages of the distribution, having said so: packages.sh "what for" PACKAGE…
-# Only root on Debian or Ubuntu gets them installed; anyone else is told the command, and the script ends with 1.
+# Say what for, and install packages of the distribution: packages.sh "what for" PACKAGE…
+# It installs as root on Debian or Ubuntu only. Elsewhere it prints the command, and ends with 1.
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")

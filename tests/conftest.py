@@ -23,7 +23,7 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Servers of tests are on this machine. obstore, which has an environment of its own, sees what is deleted here.
+# The tests' servers are on this machine, so no proxy is used. Deleting the variables here reaches obstore, too.
 for _name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)

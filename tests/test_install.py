@@ -21,7 +21,7 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "stampworker", 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_wheel_without_a_compiler(tmp_path: Path) -> None:
-    """Where compiling fails the wheel is built all the same; the fit is numpy's, and the schemas are there."""
+    """A wheel is built where compiling fails; its fit is numpy's, and it has the schemas."""
     source = tmp_path / "source"
     source.mkdir()
     for name in SOURCES:

@@ -131,7 +131,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_error_is_public():
-    """Whatever a caller may want to catch can be imported from the top."""
+    """Every error that a caller may catch can be imported from the top."""
     errors = {name for name, value in vars(stampworker.errors).items() if inspect.isclass(value)}
     assert errors <= set(stampworker.__all__)
     assert all(issubclass(getattr(stampworker, name), stampworker.StampworkerError) for name in errors)
