@@ -147,7 +147,7 @@ def in_chunks(handler: Handler) -> None:
 
 
 def endless(handler: Handler) -> None:
-    """Serve zeros for ever, in chunks."""
+    """Serve zeros without an end, in chunks."""
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
@@ -227,7 +227,7 @@ def first(behaviour: Behaviour, times: int = 1, then: Behaviour = serve) -> Beha
 
 
 def in_turn(*behaviours: Behaviour) -> Behaviour:
-    """Flap: behave in one way at a request, in the next way at the next one, and begin anew."""
+    """Flap: behave in one way at a request, in the next way at the next one, and so on in turn."""
     turns = itertools.cycle(behaviours)
     lock = threading.Lock()
 

@@ -112,7 +112,7 @@ class Nginx(Process):
             check=True,
             capture_output=True,
         )  # fmt: skip
-        user = "user root;" if os.geteuid() == 0 else ""  # else its workers may not enter a folder of ours
+        user = "user root;" if os.geteuid() == 0 else ""  # else its workers may not enter this folder
         config = _NGINX.format(folder=folder, root=root, user=user, port=port, tls_port=self.tls_port)
         (folder / "nginx.conf").write_text(config)
         self.url, self.tls_url = f"http://127.0.0.1:{port}/", f"https://localhost:{self.tls_port}/"
