@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make an image of this machine's own distribution, for where none can be pulled: base.sh IMAGE PACKAGE…
-# The packages come from where apt gets them on this machine: its mirrors, its proxies.
+# Make an image of this machine's distribution, where none can be pulled: base.sh IMAGE PACKAGE…
+# The packages come through apt's settings on this machine: its mirrors, its proxies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -19,7 +19,7 @@ targets() {
 }
 targets >"$work/sources.list"
 if [ ! -s "$work/sources.list" ] && [ "$(id -u)" = 0 ]; then
-    apt-get update >/dev/null # A fresh system has no lists, and without them apt does not know whose an archive is.
+    ./apt_get.sh update # Without lists, as on a new system, apt does not know the origin of an archive.
     targets >"$work/sources.list"
 fi
 apt-config dump | grep -iE '^Acquire::(https?|Retries)' >"$work/apt.conf" || true # Proxies and the like, or nothing.

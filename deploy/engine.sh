@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make sure that a Docker engine answers: use the one that does, else install and start the distribution's (as root on
-# Debian or Ubuntu; anyone else is told the command). The engine keeps running afterwards, as a system service does.
+# Debian or Ubuntu; other users see the command). The engine keeps running afterwards, as a system service does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -46,7 +46,7 @@ if [ -d /run/systemd/system ]; then
     systemctl start docker
 elif ! answers; then
     echo "stampworker: starting the Docker engine: dockerd (log: $log; to stop it: kill \$(cat /var/run/docker.pid))" >&2
-    # Its own session, and none of our descriptors: whoever waits for this script's output must not wait for dockerd.
+    # A new session without this script's descriptors: who waits for the script's output must not wait for dockerd.
     setsid dockerd >"$log" 2>&1 </dev/null &
 fi
 if ! wait_until_it_answers; then

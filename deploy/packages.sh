@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Install packages of the distribution, having said so: packages.sh "what for" PACKAGE…
-# Only root on Debian or Ubuntu gets them installed; anyone else is told the command, and the script ends with 1.
+# Say what for, and install packages of the distribution: packages.sh "what for" PACKAGE…
+# It installs as root on Debian or Ubuntu only. Elsewhere it prints the command, and ends with 1.
 set -euo pipefail
 
+here=$(dirname "${BASH_SOURCE[0]}")
 purpose=$1
 shift
 
@@ -20,11 +21,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 echo "stampworker: $purpose is missing; installing with apt-get: $*" >&2
-export DEBIAN_FRONTEND=noninteractive
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-if ! { apt-get update && apt-get install -y --no-install-recommends "$@"; } >"$log" 2>&1; then
-    tail -n 20 "$log" >&2
+if ! { "$here/apt_get.sh" update && "$here/apt_get.sh" install -y --no-install-recommends "$@"; }; then
     echo "stampworker: apt-get could not install $*; see above." >&2
     exit 1
 fi

@@ -13,6 +13,9 @@ from astropy.wcs import WCS
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
+# Programs, and what tests import: nothing in these folders is a test, nor has examples.
+collect_ignore = ["benchmarks", "helpers", "reference", "servers", "oldest.py", "samples.py", "study.py"]
+
 # Shared machines stall for seconds, so no example has a deadline. What CI finds must be found again on the next run.
 # A test that hypothesis repeats may share a fixture that it does not change.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -20,7 +23,7 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Servers of tests are on this machine. obstore, which has an environment of its own, sees what is deleted here.
+# The tests' servers are on this machine, so no proxy is used. Deleting the variables here reaches obstore, too.
 for _name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)

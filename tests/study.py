@@ -27,9 +27,9 @@ def study(
     settings = load(flags={"frames.frame_roots": str(night.directory), **(flags or {})})
     alerts, _ = read_alerts(night.alerts)
     with FrameStore(settings.frames) as store:
-        packets = make_packets(alerts, store, settings)
-    assert all(isinstance(packet, Packet) for packet in packets)
-    results = {p.alert_id: {**p.metrics, "adjust_artefact": p.adjust_artefact} for p in packets}
+        packets = [packet for packet in make_packets(alerts, store, settings) if isinstance(packet, Packet)]
+    assert len(packets) == len(alerts)
+    results = {str(p.alert_id): {**p.metrics, "adjust_artefact": p.adjust_artefact} for p in packets}
     truth = Table.read(night.truth, format="ascii.ecsv")
     return confusion(truth, results), recovery(truth, results)
 

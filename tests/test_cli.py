@@ -563,6 +563,7 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: stampworker {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_broker_that_does_not_answer_exits_1(capsys, monkeypatch, tmp_path):
     """A broker that does not answer is a failure, not wrong usage: it may answer later."""
     monkeypatch.setattr("stampworker.stream.kafka._CONTACT_S", 0.5)
@@ -646,6 +647,7 @@ def test_simulated_night_through_enrich(tmp_path, capsys):
     assert "empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_process(night, tmp_path):
     """``python -m stampworker`` is the command; without a terminal nothing but the result is printed."""
     (night / "a.json").write_text(json.dumps(alerts(2)))

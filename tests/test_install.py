@@ -1,21 +1,27 @@
 """The package installs, and works, without a compiler."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "stampworker", "schemas")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_wheel_without_a_compiler(tmp_path: Path) -> None:
-    """Where compiling fails the wheel is built all the same; the fit is numpy's, and the schemas are there."""
+    """A wheel is built where compiling fails; its fit is numpy's, and it has the schemas."""
     source = tmp_path / "source"
     source.mkdir()
     for name in SOURCES:
@@ -46,3 +52,45 @@ def test_wheel_without_a_compiler(tmp_path: Path) -> None:
         check=True,
     )
     assert run.stdout.split() == [str(installed / "stampworker" / "cutouts" / "adjust.py"), "numpy"]
+
+
+def normal(name: str) -> str:
+    """Return the name of a distribution as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the distributions that pyproject.toml asks for, those of some extras included."""
+    asked = sum((PROJECT["optional-dependencies"][extra] for extra in extras), PROJECT["dependencies"])
+    return {normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in asked}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the first names of the modules that a file imports, but for Python's own."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [("stampworker", ("s3", "memory", "viewer")), ("tests", ("test",)), ("tests/benchmarks", ("test", "bench"))],
+)
+def test_every_import_is_declared(folder: str, extras: tuple[str, ...]) -> None:
+    """What a folder imports is asked for by name, and does not come by chance with something else."""
+    programs = ("benchmarks", "reference")  # of these some run beside STDPipe, in the environment of `make bench`
+    distributions = packages_distributions()
+    missing = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if folder == "tests" and path.relative_to(ROOT / folder).parts[0] in programs:
+            continue
+        own = {"stampworker", *(other.stem for other in [*path.parent.iterdir(), *(ROOT / "tests").iterdir()])}
+        asked = declared(*extras)
+        for name in imported(path) - own:
+            if not {normal(made_by) for made_by in distributions.get(name, [name])} & asked:
+                missing[path.name] = name
+    assert not missing

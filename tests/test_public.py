@@ -5,6 +5,7 @@ import graphlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import pkgutil
 import re
 import subprocess
@@ -33,6 +34,8 @@ MODULES = sorted(
     for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "stampworker.")
     if not name.rpartition(".")[2].startswith("_")
 )
+MOST_LINES = {"function": 50, "class": 300, "file": 600}  # of a function, those of its body without its docstring
+SOURCES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".c", ".h"))
 SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
 
 
@@ -45,7 +48,9 @@ def imported(path):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module] if node.module != "stampworker" else [f"stampworker.{a.name}" for a in node.names]
+            names = (
+                [str(node.module)] if node.module != "stampworker" else [f"stampworker.{a.name}" for a in node.names]
+            )
         for name in names:
             if name.startswith("stampworker."):
                 yield name
@@ -68,6 +73,39 @@ def public():
 
 
 PUBLIC = dict(public())
+
+
+def definitions(path):
+    """Yield the module, the classes and the functions of a Python file, each with its docstring."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node, ast.get_docstring(node)
+
+
+def too_long(path):
+    """Yield what is longer than `MOST_LINES` in a file, with the number of its lines."""
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    if lines > MOST_LINES["file"]:
+        yield f"file of {lines} lines"
+    for node, doc in definitions(path) if path.suffix == ".py" else ():
+        if isinstance(node, ast.Module):
+            continue
+        kind = "class" if isinstance(node, ast.ClassDef) else "function"
+        first = node if kind == "class" else node.body[min(doc is not None, len(node.body) - 1)]
+        lines = node.end_lineno - first.lineno + 1
+        if lines > MOST_LINES[kind]:
+            yield f"{kind} {node.name} of {lines} lines"
+
+
+def bare_entries(doc):
+    """Return the entries of a docstring's sections that no indented line describes."""
+    found = []
+    for title in ("Parameters", "Returns", "Yields", "Raises", "Attributes"):
+        lines = [line for line in (section(doc, title) or "").splitlines() if line]
+        for line, following in itertools.pairwise([*lines, ""]):
+            if not line.startswith(" ") and not following.startswith(" "):
+                found.append(f"{title}: {line}")
+    return found
 
 
 def section(doc, title):
@@ -93,7 +131,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_error_is_public():
-    """Whatever a caller may want to catch can be imported from the top."""
+    """Every error that a caller may catch can be imported from the top."""
     errors = {name for name, value in vars(stampworker.errors).items() if inspect.isclass(value)}
     assert errors <= set(stampworker.__all__)
     assert all(issubclass(getattr(stampworker, name), stampworker.StampworkerError) for name in errors)
@@ -178,6 +216,26 @@ def test_parameters_that_are_described_exist(name):
         return
     own = {parameter for parameter in inspect.signature(PUBLIC[name]).parameters if parameter not in ("self", "cls")}
     assert described(text) == own
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_too_long_to_read(path):
+    """No function, class or file is longer than a reader can hold in mind."""
+    assert not list(too_long(path))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_entry_of_a_docstring_is_without_words(path):
+    """What a docstring lists it describes: each parameter, result, error and attribute."""
+    bare = {getattr(node, "name", "module"): bare_entries(doc) for node, doc in definitions(path) if doc}
+    assert not {name: entries for name, entries in bare.items() if entries}
+
+
+@pytest.mark.parametrize("name", ["adjust_cutout", "crop_image", "enrich_table", "get_cutout", "is_artefact"])
+def test_what_is_called_first_has_an_example(name):
+    """Whoever starts with Python finds an example, which is run as a test, in these docstrings."""
+    functions = {path.rpartition(".")[2]: function for path, function in PUBLIC.items()}
+    assert ">>> " in (section(inspect.getdoc(functions[name]), "Examples") or "")
 
 
 @pytest.mark.parametrize("name", stampworker.__all__)

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lay out three frames and a list of candidates, as an astronomer has them."""
+    """Return a folder with three frames and a list of candidates, as an astronomer has them."""
     folder = tmp_path_factory.mktemp("desk")
     night = simulate(folder / "night", size=512, candidates=12, seed=2)
     for plane in ("science", "template", "difference"):
@@ -49,6 +49,7 @@ def enriched(desk: Path) -> Path:
     return desk
 
 
+@pytest.mark.slow
 def test_command_for_three_images_and_a_list(enriched: Path) -> None:
     """The packets and the table are there, with a fit."""
     table = Table.read(enriched / "out.ecsv")
@@ -57,9 +58,10 @@ def test_command_for_three_images_and_a_list(enriched: Path) -> None:
     assert sum(status in ("ok", "at_bound") for status in table["adjust_status"]) > 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_examples(enriched: Path, number: int) -> None:
-    """Each example runs as it stands, and the packet's needs nothing of ours."""
+    """Each example runs as written, and the packet's does without stampworker."""
     code = blocks("python")[number]
     printed = run(enriched, sys.executable, "-c", code)
     assert printed.strip()
@@ -90,6 +92,7 @@ def test_resolver_example_fills_its_templates(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_every_command_and_target_named_exists() -> None:
     """Commands of the README are the command line's, and make targets the Makefile's."""
     text = README.read_text(encoding="utf-8")

@@ -736,6 +736,7 @@ def test_resolver_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_resolver(ResolveSettings(resolver="mysuvrey"))
 
 
+@pytest.mark.slow
 def test_resolver_of_another_package_in_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command finds the resolver of an installed package."""
     install(tmp_path / "site", monkeypatch, CODE)

@@ -62,6 +62,20 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     Moving CRPIX is exact for linear, SIP and TPV solutions, which measure from it (Greisen & Calabretta 2002,
     A&A 395, 1061; Shupe et al. 2005, ASPC 347, 491). It is not for lookup-table distortions (CPDIS, D2IMDIS), whose
     tables are indexed by the pixels of the whole frame; they are refused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plane = np.arange(12).reshape(3, 4)
+    >>> crop_image(plane, x1=1, y1=0, width=2, height=2)
+    array([[1, 2],
+           [5, 6]])
+
+    A rectangle that hangs over the edge is filled up, here with NaN:
+
+    >>> crop_image(plane.astype(float), x1=3, y1=2, width=2, height=2)
+    array([[11., nan],
+           [nan, nan]])
     """
     if not hasattr(data, "shape"):
         data = np.asarray(data)
@@ -163,6 +177,16 @@ def get_cutout(
         A plane's shape is not the image's, ``wcs`` has a lookup-table distortion; and as `crop_image_centered`.
     TypeError
         ``x`` or ``y`` is not a number, or has another unit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows, columns = np.mgrid[:100, :120]  # each pixel holds its own y, or its own x
+    >>> cutout = get_cutout(columns, {"x": 40.2, "y": 30.7}, radius=5, diff=rows)
+    >>> cutout["image"].shape
+    (11, 11)
+    >>> print(cutout["image"][5, 5], cutout["diff"][5, 5])  # the middle pixel is the one nearest to the candidate
+    40 31
     """
     x1, y1, side = _square(candidate["x"], candidate["y"], radius)
     cutout: dict[str, Any] = {"image": crop_image(image, x1, y1, side, side)}
@@ -202,6 +226,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     Returns
     -------
     downscaled : ndarray, shape (ny // scale, nx // scale)
+        One pixel per block; sums of integers may have a wider dtype, means are floats.
     downscaled_header : astropy.io.fits.Header
         Returned only with ``header``: the centre of each block keeps its sky position.
 

@@ -56,6 +56,7 @@ def is_artefact(
     Returns
     -------
     bool
+        True where the candidate meets all three conditions.
 
     Raises
     ------
@@ -68,6 +69,17 @@ def is_artefact(
     scale within 0.8 and 1.2 in the documentation of STDPipe; p-value above 0.01 or chi2 below 0.33 in STDWeb, whose
     thresholds are the defaults here. ``tests/reference/verdict_study.py`` prints what each question is worth in
     simulated stamps.
+
+    Examples
+    --------
+    >>> fit = {"adjust_chi2_0": 900.0, "adjust_chi2": 210.0, "adjust_pval": 0.35, "adjust_scale": 1.02}
+    >>> is_artefact(fit)
+    True
+
+    It is none where a point source explains the candidate better:
+
+    >>> is_artefact(fit | {"adjust_point_delta_chi2": 40.0})
+    False
     """
     chi2, chi2_0 = meta["adjust_chi2"], meta["adjust_chi2_0"]
     explained = meta["adjust_pval"] > p_value or chi2 < chi2_ratio * chi2_0

@@ -31,7 +31,7 @@ _SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.:-]*(?=://)
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
 _PARAMETER = re.compile(r";[^/]*")
 _VALUE = re.compile(r"(?<==)[^&]+|(?:^|(?<=&))[^&=]+(?=&|$)")  # after its name, or without one
-_BEFORE_HOST = re.compile(r"(?<=//).*@", re.DOTALL)
+_BEFORE_HOST = re.compile(r"(^\w[\w+.-]*:(?://)?|//).*@", re.DOTALL)  # some URLs lack the slashes
 _SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has decided
 
 
@@ -216,7 +216,7 @@ def redact(url: str) -> str:
     It may not be what it looks like: anything before an @ might be a password that has a slash in it, or that of a URL
     in a URL.
     """
-    return _BEFORE_HOST.sub("***@", without_credentials(url))
+    return _BEFORE_HOST.sub(r"\1***@", without_credentials(url))
 
 
 def _check(segment: str, display_url: str) -> None:

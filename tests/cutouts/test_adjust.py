@@ -160,6 +160,7 @@ def test_inside_the_bounds_is_ok() -> None:
     assert metrics(cutout_of(), fit_bg=True)["bg_err"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [None, 15])
 def test_errors_are_honest(inner: int | None) -> None:
     """Over 2000 simulations nothing is biased, and deviations over quoted errors have unit width within 10 %."""

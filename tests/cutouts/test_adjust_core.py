@@ -47,6 +47,7 @@ def field(seed: int, shape: tuple[int, int], signal: float = 1.0) -> tuple[Any, 
     return image + 100 + rng.normal(0, 1, shape) * err, signal * draw(0, 0) + 80 + rng.normal(0, 2, shape), err
 
 
+@pytest.mark.slow
 @needs_c
 @settings(max_examples=150)
 @example(23052, 9, 9, 0.0, 5.0, 1.3, True, False, 0.01, 1.0, False)  # minima on either side of the scale's bound
@@ -179,6 +180,7 @@ def test_no_size_of_values_overflows(
         assert fit.chi2 <= fit.chi2_0 * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(10))
 def test_nothing_lower_is_found_by_brute_force(group: int) -> None:
     """A dense grid and scipy's polish, by scipy's shift, find nothing lower by 1e-6 on a hundred stamps."""
@@ -273,6 +275,7 @@ def test_what_counts_as_settled_is(max_shift: float, max_scale: float, monkeypat
     assert any(max_shift in (abs(looking.best.u), abs(looking.best.v)) for looking, _ in settled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(5))
 def test_what_is_settled_is_convex(group: int) -> None:
     """Where the search is content with random polynomials, R falls to the bounds that hold, and is below its chords."""
@@ -342,6 +345,7 @@ def trail(seed: int) -> tuple[Any, Any, Any]:
     return image, template, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize(
     ("seed", "how", "lower"),
@@ -448,6 +452,7 @@ def test_background_is_two_and_a_half_medians_less_one_and_a_half_means(core: Ca
             assert fit.tbg == pytest.approx(2.5 * np.median(template) - 1.5 * template.mean(), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_numpy_core_runs_where_c_is_missing() -> None:
     """Without the compiled module the package imports, says so, and fits."""
     code = (
@@ -487,6 +492,7 @@ for n in range(400):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_c_core_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """Random shapes, values and settings read and write nothing out of bounds, and do nothing undefined."""

@@ -173,6 +173,7 @@ values = (
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=80) | st.from_regex(r"[A-Za-z_]\w{0,11}", fullmatch=True), values, max_size=5))
 def test_any_metadata_survives(tmp_path: Path, meta: dict[str, Any]) -> None:
     """Any names and values are read back, in order, with their types."""

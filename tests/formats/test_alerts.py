@@ -72,6 +72,7 @@ def test_alerts_survive_json_and_avro(alert):
     assert decode(as_json).packet_id() == decode(data).packet_id() == alert.packet_id()
 
 
+@pytest.mark.slow
 @given(alerts)
 def test_types_of_extra_survive(alert):
     """A long stays a long, a double a double and a boolean a boolean."""
@@ -119,6 +120,7 @@ def test_packet_id_is_that_of_ever():
     assert from_record(alert_record({"science": "s.fits"})).packet_id() == "8c71df51-aa5a-5472-b957-d75b6b629369"
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_in_another_process():
     """The bytes of an alert do not depend on the process or its hash seed."""
     code = (

@@ -122,6 +122,7 @@ def test_file_that_is_not_there(tmp_path):
         read_alerts(tmp_path / "absent.ecsv")
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200))
 def test_any_bytes_are_alerts_or_an_error(tmp_path, data):
     """Any content of a file gives alerts, each read or with its error, or an AlertError."""

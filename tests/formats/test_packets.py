@@ -80,6 +80,7 @@ sys.stdout.buffer.write(encode(make(Path(sys.argv[2]), json.loads(sys.argv[3])))
 """
 
 
+@pytest.mark.slow
 def test_same_alert_frames_and_settings_give_the_same_bytes(night):
     """Every byte is the same in a second call and in other processes with other hash seeds."""
     folder, frames = night

@@ -218,6 +218,7 @@ def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most
     return attempts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -252,6 +253,7 @@ def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
     assert all(encode(packet) == encode(calm[packet.alert_id]) for packet in packets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["down", "silent"])
 def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
     """While a server is down, batches end at once and every alert is tried again; later all become packets."""

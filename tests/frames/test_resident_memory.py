@@ -6,6 +6,7 @@ import pytest
 from helpers import resident
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "rice", "gz"])
 def test_memory_does_not_grow(tmp_path: Path, form: str) -> None:
     """From the second frame set to the twentieth, the memory of a process grows by less than 10 %."""

@@ -37,5 +37,5 @@ def dying(self: Producer, *args: Any, **kwargs: Any) -> Any:
 
 
 setattr(DyingProducer, method, dying)
-stampworker.stream.kafka.Producer = DyingProducer  # type: ignore[misc]
+stampworker.stream.kafka.Producer = DyingProducer  # type: ignore[attr-defined]
 sys.exit(main(sys.argv[3:]))

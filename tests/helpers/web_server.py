@@ -114,7 +114,7 @@ class WebServer(ThreadingHTTPServer):
 
 def serve(handler: Handler, etag: str = '"1"') -> None:
     """Serve a file or a range of it, as a good server (or bucket) does."""
-    about = {"ETag": etag, "Last_Modified": "Tue, 24 Nov 2026 01:00:00 GMT"}
+    about: dict[str, Any] = {"ETag": etag, "Last_Modified": "Tue, 24 Nov 2026 01:00:00 GMT"}
     content = handler.content
     if content is None:
         handler.answer(404)
@@ -167,7 +167,7 @@ def endless(handler: Handler) -> None:
         handler.send(b"10000\r\n" + bytes(0x10000) + b"\r\n")
 
 
-def status(code: int, **headers: str) -> Behaviour:
+def status(code: int, **headers: Any) -> Behaviour:
     """Answer a status and no file."""
     return lambda handler: handler.answer(code, b"no", **headers)
 

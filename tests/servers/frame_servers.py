@@ -112,7 +112,7 @@ class Nginx(Process):
             check=True,
             capture_output=True,
         )  # fmt: skip
-        user = "user root;" if os.geteuid() == 0 else ""  # else its workers may not enter a folder of ours
+        user = "user root;" if os.geteuid() == 0 else ""  # else its workers may not enter this folder
         config = _NGINX.format(folder=folder, root=root, user=user, port=port, tls_port=self.tls_port)
         (folder / "nginx.conf").write_text(config)
         self.url, self.tls_url = f"http://127.0.0.1:{port}/", f"https://localhost:{self.tls_port}/"
@@ -146,7 +146,7 @@ class Bucket(Process):
 
     def fill(self, folder: Path) -> None:
         """Bring the files of the folder ``bucket`` that are not there yet into the bucket."""
-        self._there = getattr(self, "_there", set())
+        self._there: set[Path] = getattr(self, "_there", set())
         for path in sorted(set(folder.iterdir()) - self._there):
             self._upload(path.name, path.read_bytes())
             self._there.add(path)

@@ -9,7 +9,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,16 +111,15 @@ class KafkaBroker(DockerContainer):
             self.reload()
             if self.status == "exited":
                 break
-            try:
+            # Where no broker answers yet, this has waited for a second.
+            with suppress(KafkaException):
                 if admin.list_topics(timeout=1).brokers:
                     return
-            except KafkaException:
-                time.sleep(0.1)
         raise RuntimeError(f"Kafka is {self.status} and does not answer at {self.address}:\n{self.tail()}")
 
     def tail(self, lines: int = 30) -> str:
         """Return the end of the broker's log."""
-        return self.get_wrapped_container().logs(tail=lines).decode(errors="replace")
+        return str(self.get_wrapped_container().logs(tail=lines), errors="replace")
 
     def create_topic(self, partitions: int = 1, name: str = "topic", **config: str) -> str:
         """Create a topic of its own name (``name`` and something unique) and return that name."""
@@ -210,17 +209,18 @@ def send(producer: Producer, topic: str, record: Record, sent: list[Record] | No
         if sent is not None:
             sent.append(replace(as_record(message), headers=record.headers))
 
-    where = {} if record.partition is None else {"partition": record.partition}
+    where: dict[str, Any] = {} if record.partition is None else {"partition": record.partition}
     producer.produce(topic, record.value, record.key, on_delivery=delivered, headers=list(record.headers), **where)
     producer.poll(0)
 
 
 def as_record(message: Message) -> Record:
     """Return a message that was read, or acknowledged, as a record."""
+    headers: Any = message.headers() or ()
     return Record(
         value=message.value(),
         key=message.key(),
-        headers=tuple(message.headers() or ()),
+        headers=tuple(headers),
         partition=message.partition(),
         offset=message.offset(),
         timestamp=message.timestamp()[1],

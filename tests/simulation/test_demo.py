@@ -13,6 +13,7 @@ from stampworker.formats.packets import Packet
 from stampworker.simulation import demo
 
 
+@pytest.mark.slow
 def test_demo_shows_each_candidate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every candidate comes back as a packet, in the table and in the picture; a second demo replaces the first."""
     folder = tmp_path / "demo"

@@ -255,6 +255,7 @@ def judged(tmp_path_factory):
     return found.truth[[name in results for name in found.truth["alertId"]]], results
 
 
+@pytest.mark.slow
 def test_fit_recovers_the_injected_shifts_and_scales(judged):
     """The fit recovers shifts of dipoles to 0.05 pixel without bias, and scales to 1 %."""
     figures = recovery(*judged)
@@ -272,6 +273,7 @@ def called(table, kind, *bins):
     return rows["artefact"].sum() / rows["number"].sum(), rows["stdweb"].sum() / rows["number"].sum()
 
 
+@pytest.mark.slow
 def test_verdicts_on_the_night(judged):
     """Dipoles and scale errors are called artefacts, transients are not; STDWeb's rule alone loses faint transients."""
     table = confusion(*judged)

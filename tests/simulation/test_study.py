@@ -6,6 +6,7 @@ import pytest
 from study import study
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_night_is_judged_as_promised(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The fit recovers shifts to 0.05 px; dipoles and scale errors are called artefacts, transients are not."""

@@ -118,6 +118,7 @@ def headers_of(message: Message) -> dict[str, bytes]:
     return {name: value for name, value in message.headers() or [] if isinstance(value, bytes)}
 
 
+@pytest.mark.slow
 def test_late_frames_make_a_packet_and_keep_back_no_other_alert(
     cluster: MockCluster, settings: MakeSettings, frames: dict[str, str], tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_late_frames_make_a_packet_and_keep_back_no_other_alert(
     assert {(r.key(), r.value()) for r in retries} == {(b"key", encode(waits))}
 
 
+@pytest.mark.slow
 def test_attempts_are_apart_by_the_delay(
     cluster: MockCluster, settings: MakeSettings, frames: dict[str, str], tmp_path: Path
 ) -> None:
@@ -172,6 +174,7 @@ def test_attempts_are_apart_by_the_delay(
     assert all(name.startswith(ERRORS_PREFIX) for name in headers)
 
 
+@pytest.mark.slow
 def test_drained_worker_leaves_what_is_not_of_its_input(
     cluster: MockCluster, settings: MakeSettings, frames: dict[str, str], tmp_path: Path
 ) -> None:
@@ -187,6 +190,7 @@ def test_drained_worker_leaves_what_is_not_of_its_input(
     assert (again.alerts, again.packets, again.rejects) == (1, 1, 0)
 
 
+@pytest.mark.slow
 def test_what_waits_is_not_lost_when_a_batch_is_read_again(
     cluster: MockCluster,
     settings: MakeSettings,

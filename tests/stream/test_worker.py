@@ -94,6 +94,7 @@ def packet_ids(cluster: MockCluster, settings: Settings, number: int) -> list[st
     return sorted(Packet.read(m.value() or b"").alert_id for m in cluster.read(settings.worker.packet_topic, number))
 
 
+@pytest.mark.slow
 def test_drained_worker_publishes_each_alert_and_logs_each_batch(
     cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -154,6 +154,7 @@ def test_stamps_of_any_shape_and_type(planes, tmp_path):
     assert png.imread(tmp_path / "odd.png").shape[1] > 1000
 
 
+@pytest.mark.slow
 def test_many_rows_stay_a_page(planes, tmp_path):
     """Sixty rows are laid out in blocks, about as high as wide, with stamps as large as in a few rows."""
     packets = [packet(planes, number) for number in range(1, 61)]

@@ -253,6 +253,7 @@ def test_no_credentials_is_loud(
     assert SETTINGS[scheme] in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behaviour",
     [

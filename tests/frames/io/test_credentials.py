@@ -74,6 +74,7 @@ def test_credentials_are_used_and_not_shown(
         "http:jane:hunter2@host/x",
         "https:///jane:hunter2@host/x",
         "s3://jane/hunter2@b/p/a",
+        "s3:jane:hunter2@b/p/a",
         "ftp://jane:hunter2@host/x",
         "http://jane:hunter2@h:x/",
         "http://h/a%2fb;jsessionid=hunter2",

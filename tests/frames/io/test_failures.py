@@ -21,6 +21,7 @@ from stampworker.frames.io.failures import FailureCache
 ALL = (slice(None), slice(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "header"), [(429, {}), (429, {"Retry_After": "9"}), (503, {"Retry_After": "9"})])
 def test_busy_server_is_left_alone(
     server: WebServer, open_store: Open, code: int, header: dict[str, str], age_failures: Callable[[float], None]
@@ -58,6 +59,7 @@ def test_retry_after(server: WebServer, open_store: Open, value: str, seconds: t
     assert (float(found[1]) if found else None) == (seconds[0] if seconds else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "s3"])
 def test_a_slow_frame_is_not_a_slow_server(
     server: WebServer, open_store: Open, scheme: str, age_failures: Callable[[float], None]

@@ -80,6 +80,7 @@ def test_proxy_that_refuses(proxy: WebServer, code: int, caplog: pytest.LogCaptu
     assert "hunter2" not in caplog.text + str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [web.silence, web.garbage, web.drip_headers])
 def test_proxy_that_fails(proxy: WebServer, how: web.Behaviour) -> None:
     """Silence, nonsense and drips of a proxy end in time."""

@@ -87,6 +87,7 @@ def test_slow_section_costs_the_alert(server: WebServer, open_store: Open, serve
     np.testing.assert_array_equal(frame[200:230, 5:9], data[200:230, 5:9])
 
 
+@pytest.mark.slow
 def test_slow_headers_cost_the_alert(server: WebServer, open_store: Open, tmp_path: Path) -> None:
     """Opening a file of many HDUs, each answer in time, ends within the total time."""
     spectra = [fits.ImageHDU(np.zeros(30_000, "f4")) for _ in range(20)]
