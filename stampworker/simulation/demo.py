@@ -102,7 +102,7 @@ def _address(broker: Producer) -> str:
 
 
 def _work(settings: Settings, number: int) -> dict[str, Packet]:
-    """Run the worker in a thread and read its packets at once: the embedded broker keeps only 5 MiB of a partition."""
+    """Run the worker in a thread and read its packets meanwhile: the embedded broker keeps 5 MiB of a partition."""
     worker = Worker(settings, drained=True)
     with ThreadPoolExecutor(1, "worker") as thread:
         running = thread.submit(worker.run)
