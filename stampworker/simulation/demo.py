@@ -36,25 +36,32 @@ def run(directory: Path, *, candidates: int, seed: int, settings: Settings) -> i
     Parameters
     ----------
     directory : Path
-        Where the night, the packets and the picture go; one that an earlier demo made is replaced.
+        Folder for the night, the packets and the picture. The files of an earlier demo are replaced.
     candidates, seed : int
-        Of the simulated night.
+        Number of candidates and random seed of the simulated night.
     settings : Settings
-        Of the fit and the verdict.
+        Settings of the fit and the verdict.
 
     Returns
     -------
     code : int
-        0 where each alert came back as a packet.
+        0 if every alert came back as a packet, else 1.
+
+    Raises
+    ------
+    ConfigError
+        matplotlib is missing, or the folder has files that no demo made.
+    PublishError
+        The alerts could not be published, or no packet came back for 20 s.
     """
-    if importlib.util.find_spec("matplotlib") is None:  # better said now than after the work
+    if importlib.util.find_spec("matplotlib") is None:  # checked before the work, not after it
         raise ConfigError("the demo draws a picture with matplotlib: pip install 'stampworker[viewer]'")
-    _make_room(directory)
+    _clear_folder(directory)
     print(f"1. simulating a survey night of {candidates} candidates in {directory}/night")
     night = simulate(directory / "night", candidates=candidates, seed=seed, progress=True)
     alerts = [alert for alert in files.read_alerts(night.alerts)[0] if isinstance(alert, Alert)]
     print("2. starting the embedded broker: Kafka's protocol in memory, at-least-once")
-    # The broker lives as long as the client that has it.
+    # The broker ends with the client that started it.
     broker = Producer({"bootstrap.servers": "", "test.mock.num.brokers": 1, "log_level": 3})
     settings = _settings(settings, night, _address(broker))
     broker.list_topics(settings.worker.packet_topic, timeout=_QUIET_S)  # asking for a topic makes it
@@ -66,7 +73,7 @@ def run(directory: Path, *, candidates: int, seed: int, settings: Settings) -> i
     return _show(directory, night, packets, len(alerts))
 
 
-def _make_room(directory: Path) -> None:
+def _clear_folder(directory: Path) -> None:
     mark = directory / f".{_MARK}"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory}: found a file, wanted a folder")
@@ -83,7 +90,9 @@ def _settings(settings: Settings, night: Night, address: str) -> Settings:
         update={"guarantee": "at-least-once", "group": "demo", "batch_count": 20, "input_topic": ("alerts",)}
     )
     frames = settings.frames.model_copy(update={"frame_roots": (str(night.directory.resolve()),)})
-    kafka = {"bootstrap.servers": address, "topic.metadata.refresh.interval.ms": "500", "log_level": "3"}
+    # The metadata refresh keeps its default of 5 minutes. A refresh that arrives while the consumer group forms makes
+    # the worker join again, and the embedded broker holds that second join for 44 s (the session timeout less 1 s).
+    kafka = {"bootstrap.servers": address, "log_level": "3"}
     return settings.model_copy(update={"worker": worker, "frames": frames, "kafka": kafka})
 
 
@@ -93,7 +102,7 @@ def _address(broker: Producer) -> str:
 
 
 def _work(settings: Settings, number: int) -> dict[str, Packet]:
-    """Run the worker in a thread; read its packets meanwhile, for the embedded broker keeps 5 MiB of a partition."""
+    """Run the worker in a thread and read its packets meanwhile: the embedded broker keeps 5 MiB of a partition."""
     worker = Worker(settings, drained=True)
     with ThreadPoolExecutor(1, "worker") as thread:
         running = thread.submit(worker.run)
@@ -112,8 +121,9 @@ def _work(settings: Settings, number: int) -> dict[str, Packet]:
 def _read_back(reader: Consumer, running: Future[Totals], number: int, settings: Settings) -> dict[str, Packet]:
     packets: dict[str, Packet] = {}
     topic = settings.worker.packet_topic
-    # Not subscribed: on the embedded broker the only member of a group is now and then left without partitions.
-    reader.assign([TopicPartition(topic, place, 0) for place in range(check_topics(settings, [topic])[topic])])
+    # No subscription, because no group is needed: this reader reads every partition from its start.
+    partitions = range(check_topics(settings, [topic])[topic])
+    reader.assign([TopicPartition(topic, partition, 0) for partition in partitions])
     last = time.monotonic()
     with tqdm(total=number, unit="packet", disable=None, leave=False) as bar:
         while len(packets) < number:
@@ -153,7 +163,7 @@ def _show(directory: Path, night: Night, packets: Mapping[str, Packet], number: 
 
 
 def _table(rows: Sequence[Any], packets: Sequence[Packet]) -> str:
-    """Format one line a candidate: its true class, the fit and the verdict."""
+    """Return a table with one line per candidate: true class, fit and verdict."""
     head = (
         f"{'alert':14} {'true class':17} {'S/N':>6} {'dx':>7} {'dy':>7} {'scale':>6} {'chi2_0':>9} {'chi2':>9} {'p':>8}"
     )
