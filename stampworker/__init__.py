@@ -13,7 +13,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 from importlib.metadata import version
 
 from stampworker.config import Settings
-from stampworker.enrich import Enricher, enrich_table, make_packets
+from stampworker.enrich import Enricher, enrich_table
 from stampworker.errors import (
     AlertError,
     BrokerUnavailable,
@@ -66,5 +66,4 @@ __all__ = [
     "Worker",
     "enrich_table",
     "load_resolver",
-    "make_packets",
 ]

@@ -27,7 +27,7 @@ from stampworker import config
 from stampworker.config import PLANES, Settings
 from stampworker.cutouts import write_cutout
 from stampworker.cutouts.adjust import CORE
-from stampworker.enrich import Enricher, check_frames, file_url
+from stampworker.enrich import Enricher, check_frames
 from stampworker.errors import AlertError, ConfigError, StampworkerError
 from stampworker.formats import files, tables
 from stampworker.formats.alerts import Alert, encode
@@ -35,6 +35,7 @@ from stampworker.formats.packets import Packet
 from stampworker.formats.packets import encode as encode_packet
 from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
+from stampworker.frames.urls import file_url
 from stampworker.resolve import ALERT_ONLY, Resolver, load_resolver
 from stampworker.simulation import demo
 from stampworker.simulation.night import simulate

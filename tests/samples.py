@@ -17,7 +17,7 @@ from typing import Any
 from helpers.night import alert_record, write_night
 
 from stampworker.config import EnrichSettings, FrameSettings, Settings
-from stampworker.enrich import make_packets
+from stampworker.enrich import Enricher
 from stampworker.formats.alerts import encode as encode_alert
 from stampworker.formats.alerts import from_record
 from stampworker.formats.packets import Packet
@@ -52,7 +52,7 @@ def sample_packet(folder: Path) -> Packet:
     """Make the sample packet from frames that are written to a folder: a star that moved, radius 5."""
     alert = from_record(sample_alert() | {"frames": write_night(folder, planes=_PLANES)})
     with FrameStore(FrameSettings(frame_roots=(str(folder),))) as store:
-        packet = make_packets([alert], store, Settings(enrich=EnrichSettings(radius=5)))[0]
+        packet = Enricher(Settings(enrich=EnrichSettings(radius=5)), store).packets([alert])[0]
     assert isinstance(packet, Packet), packet
     released = from_record(sample_alert())
     return dataclasses.replace(packet, packet_id=released.packet_id(), frames=released.frames)

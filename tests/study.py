@@ -12,7 +12,7 @@ from pathlib import Path
 
 from astropy.table import Table
 
-from stampworker import FrameStore, Packet, make_packets
+from stampworker import Enricher, FrameStore, Packet
 from stampworker.config import load
 from stampworker.formats.files import read_alerts
 from stampworker.simulation.confusion import confusion, format_confusion, recovery
@@ -27,7 +27,7 @@ def study(
     settings = load(flags={"frames.frame_roots": str(night.directory), **(flags or {})})
     alerts, _ = read_alerts(night.alerts)
     with FrameStore(settings.frames) as store:
-        packets = [packet for packet in make_packets(alerts, store, settings) if isinstance(packet, Packet)]
+        packets = [packet for packet in Enricher(settings, store).packets(alerts) if isinstance(packet, Packet)]
     assert len(packets) == len(alerts)
     results = {str(p.alert_id): {**p.metrics, "adjust_artefact": p.adjust_artefact} for p in packets}
     truth = Table.read(night.truth, format="ascii.ecsv")

@@ -16,12 +16,15 @@ from helpers.night import NOISE, SHAPE, SKY, STAR, alert_record, night_header, n
 from stampworker import enrich
 from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings, VerdictSettings
 from stampworker.cutouts import is_artefact
-from stampworker.enrich import Reject, enrich_table, file_url, make_packets, results_table
+from stampworker.enrich import Enricher, enrich_table
 from stampworker.errors import AlertError, FrameCorrupt, FrameMismatch, FrameMissing, FrameRefused
 from stampworker.formats.alerts import Alert, from_record
 from stampworker.formats.packets import METRICS, Packet, encode
+from stampworker.formats.rejects import Reject
+from stampworker.formats.tables import results_table
 from stampworker.frames import Frame, FrameStore, Regridded
 from stampworker.frames import store as frame_store
+from stampworker.frames.urls import file_url
 
 RADIUS = 9
 ALWAYS = tuple(f"adjust_{name}" for name in ("chi2_0", "chi2", "df", "pval", "dx", "dy", "scale", "bg", "tbg"))
@@ -41,7 +44,7 @@ def settings(**sections):
 def run(alerts, wanted=None, root="/"):
     """Make the packets of alerts whose frames may lie anywhere."""
     with FrameStore(FrameSettings(frame_roots=(str(root),))) as store:
-        return make_packets(alerts, store, wanted or settings())
+        return Enricher(wanted or settings(), store).packets(alerts)
 
 
 def some(night, *planes):
@@ -486,7 +489,7 @@ def test_twenty_alerts_open_each_frame_once(tmp_path, monkeypatch, packed):
     alerts = [from_record(alert_record(frames, alertId=f"a-{i}", x=20.0 + i, y=30.0)) for i in range(20)]
     with FrameStore(FrameSettings(frame_roots=("/",))) as store:
         for batch in (alerts, alerts[:10]):
-            assert all(isinstance(made, Packet) for made in make_packets(batch, store, settings()))
+            assert all(isinstance(made, Packet) for made in Enricher(settings(), store).packets(batch))
     assert sorted(opened) == sorted(frames.values())
     assert len(inflated) == (3 if packed else 0)
 
@@ -675,7 +678,7 @@ def test_errors_among_alerts(night):
     """An alert that could not be read is a reject of the stage decode, in its place."""
     alert = from_record(alert_record(some(night)))
     with FrameStore(FrameSettings(frame_roots=("/",))) as store:
-        made = make_packets([AlertError("a"), alert, AlertError("b", "id")], store, settings())
+        made = Enricher(settings(), store).packets([AlertError("a"), alert, AlertError("b", "id")])
     assert [type(result) for result in made] == [Reject, Packet, Reject]
     assert made[0].to_record() == {"alertId": None, "stage": "decode", "error": "AlertError", "message": "a"}
     assert made[2].alert_id == "id"

@@ -125,7 +125,7 @@ def test_all_is_sorted_and_there():
     assert stampworker.__all__ == sorted(set(stampworker.__all__))
     for name in stampworker.__all__:
         assert inspect.getdoc(getattr(stampworker, name)), name
-    assert {"Alert", "Packet", "FrameStore", "Settings", "Worker", "enrich_table", "make_packets"} <= set(
+    assert {"Alert", "Packet", "FrameStore", "Settings", "Worker", "enrich_table", "Enricher"} <= set(
         stampworker.__all__
     )
 

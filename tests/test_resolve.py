@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 
 import stampworker
 from stampworker.config import EnrichSettings, FrameSettings, ResolveSettings, Settings
-from stampworker.enrich import Reject, enrich_table, make_packets
+from stampworker.enrich import Enricher, enrich_table
 from stampworker.errors import AlertError, ConfigError, FrameError, FrameMissing, FrameRefused
 from stampworker.formats.alerts import Alert, decode, encode, from_record
 from stampworker.formats.packets import Packet
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
 from stampworker.frames.store import split_fragment
 from stampworker.frames.urls import parse, parse_root
@@ -372,7 +373,7 @@ def run(alerts: list[Alert], root: Path, **sections: Any) -> list[Packet | Rejec
     """Make packets of alerts with frames beneath a root."""
     settings = Settings(**{"enrich": EnrichSettings(radius=9)} | sections)
     with FrameStore(FrameSettings(frame_roots=(str(root),))) as store:
-        return make_packets(alerts, store, settings)
+        return Enricher(settings, store).packets(alerts)
 
 
 def test_packets_of_resolved_frames(tmp_path: Path) -> None:
@@ -443,7 +444,7 @@ def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.Lo
 
     alerts = [Alert(name, x=1.0, y=1.0) for name in answers]
     with FrameStore(FrameSettings(frame_roots=(str(tmp_path),))) as store, caplog.at_level(logging.WARNING):
-        made = make_packets(alerts, store, Settings(), Resolver("mine", find))
+        made = Enricher(Settings(), store, Resolver("mine", find)).packets(alerts)
     assert isinstance(made[0], Packet)
     problems = {r.alert_id: str(r.error) for r in made if isinstance(r, Reject) and r.stage == "frames"}
     assert problems == {

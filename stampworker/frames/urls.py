@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from stampworker.errors import ConfigError, FrameRefused
@@ -236,3 +237,14 @@ def _check(segment: str, display_url: str) -> None:
 def _authorization(url: str) -> str | None:
     user, at, _ = urlsplit(url).netloc.rpartition("@")
     return "Basic " + b64encode(unquote(user).encode()).decode() if at else None
+
+
+def file_url(path: str | Path) -> str:
+    """Return the ``file:`` URL of a path, which may end in ``#HDU``; a URL as it is."""
+    text = str(path)
+    if scheme_of(text) is not None:
+        return text
+    name, mark, fragment = text.rpartition("#")
+    if not mark or Path(text).exists():  # the name of a file may have the mark
+        return Path(text).resolve().as_uri()
+    return Path(name).resolve().as_uri() + (f"#{quote(fragment, safe=',')}" if fragment else "")

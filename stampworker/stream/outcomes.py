@@ -172,6 +172,7 @@ class Item:
         Returns
         -------
         record : Record
+            Topic, key, value and headers.
         """
         outcome, message = self.outcome, self.message
         is_first = self.attempt.number == 1

@@ -67,7 +67,7 @@ VERDICT = {f"artefact_{name}": value for name, value in VerdictSettings()}
 def our_chain(messages: list[bytes], store: FrameStore, settings: Settings) -> list[bytes]:
     """Make packets as the worker does."""
     decoded = [alerts.decode(message) for message in messages]
-    made = enrich.make_packets(decoded, store, settings)
+    made = enrich.Enricher(settings, store).packets(decoded)
     return [packets.encode(packet) for packet in made]
 
 
@@ -234,11 +234,11 @@ OUR_STAGES = {
     "open frames": (FrameStore, "open"),
     "read and crop": (enrich, "get_cutout"),
     "fit": (enrich, "adjust_cutout"),
-    "weigh a point": (enrich, "compare_point_source"),
+    "compare a point": (enrich, "compare_point_source"),
     "write FITS": (packets.StampWriter, "write"),
     "gzip": (packets.igzip, "compress"),
     "encode the packet": (packets, "encode"),
-    "the rest": (enrich, "make_packets"),
+    "the rest": (enrich.Enricher, "packets"),
 }
 PLAIN_STAGES = {
     "decode the alert": (sys.modules[__name__], "read_alert"),

@@ -12,7 +12,7 @@ left. Ratios are of medians: above 1 stampworker is faster.
 inflated as a whole by stampworker and fitsio when they open it, which has a row of its own, and by astropy for every
 stamp.
 
-Then what `stampworker.enrich.make_packets` leaves in memory, with the default settings (cache_bytes 2 GiB), frames of
+Then what `stampworker.enrich.Enricher` leaves in memory, with the default settings (cache_bytes 2 GiB), frames of
 2048 × 2048 and a batch of 20 alerts a frame set: RssAnon of a process of its own after 2 and after 20 frame sets.
 """
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from stampworker.config import EnrichSettings, FrameSettings, Settings
 from stampworker.cutouts import get_cutout, load_cutout, write_cutout
-from stampworker.enrich import make_packets
+from stampworker.enrich import Enricher
 from stampworker.formats.alerts import from_record
 from stampworker.formats.packets import METRICS, STAMP_FIELDS, Packet, Stamp, StampWriter, encode, read_packets
 from stampworker.formats.schema import PACKET, parsed_schema
@@ -35,7 +35,9 @@ GIVEN = tuple(plane for plane in PLANES if plane != "variance")
 def make(folder, alert, **enrich):
     """Make the packet of one alert from the frames of a folder."""
     with FrameStore(FrameSettings(frame_roots=(str(folder),))) as store:
-        (packet,) = make_packets([from_record(alert)], store, Settings(enrich=EnrichSettings(radius=RADIUS, **enrich)))
+        (packet,) = Enricher(Settings(enrich=EnrichSettings(radius=RADIUS, **enrich)), store).packets(
+            [from_record(alert)]
+        )
     assert isinstance(packet, Packet), packet.error
     return packet
 

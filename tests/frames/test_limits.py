@@ -14,9 +14,10 @@ from helpers import web_server as web
 from helpers.web_server import WebServer
 
 from stampworker.config import EnrichSettings, FrameSettings, Settings
-from stampworker.enrich import Reject, make_packets
+from stampworker.enrich import Enricher
 from stampworker.errors import FrameRefused
 from stampworker.formats.alerts import Alert
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
 
 LIMIT = 100_000
@@ -155,7 +156,7 @@ def test_an_alert_that_costs_too_much(server: WebServer, open_store: Open) -> No
         Alert(alert_id="large", x=100.0, y=400.0, frames={"science": "science.fits", "difference": "difference.fits"}),
         Alert(alert_id="other", x=100.0, y=400.0, frames={"science": "science.fits"}),
     ]
-    results = make_packets(alerts, store, Settings(enrich=EnrichSettings(radius=31)))
+    results = Enricher(Settings(enrich=EnrichSettings(radius=31)), store).packets(alerts)
     assert isinstance(results[1], Reject)
     assert isinstance(results[1].error, FrameRefused)
     assert "max_alert_bytes" in str(results[1].error)

@@ -16,10 +16,11 @@ from helpers import web_server as web
 from helpers.web_server import WebServer
 
 from stampworker.config import EnrichSettings, FrameSettings, Settings
-from stampworker.enrich import Reject, complete, make_packets, prepare
+from stampworker.enrich import Enricher
 from stampworker.errors import FrameUnavailable
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet, encode
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore, regrid
 from stampworker.frames.fits.tiles import TiledImage
 
@@ -53,13 +54,13 @@ def test_what_was_prepared_is_computed_without_another_request(server: WebServer
     """All that packets need is in memory before they are made, also when a batch has ended meanwhile."""
     settings = settings_of(server)
     with FrameStore(settings.frames) as store:
-        first = prepare(batch(0), store, settings)
-        second = prepare(batch(1), store, settings)
+        first = Enricher(settings, store).prefetch(batch(0))
+        second = Enricher(settings, store).prefetch(batch(1))
         asked = len(server.requests)
-        made = complete(first, store, settings) + complete(second, store, settings)
+        made = Enricher(settings, store).enrich(first) + Enricher(settings, store).enrich(second)
         assert len(server.requests) == asked
     with FrameStore(settings.frames) as store:
-        at_once = make_packets(batch(0) + batch(1), store, settings)
+        at_once = Enricher(settings, store).packets(batch(0) + batch(1))
     assert [encode(p) for p in made if isinstance(p, Packet)] == [encode(p) for p in at_once if isinstance(p, Packet)]
     assert len(made) == len(at_once) == 6
 
@@ -81,7 +82,7 @@ def test_sets_of_frames_are_opened_and_fetched_together(server: WebServer) -> No
     alerts = [alert for number in range(NIGHT) for alert in batch(number)[:1]]
     server.behaviours |= meet(server.files, 2 * NIGHT)
     with FrameStore(settings.frames) as store:
-        made = make_packets(alerts, store, settings)
+        made = Enricher(settings, store).packets(alerts)
     assert len(server.requests) == 4 * NIGHT
     assert all(isinstance(result, Packet) for result in made)
 
@@ -101,7 +102,7 @@ def test_a_compressed_mask_is_set_up_once(server: WebServer, tmp_path: Path, mon
     monkeypatch.setattr("stampworker.frames.store.TiledImage", tiled)
     alert = Alert("1", x=150.0, y=60.0, fwhm=3.0, frames={"science": "0-science.fits", "mask": "mask.fits"})
     with FrameStore(settings.frames) as store:
-        assert isinstance(make_packets([alert], store, settings)[0], Packet)
+        assert isinstance(Enricher(settings, store).packets([alert])[0], Packet)
     assert opened == [True]
 
 
@@ -110,7 +111,7 @@ def test_what_fails_while_the_others_open_is_not_asked_again(server: WebServer) 
     server.behaviours["/1-difference.fits"] = web.status(503)
     settings = settings_of(server, failure_ttl_s=0.0)
     with FrameStore(settings.frames) as store:
-        make_packets(batch(0) + batch(1), store, settings)
+        Enricher(settings, store).packets(batch(0) + batch(1))
     assert [path for path, _ in server.requests].count("/1-difference.fits") == 1
 
 
@@ -120,9 +121,9 @@ def test_what_is_fetched_ahead_is_bounded_in_sum(server: WebServer) -> None:
     settings = settings_of(server, cache_bytes=1_000_000)
     with FrameStore(settings.frames) as store:
         sent = len(server.files) * 65536
-        prepared = prepare(alerts, store, settings)
+        prepared = Enricher(settings, store).prefetch(alerts)
         assert sent + 300_000 < server.sent < sent + 500_000
-        made = complete(prepared, store, settings)
+        made = Enricher(settings, store).enrich(prepared)
         assert store.cached_bytes <= 1_000_000
     assert all(isinstance(result, Packet) for result in made)
 
@@ -134,15 +135,15 @@ def test_what_was_prepared_outlasts_the_end_of_the_batch_before(server: WebServe
     settings = settings_of(server)
     with FrameStore(settings.frames) as store:
         for number in (0, 1):
-            make_packets(batch(number), store, settings)
-        before = prepare(batch(2), store, settings)
+            Enricher(settings, store).packets(batch(number))
+        before = Enricher(settings, store).prefetch(batch(2))
         server.requests.clear()
-        again = prepare(batch(0)[1:], store, settings)
+        again = Enricher(settings, store).prefetch(batch(0)[1:])
         asked = len(server.requests)
-        complete(before, store, settings)
-        complete(again, store, settings)
+        Enricher(settings, store).enrich(before)
+        Enricher(settings, store).enrich(again)
         assert len(server.requests) == asked
-        prepare(batch(3), store, settings)
+        Enricher(settings, store).prefetch(batch(3))
         store.evict_unused()
         assert store.cached_bytes > 0
         store.evict_unused()
@@ -172,11 +173,11 @@ def test_planes_on_another_grid_are_fetched_ahead(
         Alert("fine", x=150.0, y=240.0, fwhm=3.0, frames={"science": "science.fits", "template": "fine.fits"})
     )
     with FrameStore(settings.frames) as store:
-        prepared = prepare(alerts, store, settings)
+        prepared = Enricher(settings, store).prefetch(alerts)
         asked = [path for path, _ in server.requests]
         assert asked.count(f"/{plane}.fits") <= 4
         assert asked.count("/fine.fits") == 1
-        made = complete(prepared, store, settings)
+        made = Enricher(settings, store).enrich(prepared)
         assert len(server.requests) == len(asked)
     *packets, refused = made
     assert [packet.resampled_planes for packet in packets if isinstance(packet, Packet)] == [(plane,)] * 5
@@ -189,10 +190,10 @@ def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> 
     settings = settings_of(server, max_open_frames=4)
     alerts = [alert for number in range(NIGHT) for alert in batch(number)]
     with FrameStore(settings.frames) as store:
-        prepared = prepare(alerts, store, settings)
+        prepared = Enricher(settings, store).prefetch(alerts)
         assert {path[1] for path, _ in server.requests} == {"0", "1"}
         server.behaviours |= meet(server.files, 4)
-        made = complete(prepared, store, settings)
+        made = Enricher(settings, store).enrich(prepared)
         assert [group.opened for group in prepared.groups] == [None] * NIGHT
     assert [result.alert_id for result in made] == [alert.alert_id for alert in alerts]
     assert all(isinstance(result, Packet) for result in made)
@@ -203,7 +204,7 @@ def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) ->
     server.behaviours["/1-difference.fits"] = web.status(503)
     settings = settings_of(server)
     with FrameStore(settings.frames) as store:
-        made = complete(prepare(batch(0) + batch(1) + batch(2), store, settings), store, settings)
+        made = Enricher(settings, store).packets(batch(0) + batch(1) + batch(2))
     assert [isinstance(result, Reject) for result in made] == [False] * 3 + [True] * 3 + [False] * 3
     assert all("503" in str(result.error) for result in made if isinstance(result, Reject))
 
@@ -212,7 +213,7 @@ def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most
     """Return the results of attempts; each takes the alerts that are left, after the failures were forgotten."""
     attempts = []
     while alerts and len(attempts) < most:
-        attempts.append(make_packets(alerts, store, settings))
+        attempts.append(Enricher(settings, store).packets(alerts))
         alerts = [alert for alert, result in zip(alerts, attempts[-1], strict=True) if isinstance(result, Reject)]
         time.sleep(settings.frames.failure_ttl_s)
     return attempts
@@ -248,7 +249,9 @@ def test_flapping_server(server: WebServer, fault: web.Behaviour) -> None:
     server.behaviours.clear()
     with FrameStore(settings_of(server).frames) as store:
         calm = {
-            packet.alert_id: packet for packet in make_packets(alerts, store, settings) if isinstance(packet, Packet)
+            packet.alert_id: packet
+            for packet in Enricher(settings, store).packets(alerts)
+            if isinstance(packet, Packet)
         }
     assert all(encode(packet) == encode(calm[packet.alert_id]) for packet in packets)
 
@@ -267,14 +270,14 @@ def test_server_that_is_away_for_a_while(server: WebServer, how: str) -> None:
         store = running.enter_context(FrameStore(settings.frames))
         start = time.monotonic()
         for _ in range(10):
-            results = make_packets(alerts, store, settings)
+            results = Enricher(settings, store).packets(alerts)
             assert [type(result.error) for result in results if isinstance(result, Reject)] == [FrameUnavailable] * 12
         assert time.monotonic() - start < 2.5
         if how == "down":
             other = running.enter_context(WebServer(other.server_port))
         other.behaviours, other.files = {}, server.files
         time.sleep(0.3)
-        assert all(isinstance(result, Packet) for result in make_packets(alerts, store, settings))
+        assert all(isinstance(result, Packet) for result in Enricher(settings, store).packets(alerts))
 
 
 def test_slow_frames_cost_their_alerts_only(server: WebServer) -> None:
@@ -286,5 +289,5 @@ def test_slow_frames_cost_their_alerts_only(server: WebServer) -> None:
     settings = settings_of(server, read_s=0.4)
     alerts = [Alert(name, x=150.0, y=240.0, fwhm=3.0, frames={"science": name[1:]}) for name in names]
     with FrameStore(settings.frames) as store:
-        made = make_packets(alerts, store, settings)
+        made = Enricher(settings, store).packets(alerts)
     assert [result.alert_id for result in made if isinstance(result, Reject)] == silent

@@ -10,7 +10,7 @@ from pathlib import Path
 from servers.kafka_broker import KafkaBroker, Record
 
 from stampworker.config import Settings, load
-from stampworker.enrich import make_packets
+from stampworker.enrich import Enricher
 from stampworker.formats.alerts import Alert, encode
 from stampworker.formats.packets import Packet
 from stampworker.formats.packets import encode as encode_packet
@@ -64,7 +64,7 @@ class Chain:
         """Return what `enrich` makes of the alerts, by alertId."""
         settings = self.settings()
         with FrameStore(settings.frames) as store:
-            made = make_packets(self.alerts, store, settings)
+            made = Enricher(settings, store).packets(self.alerts)
         assert all(isinstance(packet, Packet) for packet in made), [m for m in made if not isinstance(m, Packet)][:3]
         return {packet.alert_id: encode_packet(packet) for packet in made if isinstance(packet, Packet)}
 

@@ -1,7 +1,7 @@
 """How much memory of its own a process holds while it works through frame sets.
 
 Each set is a science, a template and a difference frame of noise, and a batch of 20 alerts for
-`stampworker.enrich.make_packets` with the default settings. The work is done by this file as a program, which does
+`stampworker.enrich.Enricher` with the default settings. The work is done by this file as a program, which does
 nothing else: ``python tests/frames/resident.py FOLDER`` prints RssAnon after each batch, bytes, as a JSON list.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from astropy.io import fits
 
 from stampworker.config import FrameSettings, Settings
-from stampworker.enrich import make_packets
+from stampworker.enrich import Enricher
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet, encode
 from stampworker.frames import FrameStore
@@ -83,7 +83,7 @@ def after_sets(root: Path) -> Iterator[int]:
             ny, nx = store.open(frames["science"]).shape
             places = rng.uniform(0, (nx, ny), (20, 2)).tolist()
             alerts = [Alert(f"{folder.name}-{x}", x=x, y=y, frames=frames) for x, y in places]
-            for packet in make_packets(alerts, store, Settings()):
+            for packet in Enricher(Settings(), store).packets(alerts):
                 if not isinstance(packet, Packet):
                     raise packet.error
                 encode(packet)

@@ -11,7 +11,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from stampworker.config import FrameSettings, Settings
-from stampworker.enrich import make_packets
+from stampworker.enrich import Enricher
 from stampworker.formats.alerts import Alert
 from stampworker.formats.packets import Packet
 from stampworker.frames import Frame, FrameStore
@@ -129,7 +129,7 @@ def test_inherited_gain_and_unit_reach_the_packet(make: Make, sky: dict[str, Any
     path = frame.url.removeprefix("file://")
     frames = {"science": path, "difference": path}
     with FrameStore(FrameSettings(frame_roots=("/",))) as store:
-        (packet,) = make_packets([Alert("a", x=40.0, y=30.0, frames=frames)], store, Settings())
+        (packet,) = Enricher(Settings(), store).packets([Alert("a", x=40.0, y=30.0, frames=frames)])
     assert isinstance(packet, Packet)
     assert packet.err_origin == origin
     assert packet.stamps["science"].header.get("BUNIT") == ("adu" if inherit else None)

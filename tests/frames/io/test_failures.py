@@ -12,9 +12,10 @@ from helpers import web_server as web
 from helpers.web_server import Open, WebServer
 
 from stampworker.config import FrameSettings, Settings
-from stampworker.enrich import Reject, make_packets
+from stampworker.enrich import Enricher
 from stampworker.errors import FrameMissing, FrameUnavailable
 from stampworker.formats.alerts import Alert
+from stampworker.formats.rejects import Reject
 from stampworker.frames import FrameStore
 from stampworker.frames.io.failures import FailureCache
 
@@ -106,7 +107,7 @@ def test_failures_do_not_hold_bodies(server: WebServer, scheme: str, age: float)
     tracemalloc.start()
     try:
         with FrameStore(frames) as store:
-            results = make_packets(alerts, store, Settings(frames=frames))
+            results = Enricher(Settings(frames=frames), store).packets(alerts)
             gc.collect()
             assert tracemalloc.get_traced_memory()[0] < 2 << 20
             assert all(isinstance(result, Reject) for result in results)
