@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 
 from stampworker.errors import FrameCorrupt, FrameRefused
 from stampworker.frames.cache import CacheBudget
-from stampworker.frames.fits.gunzip import InflateLimits, inflate
+from stampworker.frames.fits.gunzip import inflate
 from stampworker.frames.fits.header import Hdu, find, iter_hdus, reload
 from stampworker.frames.fits.inherit import with_inherited
 from stampworker.frames.fits.plain import PlainImage
@@ -79,10 +79,7 @@ class _File:
         if self._source is None:
             source = self._open_source(url)
             if source.read(0, min(2, source.size)) == GZIP_MAGIC:
-                names = ("max_decompressed_bytes", "max_alert_bytes")
-                size, setting = min((getattr(settings, name), name) for name in names)
-                limits = InflateLimits(size, setting, settings.max_header_bytes, settings.total_s)
-                source = CachedBytes(partial(inflate, source, url, limits), url, budget, packed=source.bytes_upfront)
+                source = CachedBytes(partial(inflate, source, url, settings), url, budget, packed=source.bytes_upfront)
             self._source = source
         return self._source
 

@@ -16,6 +16,7 @@ from stampworker.frames.io.sources import GZIP_MAGIC
 from stampworker.frames.limits import end_within
 
 if TYPE_CHECKING:
+    from stampworker.config import FrameSettings
     from stampworker.frames.io.sources import Source
 
 # isal's type stubs call the class an instance.
@@ -24,29 +25,7 @@ _INFLATE_STEP = 1 << 20
 _MEMBER_STEP = 1 << 12
 
 
-@dataclass(frozen=True)
-class InflateLimits:
-    """Limits on the decompression of a file.
-
-    Attributes
-    ----------
-    size : int
-        Largest decompressed size, bytes.
-    setting : str
-        Name of the setting that gives this limit.
-    max_header_bytes : int
-        See `stampworker.frames.fits.header.iter_hdus`.
-    seconds : float
-        Longest time; less if the alert has less left.
-    """
-
-    size: int
-    setting: str
-    max_header_bytes: int
-    seconds: float
-
-
-def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
+def inflate(packed: Source, url: str, settings: FrameSettings) -> bytearray:
     """Decompress a gzip file of one or several members, up to the end of its HDUs.
 
     Parameters
@@ -55,8 +34,8 @@ def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
         The gzip bytes.
     url : str
         Name for messages.
-    limits : InflateLimits
-        When to give up.
+    settings : FrameSettings
+        ``max_decompressed_bytes``, ``max_alert_bytes``, ``max_header_bytes`` and ``total_s``.
 
     Returns
     -------
@@ -73,7 +52,8 @@ def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
         The alert has no time left, most of which went elsewhere.
     """
     data, hdus, wanted, due = bytearray(), list[Hdu](), 0, 0
-    began, end = time.monotonic(), end_within(limits.seconds)
+    limit, setting = min((getattr(settings, name), name) for name in ("max_decompressed_bytes", "max_alert_bytes"))
+    began, end = time.monotonic(), end_within(settings.total_s)
     offset, pending, step = 0, b"", _MEMBER_STEP
     stream = isal_zlib.decompressobj(wbits=31)
     while True:
@@ -85,18 +65,20 @@ def inflate(packed: Source, url: str, limits: InflateLimits) -> bytearray:
                 return data
             stream = isal_zlib.decompressobj(wbits=31)
         try:
-            part = stream.decompress(pending, min(_INFLATE_STEP, limits.size + 1 - len(data)))
+            part = stream.decompress(pending, min(_INFLATE_STEP, limit + 1 - len(data)))
         except INFLATE_ERRORS as exc:
             raise FrameCorrupt(url, f"damaged gzip stream after {len(data)} decompressed bytes: {exc}") from exc
         if not (part or pending or stream.eof):
             raise FrameCorrupt(url, f"the gzip stream ends early, after {packed.size} bytes ({len(data)} decompressed)")
         data += part
         if len(data) >= due:
-            wanted = _end_of_hdus(data, hdus, limits)
+            wanted = _end_of_hdus(data, hdus, limit, settings.max_header_bytes)
             if wanted + _INFLATE_STEP < len(data):
                 return data
             due = max(wanted, len(data)) + _INFLATE_STEP
-        _check_limits(url, limits, max(len(data), wanted), began, end)
+        if max(len(data), wanted) > limit:
+            raise FrameRefused(url, f"decompresses to more than the {limit} bytes allowed (frames.{setting})")
+        _check_time(url, settings.total_s, began, end)
         pending = stream.unconsumed_tail
         if stream.eof:
             # Read the rest again, in small steps: a stream copies its unused bytes, and members may have 20 bytes.
@@ -116,13 +98,13 @@ class _FirstBytes:
         return bytes(memoryview(self.data)[offset : offset + length])
 
 
-def _end_of_hdus(data: bytearray, hdus: list[Hdu], limits: InflateLimits) -> int:
+def _end_of_hdus(data: bytearray, hdus: list[Hdu], limit: int, max_header_bytes: int) -> int:
     """Return how many bytes of a file are needed, as far as its first bytes show; extend the list of its HDUs.
 
     A header that is damaged or above a limit ends what is needed: `iter_hdus` goes no further later, and says why.
     """
     try:
-        for hdu in iter_hdus(_FirstBytes(data, limits.size), "", limits.max_header_bytes, hdus.copy()):
+        for hdu in iter_hdus(_FirstBytes(data, limit), "", max_header_bytes, hdus.copy()):
             hdus.append(hdu.without_cards())
     except EOFError:
         return max(len(data), hdus[-1].end if hdus else 0)
@@ -131,12 +113,10 @@ def _end_of_hdus(data: bytearray, hdus: list[Hdu], limits: InflateLimits) -> int
     return hdus[-1].end if hdus else 0
 
 
-def _check_limits(url: str, limits: InflateLimits, size: int, began: float, end: float) -> None:
-    if size > limits.size:
-        raise FrameRefused(url, f"decompresses to more than the {limits.size} bytes allowed (frames.{limits.setting})")
+def _check_time(url: str, seconds: float, began: float, end: float) -> None:
     now = time.monotonic()
     if now <= end:
         return
-    problem = f"not decompressed after {now - began:.1f} s, with {limits.seconds:g} s for all (frames.total_s)"
+    problem = f"not decompressed after {now - began:.1f} s, with {seconds:g} s for all (frames.total_s)"
     # If most of the time went elsewhere, there may be more of it next time.
-    raise (FrameRefused if now - began > limits.seconds / 2 else FrameUnavailable)(url, problem)
+    raise (FrameRefused if now - began > seconds / 2 else FrameUnavailable)(url, problem)

@@ -116,14 +116,19 @@ def test_tiles_that_do_not_quantise(tmp_path: Path, store: FrameStore, pixels: n
 
 def test_header_of_the_image(tmp_path: Path, store: FrameStore, pixels: np.ndarray, sky: dict[str, Any]) -> None:
     """The header is the image's, without the cards of the table of tiles, and so is the WCS."""
-    hdu = fits.CompImageHDU(pixels, fits.Header(sky | {"GAIN": 2.0, "BUNIT": "nJy"}), name="SCI")
+    cards = {"GAIN": 2.0, "BUNIT": "nJy", "SPARE1": 1, "SPARE2": 1, "SPARE3": 1}
+    hdu = fits.CompImageHDU(pixels, fits.Header(sky | cards), name="SCI")
     fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(tmp_path / "a.fits.fz")
+    raw = (tmp_path / "a.fits.fz").read_bytes()
+    for spare, keyword in ((b"SPARE1  =", b"EXTEND  ="), (b"SPARE2  =", b"TBCOL1  ="), (b"SPARE3  =", b"ZBLOCKED=")):
+        raw = raw.replace(spare, keyword)
+    (tmp_path / "a.fits.fz").write_bytes(raw)
     frame = store.open("a.fits.fz#sci")
     header = frame.header
     assert (header["BITPIX"], header["NAXIS"], header["NAXIS1"], header["NAXIS2"]) == (-32, 2, 83, 61)
     assert header["GAIN"] == 2.0
     assert frame.bunit == "nJy"
-    assert not [k for k in header if k.startswith(("Z", "TFORM", "TTYPE", "TFIELDS", "PCOUNT"))]
+    assert not [k for k in header if k.startswith(("Z", "TFORM", "TTYPE", "TBCOL", "TFIELDS", "PCOUNT", "EXTEND"))]
     want = fits.getheader(tmp_path / "a.fits.fz", 1)
     assert {k: header[k] for k in sky} == {k: want[k] for k in sky}
     assert frame.wcs is not None
