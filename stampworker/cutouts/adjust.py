@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter
 from scipy.special import chdtrc
 
-from stampworker.cutouts.search import Form, Value, lowest, reach_of, taps
+from stampworker.cutouts.search import Minimum, QuadraticForm, bspline_weights, global_minimum, reach_of
 
 _compiled: Callable[..., tuple[Any, ...]] | None
 try:
@@ -318,7 +318,7 @@ def fit_numpy(
     padded = _prefilter(image.shape[0], reach) @ template @ _prefilter(image.shape[1], reach).T
     weighted = residual[box] * root
     form = _quadratic_form(padded, weighted, root, box, reach, fit_bg)
-    best = lowest(form, max_shift, max_scale)
+    best = global_minimum(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
     after = (residual - bg_offset if fit_bg else residual) - _moved(padded, best.u, best.v, reach, best.scale)
@@ -442,7 +442,7 @@ def _prefilter(size: int, reach: int) -> Floats:
 
 def _quadratic_form(
     padded: Floats, weighted: Floats, root: Floats, box: tuple[slice, slice], reach: int, fit_bg: bool
-) -> Form:
+) -> QuadraticForm:
     """Gram matrix and projections of the moved planes, in blocks of rows that stay in the cache.
 
     ``weighted`` and ``root`` are the residual image over its errors, and 1 / err, in the box.
@@ -475,7 +475,7 @@ def _quadratic_form(
     total = sum(totals[1:], totals[0])
     if fit_bg:  # what remains after the best offset
         total -= np.outer(sums, sums / weight_sum)
-    return Form(
+    return QuadraticForm(
         total[:-1, :-1].reshape(size, size, size, size),
         total[:-1, -1].reshape(size, size),
         sums[:-1].reshape(size, size),
@@ -489,7 +489,7 @@ def _quadratic_form(
 
 
 def _errors(
-    form: Form, best: Value, at_bound: int, template_sums: tuple[float, float, float] | None
+    form: QuadraticForm, best: Minimum, at_bound: int, template_sums: tuple[float, float, float] | None
 ) -> tuple[float, float, float, float]:
     """One sigma of dx, dy, scale and bg from the curvature of chi2; NaN at a bound or where it is not positive.
 
@@ -530,13 +530,13 @@ def _errors(
 
 def _moved(padded: Floats, u: float, v: float, reach: int, scale: float) -> Floats:
     """Move the spline by -u in x and -v in y: four rows, then four columns; times the scale, shape (ny, nx)."""
-    row, along = taps(v, reach)
+    row, along = bspline_weights(v, reach)
     along *= scale
-    column, across = taps(u, reach)
+    column, across = bspline_weights(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
     rows = padded[row : row + ny] * along[0, 0]
-    for tap in range(1, 4):
-        rows += padded[row + tap : row + tap + ny] * along[0, tap]
+    for i in range(1, 4):
+        rows += padded[row + i : row + i + ny] * along[0, i]
     # A sum that runs on from row to row is faster; the columns where it does so are not used.
     flat = np.correlate(rows.ravel(), across[0])
     return np.ndarray((ny, nx), np.float64, flat, column * flat.itemsize, rows.strides)

@@ -1,0 +1,347 @@
+/* The search: a regular grid of shifts, and Newton's method from every local minimum of the grid; see search.py. */
+#include "core.h"
+
+enum { COARSE = 4, FINER = 4 }; /* points of the coarse grid on a pixel; the fine grid divides its intervals */
+enum { MAX_STEPS = 200, PAIRS = 10 };
+typedef double Lanes __attribute__((vector_size(64), aligned(8), may_alias));
+typedef struct {
+    Index left, right, bottom, top;
+} Rectangle;
+static const double CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9, ROUNDING = 1e-13, SLACK = 0.5;
+
+/* Set the chi2 and derivatives of a minimum from those of the square of the moved template, `tt`, and of its product
+ * with the image, `p`: value, u, v, uu, uv, vv. */
+static void find_scale(const QuadraticForm *form, const double tt[6], const double p[6], Minimum *at)
+{
+    const double low = 1 / form->max_scale, high = form->max_scale, best = tt[0] > 0 ? p[0] / tt[0] : high;
+    const double scale = clip(best, low, high);
+    at->scale = scale, at->square = tt[0], at->scale_at_bound = !(low < best && best < high);
+    at->chi2 = form->image_square - scale * (2 * p[0] - scale * tt[0]);
+    at->gu = scale * (scale * tt[1] - 2 * p[1]), at->gv = scale * (scale * tt[2] - 2 * p[2]);
+    at->huu = scale * (scale * tt[3] - 2 * p[3]);
+    at->huv = scale * (scale * tt[4] - 2 * p[4]);
+    at->hvv = scale * (scale * tt[5] - 2 * p[5]);
+    if (!at->scale_at_bound) {
+        const double su = (p[1] - scale * tt[1]) / tt[0], sv = (p[2] - scale * tt[2]) / tt[0];
+        at->scale_u = su, at->scale_v = sv;
+        at->huu -= 2 * tt[0] * su * su, at->huv -= 2 * tt[0] * su * sv, at->hvv -= 2 * tt[0] * sv * sv;
+    }
+}
+
+/* chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale. */
+static Minimum evaluate(const QuadraticForm *form, double u, double v)
+{
+    double X[3][4], Y[3][4], pairs[3][4][4], tt[6] = {0}, p[6] = {0};
+    const int column = bspline_weights(u, form->reach, X), row = bspline_weights(v, form->reach, Y);
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            pairs[0][i][j] = X[0][i] * X[0][j];
+            pairs[1][i][j] = X[1][i] * X[0][j] + X[0][i] * X[1][j];
+            pairs[2][i][j] = X[2][i] * X[0][j] + 2 * X[1][i] * X[1][j] + X[0][i] * X[2][j];
+        }
+    for (int a = 0; a < 4; a++)
+        for (int t = 0; t + a < 4; t++) {
+            double h[3] = {0};
+            const double twice = a ? 2 : 1; /* of planes (j, k) and (j + a, k'), in either order */
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++) {
+                    const double gram = *gram_at(form, a, j - i, row + t, column + i);
+                    for (int order = 0; order < 3; order++)
+                        h[order] += pairs[order][i][j] * gram;
+                }
+            double y0 = twice * Y[0][t] * Y[0][t + a], y1 = twice * (Y[1][t] * Y[0][t + a] + Y[0][t] * Y[1][t + a]);
+            double y2 = twice * (Y[2][t] * Y[0][t + a] + 2 * Y[1][t] * Y[1][t + a] + Y[0][t] * Y[2][t + a]);
+            tt[0] += y0 * h[0], tt[1] += y0 * h[1], tt[2] += y1 * h[0];
+            tt[3] += y0 * h[2], tt[4] += y1 * h[1], tt[5] += y2 * h[0];
+        }
+    for (int t = 0; t < 4; t++)
+        for (int i = 0; i < 4; i++) {
+            const double q = form->projection[(row + t) * form->count + column + i];
+            p[0] += Y[0][t] * X[0][i] * q, p[1] += Y[0][t] * X[1][i] * q, p[2] += Y[1][t] * X[0][i] * q;
+            p[3] += Y[0][t] * X[2][i] * q, p[4] += Y[1][t] * X[1][i] * q, p[5] += Y[2][t] * X[0][i] * q;
+        }
+    Minimum here = {.u = u, .v = v};
+    find_scale(form, tt, p, &here);
+    return here;
+}
+
+/* Bring a step that passes a bound to the lowest place of its parabola within the bounds, which is on that bound. */
+static void stop_at_bounds(const Minimum *here, double max_shift, const double g[2], const double h[3], double d[2])
+{
+    const double at[2] = {here->u, here->v}, to[2] = {here->u + d[0], here->v + d[1]};
+    double least = INFINITY;
+    for (int axis = 0; axis < 2; axis++) {
+        if (!(fabs(to[axis]) > max_shift))
+            continue;
+        const int other = 1 - axis;
+        double held[2];
+        held[axis] = copysign(max_shift, to[axis]) - at[axis];
+        held[other] =
+            clip(-(g[other] + h[1] * held[axis]) / h[2 * other], -max_shift - at[other], max_shift - at[other]);
+        double chi2 = held[0] * (g[0] + h[0] * held[0] / 2 + h[1] * held[1]) + held[1] * (g[1] + h[2] * held[1] / 2);
+        if (chi2 < least)
+            least = chi2, d[0] = held[0], d[1] = held[1];
+    }
+}
+
+/* Make a step `d` within the bounds; return whether it is Newton's. It only descends where a curvature is negative. */
+static int newton_step(const Minimum *here, double max_shift, double d[2])
+{
+    const double size = larger(larger(fabs(here->huu), fabs(here->huv)), fabs(here->hvv));
+    d[0] = d[1] = 0;
+    if (!(size > 0 && size < INFINITY))
+        return 1;
+    /* Squares of the curvature may be beyond any double. */
+    double g[2] = {here->gu / size, here->gv / size}, h[3] = {here->huu / size, here->huv / size, here->hvv / size};
+    if (fabs(here->u) >= max_shift && g[0] * here->u <= 0) /* held by its bound */
+        g[0] = 0, h[0] = 1, h[1] = 0;
+    if (fabs(here->v) >= max_shift && g[1] * here->v <= 0)
+        g[1] = 0, h[2] = 1, h[1] = 0;
+    const double smallest = (h[0] + h[2] - sqrt((h[0] - h[2]) * (h[0] - h[2]) + 4 * h[1] * h[1])) / 2;
+    const int is_newtons = smallest > 1e-9;
+    if (!is_newtons) {
+        const double raised = larger(-2 * smallest, 1e-3);
+        h[0] += raised, h[2] += raised;
+    }
+    const double determinant = h[0] * h[2] - h[1] * h[1];
+    d[0] = (h[1] * g[1] - h[2] * g[0]) / determinant, d[1] = (h[1] * g[0] - h[0] * g[1]) / determinant;
+    stop_at_bounds(here, max_shift, g, h, d);
+    const double excess = larger(fabs(d[0]), fabs(d[1])) / LONGEST_STEP;
+    if (excess > 1)
+        d[0] /= excess, d[1] /= excess;
+    return is_newtons;
+}
+
+/* Keep a shift within its bound; one that misses it by rounding is at it. */
+static double within(double at, double bound) { return fabs(at) >= bound * (1 - 1e-12) ? copysign(bound, at) : at; }
+
+/* Newton's method within the bounds; a step is halved until it does not lead up. */
+static Minimum descend(const QuadraticForm *form, double u, double v)
+{
+    const double bound = form->max_shift;
+    Minimum here = evaluate(form, within(u, bound), within(v, bound)), there;
+    for (int n = 0; n < MAX_STEPS; n++) {
+        double d[2];
+        int is_last = newton_step(&here, bound, d) && larger(fabs(d[0]), fabs(d[1])) < CLOSE;
+        double limit =
+            here.chi2 + (is_last ? ROUNDING * form->image_square : 0); /* rounding may say that it leads up */
+        for (;; d[0] /= 2, d[1] /= 2) {
+            if (!is_last && larger(fabs(d[0]), fabs(d[1])) < SHORTEST_STEP)
+                return here;
+            there = evaluate(form, within(here.u + d[0], bound), within(here.v + d[1], bound));
+            if (there.chi2 <= limit)
+                break;
+            is_last = 0, limit = here.chi2;
+        }
+        here = there;
+        if (is_last)
+            break;
+    }
+    return here;
+}
+
+/* Shifts along one axis of a grid: the first of the four planes of each, their weights, and products of two weights.
+ * Memory of an axis is in steps of `padded`, whole lanes. */
+typedef struct {
+    Index size, padded;
+    double *points, *first, *weights, *pairs;
+} Axis;
+
+/* chi2[(j + 1) * stride + i + 1] is chi2 at u.points[i] and v.points[j]; it is infinite around the grid. */
+typedef struct {
+    Axis u, v;
+    Index stride;
+    double *square, *product; /* contracted in u, for each row of planes; squares by lag */
+    double *chi2;
+} Grid;
+
+static Index intervals(const QuadraticForm *form) { return 2 * (Index)ceil(form->max_shift * COARSE); }
+
+static Index padded(Index size) { return (size + LANES - 1) / LANES * LANES + LANES; }
+
+/* Doubles that the finest grid needs. */
+Index grid_size(const QuadraticForm *form)
+{
+    const Index n = padded(intervals(form) * FINER + 1);
+    return 2 * n * (2 + 4 + PAIRS) + n * form->count * 5 + (n + 2) * (n + 2) + LANES;
+}
+
+/* Lay out the points from `from` to `to` of the axis whose coarse intervals are divided by `parts`. Return the memory
+ * that follows. */
+HOT static double *lay_out(const QuadraticForm *form, Index parts, Index from, Index to, double *memory, Axis *axis)
+{
+    const Index half = intervals(form) / 2 * parts, n = padded(to - from + 1);
+    double *restrict points = memory, *restrict first = points + n, *restrict weights = first + n;
+    double *restrict pairs = weights + 4 * n;
+    *axis = (Axis){to - from + 1, n, points, first, weights, pairs};
+    for (Index i = 0; i < n; i++) { /* what is beyond the size is not used */
+        const double at = form->max_shift * ((double)(from + i - half) / (double)half);
+        const double cell = smaller(floor(at), form->reach - 2), f = at - cell, g = 1 - f;
+        points[i] = at, first[i] = cell - 1 + form->reach;
+        weights[i] = g * g * g / 6, weights[n + i] = (4 - 3 * f * f * (2 - f)) / 6;
+        weights[2 * n + i] = (4 - 3 * g * g * (2 - g)) / 6, weights[3 * n + i] = f * f * f / 6;
+    }
+    for (int k = 0, pair = 0; k < 4; k++)
+        for (int l = k; l < 4; l++, pair++)
+            for (Index i = 0; i < n; i++)
+                pairs[pair * n + i] = weights[k * n + i] * weights[l * n + i];
+    return pairs + PAIRS * n;
+}
+
+/* Contract row j of the planes in u, for the points of one cell and up to a vector more: cells go from left to right.
+ */
+HOT static void contract_cell(const QuadraticForm *form, const Grid *grid, int j, Index from, Index to)
+{
+    const Index n = grid->u.padded;
+    const int first = (int)grid->u.first[from];
+    double gram[4][PAIRS];
+    for (int a = 0; a < 4; a++)
+        for (int k = 0, pair = 0; k < 4; k++)
+            for (int l = k; l < 4; l++, pair++) {
+                const double *one = gram_at(form, a, l - k, j, first + k),
+                             *other = gram_at(form, a, k - l, j, first + l);
+                gram[a][pair] = l > k ? *one + *other : *one;
+            }
+    for (Index i = from; i < to; i += LANES) {
+        Lanes product = {0}, square[4] = {{0}};
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            product += *(const Lanes *)(grid->u.weights + k * n + i) * form->projection[j * form->count + first + k];
+#pragma GCC unroll 10
+        for (int pair = 0; pair < PAIRS; pair++) {
+            const Lanes by = *(const Lanes *)(grid->u.pairs + pair * n + i);
+#pragma GCC unroll 4
+            for (int a = 0; a < 4; a++)
+                square[a] += by * gram[a][pair];
+        }
+        *(Lanes *)(grid->product + j * n + i) = product;
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++)
+            *(Lanes *)(grid->square + (a * form->count + j) * n + i) = square[a];
+    }
+}
+
+/* chi2 at v = points[j] and all u. */
+HOT static void fill_line(const QuadraticForm *form, const Grid *grid, Index j)
+{
+    const Index n = grid->u.padded;
+    const int first = (int)grid->v.first[j];
+    const double low = 1 / form->max_scale, high = form->max_scale;
+    const double *rows[PAIRS];
+    double weights[4], pairs[PAIRS], *chi2 = grid->chi2 + (j + 1) * grid->stride + 1;
+    for (int k = 0, pair = 0; k < 4; k++) {
+        weights[k] = grid->v.weights[k * grid->v.padded + j];
+        for (int l = k; l < 4; l++, pair++) {
+            pairs[pair] = (l > k ? 2 : 1) * grid->v.pairs[pair * grid->v.padded + j];
+            rows[pair] = grid->square + ((l - k) * form->count + first + k) * n;
+        }
+    }
+    for (Index i = 0; i < grid->u.size; i += LANES) {
+        Lanes square = {0}, product = {0};
+#pragma GCC unroll 10
+        for (int pair = 0; pair < PAIRS; pair++)
+            square += pairs[pair] * *(const Lanes *)(rows[pair] + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            product += weights[k] * *(const Lanes *)(grid->product + (first + k) * n + i);
+        for (int lane = 0; lane < LANES; lane++) {
+            const double best = product[lane] / square[lane]; /* not in a branch, so that all lanes divide at once */
+            double scale = square[lane] > 0 ? best : high;
+            scale = scale > low ? scale : low;
+            scale = scale < high ? scale : high;
+            chi2[i + lane] = form->image_square - scale * (2 * product[lane] - scale * square[lane]);
+        }
+    }
+    for (Index i = grid->u.size; i < grid->stride - 1; i++)
+        chi2[i] = INFINITY;
+    chi2[-1] = INFINITY;
+}
+
+/* Evaluate chi2 on the rectangle of coarse cells, whose intervals are divided by `parts`. Return where it is lowest. */
+static double *fill_grid(const QuadraticForm *form, Index parts, const Rectangle *part, Grid *grid)
+{
+    double *next = lay_out(form, parts, part->left * parts, part->right * parts, form->grid, &grid->u);
+    next = lay_out(form, parts, part->bottom * parts, part->top * parts, next, &grid->v);
+    const Index columns = grid->u.size, rows = grid->v.size, stride = grid->stride = grid->u.padded + 2;
+    grid->square = next, grid->product = next + 4 * form->count * grid->u.padded;
+    grid->chi2 = grid->product + form->count * grid->u.padded;
+    for (Index from = 0, to; from < columns; from = to) {
+        for (to = from; to < columns && grid->u.first[to] == grid->u.first[from]; to++)
+            ;
+        for (int j = (int)grid->v.first[0]; j < (int)grid->v.first[rows - 1] + 4; j++)
+            contract_cell(form, grid, j, from, to);
+    }
+    for (Index i = 0; i < stride; i++)
+        grid->chi2[i] = grid->chi2[(rows + 1) * stride + i] = INFINITY;
+    for (Index j = 0; j < rows; j++)
+        fill_line(form, grid, j);
+    double *lowest = grid->chi2 + stride + 1;
+    for (Index j = 0; j < rows; j++)
+        for (double *at = grid->chi2 + (j + 1) * stride + 1; at < grid->chi2 + (j + 1) * stride + 1 + columns; at++)
+            if (*at < *lowest)
+                lowest = at;
+    return lowest;
+}
+
+/* Newton's method from a point of a grid. */
+static Minimum descend_from(const QuadraticForm *form, const Grid *grid, const double *point)
+{
+    const Index at = point - grid->chi2;
+    return descend(form, grid->u.points[at % grid->stride - 1], grid->v.points[at / grid->stride - 1]);
+}
+
+/* The rectangle around the cells of a coarse grid where chi2 may be below a limit: those whose lowest corner is above
+ * it by less than the difference of their corners. */
+static Rectangle find_rectangle(const Grid *grid, double limit)
+{
+    const Index stride = grid->stride;
+    Rectangle part = {.left = grid->u.size, .bottom = grid->v.size};
+    for (Index j = 0; j + 1 < grid->v.size; j++)
+        for (Index i = 0; i + 1 < grid->u.size; i++) {
+            const double *a = grid->chi2 + (j + 1) * stride + i + 1, *b = a + stride;
+            const double low = smaller(smaller(a[0], a[1]), smaller(b[0], b[1]));
+            const double high = larger(larger(a[0], a[1]), larger(b[0], b[1]));
+            if (!(low - SLACK * (high - low) <= limit))
+                continue;
+            part.left = i < part.left ? i : part.left, part.right = i + 1 > part.right ? i + 1 : part.right;
+            part.bottom = j < part.bottom ? j : part.bottom, part.top = j + 1;
+        }
+    return part;
+}
+
+/* Return the largest rise from a point of a grid to a neighbour along an axis, or -1 where one is lower. */
+static double rise_around(const double *at, Index stride)
+{
+    const double around[4] = {at[-1], at[1], at[-stride], at[stride]};
+    double rise = 0;
+    for (int i = 0; i < 4; i++) {
+        if (around[i] < *at)
+            return -1;
+        rise = around[i] < INFINITY ? larger(rise, around[i] - *at) : rise;
+    }
+    return rise;
+}
+
+/* The lowest minimum that Newton's method finds from the local minima of the grid. */
+Minimum global_minimum(const QuadraticForm *form)
+{
+    if (!form->max_shift)
+        return evaluate(form, 0, 0);
+    const Index n = intervals(form);
+    const double rounding = ROUNDING * form->image_square;
+    Grid grid;
+    const double *lowest = fill_grid(form, 1, &(Rectangle){0, n, 0, n}, &grid);
+    const Rectangle part = find_rectangle(&grid, *lowest);
+    lowest = fill_grid(form, FINER, &part, &grid);
+    Minimum best = descend_from(form, &grid, lowest);
+    for (Index j = 0; j < grid.v.size; j++)
+        for (Index i = 0; i < grid.u.size; i++) {
+            const double *at = grid.chi2 + (j + 1) * grid.stride + i + 1, rise = rise_around(at, grid.stride);
+            if (rise < 0 || at == lowest || !(*at - rise < best.chi2 - rounding))
+                continue;
+            const Minimum found = descend_from(form, &grid, at);
+            if (found.chi2 < best.chi2)
+                best = found;
+        }
+    return best;
+}
