@@ -11,7 +11,6 @@ No proof is made that the minimum is the lowest. `tests/reference/proven_minimum
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import product
 from math import ceil, floor, inf, sqrt
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.intp]
 
 COARSE = 4  # intervals of the coarse grid on a pixel
 FINER = 4  # intervals of the fine grid on one of the coarse grid
@@ -30,10 +28,9 @@ SHORTEST_STEP = 1e-9  # pixels
 MAX_STEPS = 200
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
 
-_SPLINE = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))) / 6  # powers of the four weights
-_PAIRS = np.zeros((7, 16))  # powers of the products of two weights
-for _i, _j in product(range(4), range(4)):
-    _PAIRS[_i + _j] += np.outer(_SPLINE[_i], _SPLINE[_j]).ravel()
+_LEIBNIZ = np.array(
+    ((1, 0, 0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 1, 0, 0, 0, 0, 0), (0, 0, 1, 0, 2, 0, 1, 0, 0))
+)  # product rule
 
 
 class QuadraticForm(NamedTuple):
@@ -148,10 +145,7 @@ class _Search:
     def __init__(self, form: QuadraticForm, max_shift: float, max_scale: float) -> None:
         self.form, self.max_shift = form, max_shift
         self.low, self.high = 1 / max_scale, max_scale
-        self.cells: dict[tuple[int, int], Floats] = {}
-        if max_shift:
-            (j, j2), (k, k2) = _pairs(form.reach)
-            self.squares = form.gram[j[:, None], k, j2[:, None], k2]
+        self.pairs = form.gram.transpose(0, 2, 1, 3).reshape(form.sums.size, -1)
 
     def find_rectangle(self) -> tuple[int, int, int, int]:
         """Return the intervals of the coarse grid where chi2 can be lowest: left, right, bottom and top."""
@@ -173,21 +167,23 @@ class _Search:
             Columns and rows of the grid.
         chi2 : ndarray, shape (len(v), len(u))
         """
-        points, weights, along, across = _axis(self.max_shift, parts, self.form.reach)
+        points, weights, pairs = _axis(self.max_shift, parts, self.form.reach)
         columns, rows = slice(left * parts, right * parts + 1), slice(bottom * parts, top * parts + 1)
-        square = np.maximum(along[rows] @ self.squares @ across[columns].T, np.finfo(np.float64).tiny)
+        square = np.maximum(pairs[rows] @ self.pairs @ pairs[columns].T, np.finfo(np.float64).tiny)
         product = weights[rows] @ self.form.projection @ weights[columns].T
         scale = np.minimum(np.maximum(product, self.low * square), self.high * square) / square
         return points[columns], points[rows], self.form.image_square - scale * (2 * product - scale * square)
 
     def evaluate(self, u: float, v: float) -> Minimum:
         """Return chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-        column, row = (min(floor(at), self.form.reach - 2) for at in (u, v))
-        g, f = u - column, v - row
-        powers = np.array([_powers(f), _powers(g)])
-        both = powers[0] @ self.cell(row, column) @ powers[1].T
-        (square, square_u, square_uu), (square_v, square_uv, _), (square_vv, _, _) = both[0].tolist()
-        (cross, cross_u, cross_uu), (cross_v, cross_uv, _), (cross_vv, _, _) = both[1].tolist()
+        row, along = bspline_weights(v, self.form.reach)
+        column, across = bspline_weights(u, self.form.reach)
+        j, k = slice(row, row + 4), slice(column, column + 4)
+        pairs = self.form.gram[j, k, j, k].transpose(0, 2, 1, 3).reshape(16, 16)
+        squares = _pairs(along) @ pairs @ _pairs(across).T
+        products = along @ self.form.projection[j, k] @ across.T
+        (square, square_u, square_uu), (square_v, square_uv, _), (square_vv, _, _) = squares.tolist()
+        (cross, cross_u, cross_uu), (cross_v, cross_uv, _), (cross_vv, _, _) = products.tolist()
         best = cross / square if square > 0 else self.high
         scale = min(max(best, self.low), self.high)
         huu = scale * (scale * square_uu - 2 * cross_uu)
@@ -203,20 +199,6 @@ class _Search:
         chi2 = self.form.image_square - scale * (2 * cross - scale * square)
         gradient = (scale * (scale * square_u - 2 * cross_u), scale * (scale * square_v - 2 * cross_v))
         return Minimum(u, v, chi2, scale, not free, gradient, (huu, huv, hvv), square, slope)
-
-    def cell(self, row: int, column: int) -> Floats:
-        """Return the moved template's square, and its product with the image, as polynomials in a cell of the spline.
-
-        Shape (2, 7, 7): powers of the place in the cell along v and u.
-        """
-        made = self.cells.get((row, column))
-        if made is None:
-            first, last = self.form.reach - 1, self.form.reach + 3
-            j, k = slice(row + first, row + last), slice(column + first, column + last)
-            made = self.cells[row, column] = np.zeros((2, 7, 7))
-            made[0] = _PAIRS @ self.form.gram[j, k, j, k].transpose(0, 2, 1, 3).reshape(16, 16) @ _PAIRS.T
-            made[1, :4, :4] = _SPLINE @ self.form.projection[j, k] @ _SPLINE.T
-        return made
 
     def descend(self, u: float, v: float) -> Minimum:
         """Find a minimum by Newton's method within the bounds; a step is halved until it does not lead up."""
@@ -238,47 +220,21 @@ class _Search:
         return here
 
 
-def _powers(x: float) -> tuple[tuple[float, ...], ...]:
-    """Powers of x up to the sixth, and their first two derivatives."""
-    x2 = x * x
-    x3, x4, x5 = x2 * x, x2 * x2, x2 * x2 * x
-    return (
-        (1.0, x, x2, x3, x4, x5, x3 * x3),
-        (0.0, 1.0, 2 * x, 3 * x2, 4 * x3, 5 * x4, 6 * x5),
-        (0.0, 0.0, 2.0, 6 * x, 12 * x2, 20 * x3, 30 * x4),
-    )
+def _pairs(weights: Floats) -> Floats:
+    """Return the products of pairs of weights, and their first two derivatives, shape (3, 16)."""
+    return np.asarray(_LEIBNIZ @ (weights[:, None, :, None] * weights[:, None]).reshape(9, 16))
 
 
-@lru_cache(maxsize=32)
-def _pairs(reach: int) -> tuple[tuple[Integers, Integers], tuple[Integers, Integers]]:
-    """Return pairs of rows and of columns of planes that share a cell; of the equal (j, j') and (j', j) rows one."""
-    planes = range(2 * reach + 1)
-    rows = [(j, other) for j in planes for other in planes if 0 <= other - j < 4]
-    columns = [(k, other) for k in planes for other in planes if abs(other - k) < 4]
-    (j, j2), (k, k2) = np.array(rows).T, np.array(columns).T
-    return (j, j2), (k, k2)
-
-
-@lru_cache(maxsize=32)
-def _axis(max_shift: float, parts: int, reach: int) -> tuple[list[float], Floats, Floats, Floats]:
-    """Return the N points of an axis of a grid, and weights of the planes at each.
-
-    Returns
-    -------
-    points : list of float, length N
-    weights : ndarray, shape (N, L)
-        Of the planes.
-    along, across : ndarray, shapes (N, R) and (N, C)
-        Of the pairs of rows and of columns of `_pairs`.
-    """
+@lru_cache(maxsize=16)
+def _axis(max_shift: float, parts: int, reach: int) -> tuple[list[float], Floats, Floats]:
+    """Return the N points of an axis of a grid; weights of the planes, shape (N, L), and of their pairs, (N, L²)."""
     half = ceil(COARSE * max_shift) * parts
     points = [max_shift * (i / half) for i in range(-half, half + 1)]
     weights = np.zeros((len(points), 2 * reach + 1))
     for line, at in zip(weights, points, strict=True):
         first, four = bspline_weights(at, reach)
         line[first : first + 4] = four[0]
-    (j, j2), (k, k2) = _pairs(reach)
-    return points, weights, weights[:, j] * weights[:, j2] * np.where(j == j2, 1, 2), weights[:, k] * weights[:, k2]
+    return points, weights, (weights[:, :, None] * weights[:, None, :]).reshape(len(points), -1)
 
 
 def _within(at: float, bound: float) -> float:
