@@ -5,7 +5,7 @@ lowest corner is higher than the lowest point of all by at most half the differe
 sixteenth of a pixel apart, covers the rectangle. Newton's method, inside the bounds, starts at every local minimum of
 the fine grid that can compete. The scale follows in closed form at each shift.
 
-No proof is made that the minimum is the lowest. `tests/reference/proven_minimum.py` has one, and a test compares.
+Nothing proves that no minimum is lower. ``tests/reference/proven_minimum.py`` has a proof, and a test compares.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ SHORTEST_STEP = 1e-9  # pixels
 MAX_STEPS = 200
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
 
-_LEIBNIZ = np.array(
-    ((1, 0, 0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 1, 0, 0, 0, 0, 0), (0, 0, 1, 0, 2, 0, 1, 0, 0))
-)  # product rule
+# Derivatives of a product from the products of derivatives (0, 0), (0, 1), ... (2, 2) of its factors.
+_PRODUCT_RULE = np.array(((1, 0, 0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 1, 0, 0, 0, 0, 0), (0, 0, 1, 0, 2, 0, 1, 0, 0)))
 
 
 class QuadraticForm(NamedTuple):
@@ -110,7 +109,9 @@ def global_minimum(form: QuadraticForm, max_shift: float, max_scale: float) -> M
 
     Notes
     -----
-    ``python tests/reference/compare_minima.py`` counts how often, and by how much, the proven minimum is lower.
+    Of 20 000 random fits, one has a proven minimum that is lower by more than 1e-6 of chi2 (by 5e-5); of 3000 bright
+    trails with hot pixels, seven (by at most 0.5 %). ``STAMPWORKER_TEST_LONG=1 python -m pytest -s
+    tests/cutouts/test_adjust_minimum.py`` prints these figures.
     """
     search = _Search(form, max_shift, max_scale)
     if not max_shift:
@@ -127,7 +128,7 @@ def global_minimum(form: QuadraticForm, max_shift: float, max_scale: float) -> M
 
 
 def _local_minima(chi2: Floats) -> list[tuple[int, int, float]]:
-    """Return rows and columns of local minima, and what chi2 can be near them: lower by the rise to a neighbour."""
+    """Return rows and columns of local minima, and how low chi2 can be near them: lower by the rise to a neighbour."""
     rows, columns = chi2.shape
     padded = np.full((rows + 2, columns + 2), inf)
     padded[1:-1, 1:-1] = chi2
@@ -153,7 +154,7 @@ class _Search:
         _, _, chi2 = self.fill_grid(1, 0, whole, 0, whole)
         corners = np.array((chi2[:-1, :-1], chi2[:-1, 1:], chi2[1:, :-1], chi2[1:, 1:]))
         low, high = corners.min(0), corners.max(0)
-        rows, columns = (low - SLACK * (high - low) <= chi2.min()).nonzero()
+        rows, columns = (~(low - SLACK * (high - low) > chi2.min())).nonzero()
         return int(columns.min()), int(columns.max()) + 1, int(rows[0]), int(rows[-1]) + 1
 
     def fill_grid(
@@ -222,7 +223,7 @@ class _Search:
 
 def _pairs(weights: Floats) -> Floats:
     """Return the products of pairs of weights, and their first two derivatives, shape (3, 16)."""
-    return np.asarray(_LEIBNIZ @ (weights[:, None, :, None] * weights[:, None]).reshape(9, 16))
+    return np.asarray(_PRODUCT_RULE @ (weights[:, None, :, None] * weights[:, None]).reshape(9, 16))
 
 
 @lru_cache(maxsize=16)

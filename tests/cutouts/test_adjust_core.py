@@ -1,4 +1,4 @@
-"""The cores: numpy and C agree, both find the global minimum, and the C core keeps to its memory."""
+"""The cores: numpy and C agree, both find the lowest of close minima, and the C core keeps to its memory."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_of_a_hundred_minima_the_lowest_is_found(
     lower: tuple[float, float],
     bar: float,
 ) -> None:
-    """Along a bright trail with hot pixels chi2 has a hundred minima; the lowest is found, or one at most 2 % higher."""
+    """Of the hundred minima of a bright trail with hot pixels the lowest is found, or one at most 2 % higher."""
     planes = trail(seed)
     inner, _, max_scale, fit_bg = how
     fit = core(*planes, None, *how, False, np.empty((16, 17)))

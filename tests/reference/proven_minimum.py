@@ -147,11 +147,11 @@ class _Search:
         return chi2, scale
 
     def is_settled(self, grid: Grid) -> bool:
-        """Return True if a minimum that lies in a grid is shown to be the lowest there.
+        """Return True if a minimum in a grid is shown to be the lowest there.
 
         With a = 1 / scale and ``L = image² - chi2`` at the minimum, chi2 is lower where
         ``R = L a² - 2 a p + t < 0``. R is 0 at the minimum and does not fall from there. So it is nowhere below 0 if it
-        is convex in shift and a together; along an axis on whose bound the minimum lies, it may be monotonic instead.
+        is convex in shift and a together; along an axis on whose bound the minimum is, it may be monotonic instead.
         Splines and their slopes go on from cell to cell: what is convex in each cell is so in all.
         """
         one = self.best
@@ -175,7 +175,7 @@ class _Search:
         """Return coefficients of R's derivatives by u, v, uu, uv and vv, over L, the latter with a following the shift.
 
         R is convex in shift and a if ``t'' - 2 a p'' - 2 p' p'ᵀ / L`` is positive definite. That is linear in a, so
-        need only be seen at both bounds of the scale, and only at the one where the minimum lies if R rises from there
+        need only be seen at both bounds of the scale, and only at the one where the minimum is if R rises from there
         everywhere. Of polynomials in Bernstein's form, and of matrices of them, all values are means of the
         coefficients, and the square of a mean is at most the mean of squares.
         """
@@ -295,7 +295,7 @@ def _step(here: Minimum, max_shift: float) -> tuple[float, float, bool]:
     """Return a step within the bounds, and whether it is Newton's: where the curvature is negative it only descends."""
     (huu, huv, hvv), (gu, gv) = here.hessian, here.gradient
     determinant = huu * hvv - huv * huv
-    if determinant > 1e-9 * (huu + hvv) * (huu + hvv) and huu > 0:  # as a rule
+    if determinant > 1e-9 * (huu + hvv) * (huu + hvv) and huu > 0:
         du, dv = (huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant
         if abs(here.u + du) < max_shift > abs(here.v + dv) and abs(du) < LONGEST_STEP > abs(dv):
             return du, dv, True
@@ -359,11 +359,11 @@ class Grid(NamedTuple):
         return Grid(_divided(self.v), _divided(self.u), forms)
 
     def holds(self, u: float, v: float) -> bool:
-        """Return True if a move lies here."""
+        """Return True if a move is here."""
         return self.v[0] <= v <= self.v[-1] and self.u[0] <= u <= self.u[-1]
 
     def box(self, u: float, v: float) -> tuple[int, int]:
-        """Return the row and column of the box of a move that lies here; upper edges belong to the next box."""
+        """Return the row and column of the box of a move here; upper edges belong to the next box."""
         rows, columns = len(self.v) - 1, len(self.u) - 1
         return min(bisect_right(self.v, v), rows) - 1, min(bisect_right(self.u, u), columns) - 1
 

@@ -1,13 +1,16 @@
-/* The search: a regular grid of shifts, and Newton's method from every local minimum of the grid; see search.py. */
+/* The search: two grids of shifts, and Newton's method from the local minima of the fine one; see search.py. */
 #include "core.h"
 
-enum { COARSE = 4, FINER = 4 }; /* points of the coarse grid on a pixel; the fine grid divides its intervals */
-enum { MAX_STEPS = 200, PAIRS = 10 };
-typedef double Lanes __attribute__((vector_size(64), aligned(8), may_alias));
+/* The constants of search.py; PAIRS of four planes with themselves and each other. */
+enum { COARSE = 4, FINER = 4, MAX_STEPS = 200, PAIRS = 10 };
+static const double CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9, ROUNDING = 1e-13, SLACK = 0.5;
+
+typedef double Lanes __attribute__((vector_size(64), aligned(8), may_alias)); /* LANES of them */
+
+/* Intervals of the coarse grid. */
 typedef struct {
     Index left, right, bottom, top;
 } Rectangle;
-static const double CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9, ROUNDING = 1e-13, SLACK = 0.5;
 
 /* Set the chi2 and derivatives of a minimum from those of the square of the moved template, `tt`, and of its product
  * with the image, `p`: value, u, v, uu, uv, vv. */
@@ -123,8 +126,7 @@ static Minimum descend(const QuadraticForm *form, double u, double v)
     for (int n = 0; n < MAX_STEPS; n++) {
         double d[2];
         int is_last = newton_step(&here, bound, d) && larger(fabs(d[0]), fabs(d[1])) < CLOSE;
-        double limit =
-            here.chi2 + (is_last ? ROUNDING * form->image_square : 0); /* rounding may say that it leads up */
+        double limit = here.chi2 + is_last * ROUNDING * form->image_square; /* rounding may say that it leads up */
         for (;; d[0] /= 2, d[1] /= 2) {
             if (!is_last && larger(fabs(d[0]), fabs(d[1])) < SHORTEST_STEP)
                 return here;
@@ -140,8 +142,8 @@ static Minimum descend(const QuadraticForm *form, double u, double v)
     return here;
 }
 
-/* Shifts along one axis of a grid: the first of the four planes of each, their weights, and products of two weights.
- * Memory of an axis is in steps of `padded`, whole lanes. */
+/* The points of one axis of a grid: shifts, the first of the four planes of each, (4) weights of these planes, and
+ * (PAIRS) products of two weights. A row is `padded` long, in whole lanes. */
 typedef struct {
     Index size, padded;
     double *points, *first, *weights, *pairs;
@@ -151,7 +153,7 @@ typedef struct {
 typedef struct {
     Axis u, v;
     Index stride;
-    double *square, *product; /* contracted in u, for each row of planes; squares by lag */
+    double *square, *product; /* contracted in u: by lag and row of planes, and by row */
     double *chi2;
 } Grid;
 
@@ -188,8 +190,8 @@ HOT static double *lay_out(const QuadraticForm *form, Index parts, Index from, I
     return pairs + PAIRS * n;
 }
 
-/* Contract row j of the planes in u, for the points of one cell and up to a vector more: cells go from left to right.
- */
+/* Contract row j of the planes in u, for the points of one cell. Up to a vector more is written, so cells go from left
+ * to right. */
 HOT static void contract_cell(const QuadraticForm *form, const Grid *grid, int j, Index from, Index to)
 {
     const Index n = grid->u.padded;
@@ -198,9 +200,9 @@ HOT static void contract_cell(const QuadraticForm *form, const Grid *grid, int j
     for (int a = 0; a < 4; a++)
         for (int k = 0, pair = 0; k < 4; k++)
             for (int l = k; l < 4; l++, pair++) {
-                const double *one = gram_at(form, a, l - k, j, first + k),
-                             *other = gram_at(form, a, k - l, j, first + l);
-                gram[a][pair] = l > k ? *one + *other : *one;
+                gram[a][pair] = *gram_at(form, a, l - k, j, first + k);
+                if (l > k)
+                    gram[a][pair] += *gram_at(form, a, k - l, j, first + l);
             }
     for (Index i = from; i < to; i += LANES) {
         Lanes product = {0}, square[4] = {{0}};
@@ -290,8 +292,8 @@ static Minimum descend_from(const QuadraticForm *form, const Grid *grid, const d
     return descend(form, grid->u.points[at % grid->stride - 1], grid->v.points[at / grid->stride - 1]);
 }
 
-/* The rectangle around the cells of a coarse grid where chi2 may be below a limit: those whose lowest corner is above
- * it by less than the difference of their corners. */
+/* The rectangle around the cells of the coarse grid where chi2 can be below a limit: those whose lowest corner is above
+ * it by at most half the difference of their corners. */
 static Rectangle find_rectangle(const Grid *grid, double limit)
 {
     const Index stride = grid->stride;
@@ -301,7 +303,7 @@ static Rectangle find_rectangle(const Grid *grid, double limit)
             const double *a = grid->chi2 + (j + 1) * stride + i + 1, *b = a + stride;
             const double low = smaller(smaller(a[0], a[1]), smaller(b[0], b[1]));
             const double high = larger(larger(a[0], a[1]), larger(b[0], b[1]));
-            if (!(low - SLACK * (high - low) <= limit))
+            if (low - SLACK * (high - low) > limit)
                 continue;
             part.left = i < part.left ? i : part.left, part.right = i + 1 > part.right ? i + 1 : part.right;
             part.bottom = j < part.bottom ? j : part.bottom, part.top = j + 1;
@@ -322,7 +324,8 @@ static double rise_around(const double *at, Index stride)
     return rise;
 }
 
-/* The lowest minimum that Newton's method finds from the local minima of the grid. */
+/* The lowest minimum that Newton's method finds from the local minima of the fine grid. One that is higher than the
+ * best by more than its rise to a neighbour can not be lower. */
 Minimum global_minimum(const QuadraticForm *form)
 {
     if (!form->max_shift)
