@@ -41,7 +41,7 @@ LARGEST_SHIFT = 16  # the Gram matrix grows with the fourth power: 1225² at 16 
 LARGEST_SCALE = 1000  # the template's square is rounded, and chi2 to that times the square of the scale
 HUGE = 1e50  # float64 values beyond it, and errors below its inverse, would overflow when squared; no float32 is
 FLAT = 1e-6  # a template that varies by less than this part of its values is constant: 16 times the rounding of float32
-FILL_LAYERS = 3  # rings of pixels around good ones that are filled; the spline forgets 0.27 a pixel, 0.27³ = 2 %
+FILL_LAYERS = 3  # rings of pixels around good ones that are filled; an error falls to 0.27 of it a pixel, 0.27³ = 2 %
 BLOCK = 1 << 21  # bytes of weighted planes at a time: few enough to stay in a cache, enough for few calls
 
 NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"

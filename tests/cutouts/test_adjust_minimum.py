@@ -57,7 +57,7 @@ def excesses(
     return {name: np.array(values) for name, values in above.items()}
 
 
-@pytest.mark.timeout(3600 if LONG else 60)
+@pytest.mark.timeout(3600 if LONG else 120)
 @pytest.mark.parametrize(
     ("make", "number", "bar"),
     [(random_fit, 20_000 if LONG else 2000, 1e-4), (bright_trail, 3000 if LONG else 500, 0.02)],
