@@ -3,8 +3,9 @@
  * fit_numpy() in adjust.py is the specification, and a test compares the two. Their differences:
  *
  * - The Gram matrix is kept only for pairs of planes that share a cell of the spline, up to three pixels apart, and by
- * lag: gram_at(form, a, b, j, k) belongs to the planes (j, k) and (j + a, k + b). It is the correlation of the weights
- * with one product plane, c[y][x] c[y + a][x + b].
+ * lag: gram_at(form, a, b, j, k) is the sum of the entries whose planes have the rows j and j + a, and the columns k
+ * and k + b in either order. Such an entry is the correlation of the weights with a product plane, c[y][x] c[y + a][x +
+ * b].
  * - Sums run in eight lanes in a fixed order, and the compiler may not fuse multiplication and addition
  *   (-ffp-contract=off): every clone, SSE2 to AVX-512, gives the same bits. So the same input gives the same packet on
  *   any x86-64 machine.
@@ -32,7 +33,7 @@ typedef ptrdiff_t Index;
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
 static const double HUGE_VALUE = 1e50, FLAT = 1e-6; /* of adjust.py */
-enum { LARGEST_SHIFT = 16, LARGEST_SCALE = 1000, MAX_REACH = LARGEST_SHIFT + 1, FILL_LAYERS = 3 };
+enum { LARGEST_SHIFT = 16, LARGEST_SCALE = 1000, MAX_REACH = LARGEST_SHIFT + 1, MAX_PLANES = 40, FILL_LAYERS = 3 };
 enum { LANES = 8, BLOCK = 24 }; /* BLOCK columns of a product and its weights almost fit the first-level cache */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
 enum { DX_AT_BOUND = 1, DY_AT_BOUND = 2, SCALE_AT_BOUND = 4 };
@@ -40,6 +41,7 @@ enum { DX_AT_BOUND = 1, DY_AT_BOUND = 2, SCALE_AT_BOUND = 4 };
 /* chi2 as a quadratic form in the weights of the moved planes, and the bounds; see search.py. */
 typedef struct {
     int reach, count; /* count = 2 reach + 1 planes on an axis */
+    int stride;       /* of the Gram matrix: whole lanes */
     double max_shift, max_scale;
     double *gram, *projection, *sums;
     double image_square, image_sum, weight_sum, image_mean, template_mean;
@@ -85,7 +87,7 @@ static inline double total(const double lanes[LANES])
 
 static inline double *gram_at(const QuadraticForm *form, int a, int b, Index j, Index k)
 {
-    return form->gram + ((a * 7 + b + 3) * form->count + j) * form->count + k;
+    return form->gram + ((a * 4 + b) * form->count + j) * form->stride + k;
 }
 
 /* pixels.c */

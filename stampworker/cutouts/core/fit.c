@@ -8,7 +8,7 @@
 int allocate(Work *s, void **block)
 {
     QuadraticForm *form = &s->form;
-    const Index size = s->ny * s->nx, count = form->count, squared = count * count;
+    const Index size = s->ny * s->nx, count = form->count, squared = count * count, gram = 16 * count * form->stride;
     const Index h = s->h > 0 ? s->h : 0, w = s->w > 0 ? s->w : 0, rows = s->slab + count, weights = (s->slab + 1) * w;
     const Index line = s->nx + 2 * form->reach, padded = (s->ny + 2 * form->reach) * s->stride;
     const struct {
@@ -19,7 +19,7 @@ int allocate(Work *s, void **block)
         {&s->weights, weights * LANES},
         {&s->weights_image, weights * LANES},
         {&s->product, rows * (BLOCK + count) * LANES},
-        {&form->gram, 28 * squared},
+        {&form->gram, gram},
         {&form->projection, squared},
         {&form->sums, squared},
         {&form->grid, grid_size(form)},
@@ -44,7 +44,7 @@ int allocate(Work *s, void **block)
     for (int i = 0; i < number; i++)
         *parts[i].place = next, next += parts[i].size;
     s->bad_image = (unsigned char *)next, s->bad_template = s->bad_image + size, s->undefined = s->bad_template + size;
-    memset(form->gram, 0, (size_t)(30 * squared) * sizeof(double)); /* with projection and sums */
+    memset(form->gram, 0, (size_t)(gram + 2 * squared) * sizeof(double)); /* with projection and sums */
     return 1;
 }
 

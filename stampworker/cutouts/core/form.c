@@ -89,11 +89,15 @@ static void subtract_offset(QuadraticForm *form)
     const int count = form->count;
     const double *sums = form->sums;
     for (int a = 0; a < 4; a++)
-        for (int b = -3; b < 4; b++)
+        for (int b = 0; b < 4; b++)
             for (int j = 0; j + a < count; j++)
-                for (int k = b < 0 ? -b : 0; k < count && k + b < count; k++)
-                    *gram_at(form, a, b, j, k) -=
-                        sums[j * count + k] * (sums[(j + a) * count + k + b] / form->weight_sum);
+                for (int k = 0; k + b < count; k++) {
+                    const double *one = sums + j * count + k, *other = one + a * count;
+                    double product = one[0] * (other[b] / form->weight_sum);
+                    if (b)
+                        product += one[b] * (other[0] / form->weight_sum);
+                    *gram_at(form, a, b, j, k) -= product;
+                }
     for (int i = 0; i < count * count; i++)
         form->projection[i] -= sums[i] * (form->image_sum / form->weight_sum);
     form->image_square -= form->image_sum * form->image_sum / form->weight_sum;
@@ -121,14 +125,12 @@ void make_form(Work *s, double bg)
                 const int left = b < 0 ? -b : 0, right = b > 0 ? b : 0, nk = count - left - right;
                 multiply(planes + left * LANES, planes + (a * columns + right) * LANES, columns * LANES, s->product,
                          wide * LANES, rows - a, (width + nk - 1) * LANES);
-                s->correlate(weights, s->w, s->product, wide, slab, width, count - a, nk, gram_at(form, a, b, 0, left),
-                             count);
+                s->correlate(weights, s->w, s->product, wide, slab, width, count - a, nk,
+                             gram_at(form, a, left + right, 0, 0), form->stride);
             }
     }
-    for (int b = 1; b < 4; b++) /* a = 0 has each pair twice */
-        for (int j = 0; j < count; j++)
-            for (int k = b; k < count; k++)
-                *gram_at(form, 0, -b, j, k) = *gram_at(form, 0, b, j, k - b);
+    for (Index i = count * form->stride; i < 4 * count * form->stride; i++)
+        form->gram[i] *= 2; /* a = 0: both orders of columns are the same */
     if (s->fit_bg)
         subtract_offset(form);
 }

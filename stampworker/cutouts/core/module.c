@@ -53,6 +53,8 @@ static void run(const Py_buffer views[BUFFERS], double inner, Work *s, Result *r
     span(s->ny, inner, &s->y0, &s->h);
     span(s->nx, inner, &s->x0, &s->w);
     s->form.reach = (int)larger(ceil(s->form.max_shift), 1) + 1, s->form.count = 2 * s->form.reach + 1;
+    s->form.stride = (s->form.count + LANES - 1) / LANES * LANES;
+    s->form.stride = (s->form.count + LANES - 1) / LANES * LANES;
     s->slab = (s->h + LANES - 1) / LANES, s->stride = s->nx + 2 * s->form.reach;
     void *block;
     if (!allocate(s, &block)) {

@@ -37,7 +37,7 @@ static Minimum evaluate(const QuadraticForm *form, double u, double v)
     double X[3][4], Y[3][4], pairs[3][4][4], tt[6] = {0}, p[6] = {0};
     const int column = bspline_weights(u, form->reach, X), row = bspline_weights(v, form->reach, Y);
     for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) {
+        for (int j = i; j < 4; j++) {
             pairs[0][i][j] = X[0][i] * X[0][j];
             pairs[1][i][j] = X[1][i] * X[0][j] + X[0][i] * X[1][j];
             pairs[2][i][j] = X[2][i] * X[0][j] + 2 * X[1][i] * X[1][j] + X[0][i] * X[2][j];
@@ -47,7 +47,7 @@ static Minimum evaluate(const QuadraticForm *form, double u, double v)
             double h[3] = {0};
             const double twice = a ? 2 : 1; /* of planes (j, k) and (j + a, k'), in either order */
             for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) {
+                for (int j = i; j < 4; j++) {
                     const double gram = *gram_at(form, a, j - i, row + t, column + i);
                     for (int order = 0; order < 3; order++)
                         h[order] += pairs[order][i][j] * gram;
@@ -142,146 +142,93 @@ static Minimum descend(const QuadraticForm *form, double u, double v)
     return here;
 }
 
-/* The points of one axis of a grid: shifts, the first of the four planes of each, (4) weights of these planes, and
- * (PAIRS) products of two weights. A row is `padded` long, in whole lanes. */
+/* A shift of a grid along an axis: the first of its four planes, their weights, and products of two weights. */
 typedef struct {
-    Index size, padded;
-    double *points, *first, *weights, *pairs;
-} Axis;
+    double at, weights[4], pairs[PAIRS];
+    int first;
+} Point;
 
-/* chi2[(j + 1) * stride + i + 1] is chi2 at u.points[i] and v.points[j]; it is infinite around the grid. */
+/* chi2[(j + 1) * stride + i + 1] is chi2 at u[i] and v[j]; it is infinite around the grid. */
 typedef struct {
-    Axis u, v;
-    Index stride;
-    double *square, *product; /* contracted in u: by lag and row of planes, and by row */
+    Index columns, rows, stride;
+    Point *u, *v;
     double *chi2;
 } Grid;
 
 static Index intervals(const QuadraticForm *form) { return 2 * (Index)ceil(form->max_shift * COARSE); }
 
-static Index padded(Index size) { return (size + LANES - 1) / LANES * LANES + LANES; }
-
 /* Doubles that the finest grid needs. */
 Index grid_size(const QuadraticForm *form)
 {
-    const Index n = padded(intervals(form) * FINER + 1);
-    return 2 * n * (2 + 4 + PAIRS) + n * form->count * 5 + (n + 2) * (n + 2) + LANES;
+    const Index n = intervals(form) * FINER + 1;
+    return 2 * n * (Index)(sizeof(Point) / sizeof(double)) + (n + 2) * (n + 2);
 }
 
-/* Lay out the points from `from` to `to` of the axis whose coarse intervals are divided by `parts`. Return the memory
- * that follows. */
-HOT static double *lay_out(const QuadraticForm *form, Index parts, Index from, Index to, double *memory, Axis *axis)
+/* Make the points from `from` to `to` of an axis whose coarse intervals are divided by `parts`. */
+static void lay_out(const QuadraticForm *form, Index parts, Index from, Index to, Point *points)
 {
-    const Index half = intervals(form) / 2 * parts, n = padded(to - from + 1);
-    double *restrict points = memory, *restrict first = points + n, *restrict weights = first + n;
-    double *restrict pairs = weights + 4 * n;
-    *axis = (Axis){to - from + 1, n, points, first, weights, pairs};
-    for (Index i = 0; i < n; i++) { /* what is beyond the size is not used */
-        const double at = form->max_shift * ((double)(from + i - half) / (double)half);
-        const double cell = smaller(floor(at), form->reach - 2), f = at - cell, g = 1 - f;
-        points[i] = at, first[i] = cell - 1 + form->reach;
-        weights[i] = g * g * g / 6, weights[n + i] = (4 - 3 * f * f * (2 - f)) / 6;
-        weights[2 * n + i] = (4 - 3 * g * g * (2 - g)) / 6, weights[3 * n + i] = f * f * f / 6;
-    }
-    for (int k = 0, pair = 0; k < 4; k++)
-        for (int l = k; l < 4; l++, pair++)
-            for (Index i = 0; i < n; i++)
-                pairs[pair * n + i] = weights[k * n + i] * weights[l * n + i];
-    return pairs + PAIRS * n;
-}
-
-/* Contract row j of the planes in u, for the points of one cell. Up to a vector more is written, so cells go from left
- * to right. */
-HOT static void contract_cell(const QuadraticForm *form, const Grid *grid, int j, Index from, Index to)
-{
-    const Index n = grid->u.padded;
-    const int first = (int)grid->u.first[from];
-    double gram[4][PAIRS];
-    for (int a = 0; a < 4; a++)
+    const Index half = intervals(form) / 2 * parts;
+    for (Index i = from; i <= to; i++, points++) {
+        double weights[3][4];
+        points->at = form->max_shift * ((double)(i - half) / (double)half);
+        points->first = bspline_weights(points->at, form->reach, weights);
+        memcpy(points->weights, weights[0], sizeof points->weights);
         for (int k = 0, pair = 0; k < 4; k++)
-            for (int l = k; l < 4; l++, pair++) {
-                gram[a][pair] = *gram_at(form, a, l - k, j, first + k);
-                if (l > k)
-                    gram[a][pair] += *gram_at(form, a, k - l, j, first + l);
-            }
-    for (Index i = from; i < to; i += LANES) {
-        Lanes product = {0}, square[4] = {{0}};
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-            product += *(const Lanes *)(grid->u.weights + k * n + i) * form->projection[j * form->count + first + k];
-#pragma GCC unroll 10
-        for (int pair = 0; pair < PAIRS; pair++) {
-            const Lanes by = *(const Lanes *)(grid->u.pairs + pair * n + i);
-#pragma GCC unroll 4
-            for (int a = 0; a < 4; a++)
-                square[a] += by * gram[a][pair];
-        }
-        *(Lanes *)(grid->product + j * n + i) = product;
-#pragma GCC unroll 4
-        for (int a = 0; a < 4; a++)
-            *(Lanes *)(grid->square + (a * form->count + j) * n + i) = square[a];
+            for (int l = k; l < 4; l++)
+                points->pairs[pair++] = weights[0][k] * weights[0][l];
     }
 }
 
-/* chi2 at v = points[j] and all u. */
-HOT static void fill_line(const QuadraticForm *form, const Grid *grid, Index j)
+/* chi2 at one shift v and all u of a grid. */
+HOT static void fill_line(const QuadraticForm *form, const Grid *grid, const Point *v, double *restrict chi2)
 {
-    const Index n = grid->u.padded;
-    const int first = (int)grid->v.first[j];
     const double low = 1 / form->max_scale, high = form->max_scale;
-    const double *rows[PAIRS];
-    double weights[4], pairs[PAIRS], *chi2 = grid->chi2 + (j + 1) * grid->stride + 1;
-    for (int k = 0, pair = 0; k < 4; k++) {
-        weights[k] = grid->v.weights[k * grid->v.padded + j];
-        for (int l = k; l < 4; l++, pair++) {
-            pairs[pair] = (l > k ? 2 : 1) * grid->v.pairs[pair * grid->v.padded + j];
-            rows[pair] = grid->square + ((l - k) * form->count + first + k) * n;
+    double squares[4][MAX_PLANES], products[MAX_PLANES] = {0}; /* contracted in v, by lag of columns */
+    for (int j = 0; j < 4; j++)
+        for (int k = 0; k < form->count; k++)
+            products[k] += v->weights[j] * form->projection[(v->first + j) * form->count + k];
+    for (int b = 0; b < 4; b++)
+        for (int k = 0; k < form->stride; k += LANES) {
+            Lanes sum = {0};
+            for (int j = 0, pair = 0; j < 4; j++)
+                for (int a = 0; a < 4 - j; a++, pair++)
+                    sum += (a ? 2 : 1) * v->pairs[pair] * *(const Lanes *)gram_at(form, a, b, v->first + j, k);
+            *(Lanes *)(squares[b] + k) = sum;
         }
-    }
-    for (Index i = 0; i < grid->u.size; i += LANES) {
-        Lanes square = {0}, product = {0};
-#pragma GCC unroll 10
-        for (int pair = 0; pair < PAIRS; pair++)
-            square += pairs[pair] * *(const Lanes *)(rows[pair] + i);
+    for (Index i = 0; i < grid->columns; i++) {
+        const Point *u = grid->u + i;
+        double square = 0, product = 0;
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-            product += weights[k] * *(const Lanes *)(grid->product + (first + k) * n + i);
-        for (int lane = 0; lane < LANES; lane++) {
-            const double best = product[lane] / square[lane]; /* not in a branch, so that all lanes divide at once */
-            double scale = square[lane] > 0 ? best : high;
-            scale = scale > low ? scale : low;
-            scale = scale < high ? scale : high;
-            chi2[i + lane] = form->image_square - scale * (2 * product[lane] - scale * square[lane]);
+        for (int k = 0, pair = 0; k < 4; k++) {
+            product += u->weights[k] * products[u->first + k];
+#pragma GCC unroll 4
+            for (int b = 0; k + b < 4; b++)
+                square += u->pairs[pair++] * squares[b][u->first + k];
         }
+        const double scale = clip(square > 0 ? product / square : high, low, high);
+        chi2[i] = form->image_square - scale * (2 * product - scale * square);
     }
-    for (Index i = grid->u.size; i < grid->stride - 1; i++)
-        chi2[i] = INFINITY;
-    chi2[-1] = INFINITY;
 }
 
-/* Evaluate chi2 on the rectangle of coarse cells, whose intervals are divided by `parts`. Return where it is lowest. */
+/* Evaluate chi2 on a rectangle of the coarse grid, whose intervals are divided by `parts`. Return where it is lowest.
+ */
 static double *fill_grid(const QuadraticForm *form, Index parts, const Rectangle *part, Grid *grid)
 {
-    double *next = lay_out(form, parts, part->left * parts, part->right * parts, form->grid, &grid->u);
-    next = lay_out(form, parts, part->bottom * parts, part->top * parts, next, &grid->v);
-    const Index columns = grid->u.size, rows = grid->v.size, stride = grid->stride = grid->u.padded + 2;
-    grid->square = next, grid->product = next + 4 * form->count * grid->u.padded;
-    grid->chi2 = grid->product + form->count * grid->u.padded;
-    for (Index from = 0, to; from < columns; from = to) {
-        for (to = from; to < columns && grid->u.first[to] == grid->u.first[from]; to++)
-            ;
-        for (int j = (int)grid->v.first[0]; j < (int)grid->v.first[rows - 1] + 4; j++)
-            contract_cell(form, grid, j, from, to);
+    const Index columns = (part->right - part->left) * parts + 1, rows = (part->top - part->bottom) * parts + 1;
+    *grid = (Grid){.columns = columns, .rows = rows, .stride = columns + 2, .u = (Point *)form->grid};
+    grid->v = grid->u + columns, grid->chi2 = (double *)(grid->v + rows);
+    lay_out(form, parts, part->left * parts, part->right * parts, grid->u);
+    lay_out(form, parts, part->bottom * parts, part->top * parts, grid->v);
+    for (Index i = 0; i < (rows + 2) * grid->stride; i++)
+        grid->chi2[i] = INFINITY;
+    double *lowest = grid->chi2 + grid->stride + 1;
+    for (Index j = 0; j < rows; j++) {
+        double *line = grid->chi2 + (j + 1) * grid->stride + 1;
+        fill_line(form, grid, grid->v + j, line);
+        for (Index i = 0; i < columns; i++)
+            if (line[i] < *lowest)
+                lowest = line + i;
     }
-    for (Index i = 0; i < stride; i++)
-        grid->chi2[i] = grid->chi2[(rows + 1) * stride + i] = INFINITY;
-    for (Index j = 0; j < rows; j++)
-        fill_line(form, grid, j);
-    double *lowest = grid->chi2 + stride + 1;
-    for (Index j = 0; j < rows; j++)
-        for (double *at = grid->chi2 + (j + 1) * stride + 1; at < grid->chi2 + (j + 1) * stride + 1 + columns; at++)
-            if (*at < *lowest)
-                lowest = at;
     return lowest;
 }
 
@@ -289,7 +236,7 @@ static double *fill_grid(const QuadraticForm *form, Index parts, const Rectangle
 static Minimum descend_from(const QuadraticForm *form, const Grid *grid, const double *point)
 {
     const Index at = point - grid->chi2;
-    return descend(form, grid->u.points[at % grid->stride - 1], grid->v.points[at / grid->stride - 1]);
+    return descend(form, grid->u[at % grid->stride - 1].at, grid->v[at / grid->stride - 1].at);
 }
 
 /* The rectangle around the cells of the coarse grid where chi2 can be below a limit: those whose lowest corner is above
@@ -297,9 +244,9 @@ static Minimum descend_from(const QuadraticForm *form, const Grid *grid, const d
 static Rectangle find_rectangle(const Grid *grid, double limit)
 {
     const Index stride = grid->stride;
-    Rectangle part = {.left = grid->u.size, .bottom = grid->v.size};
-    for (Index j = 0; j + 1 < grid->v.size; j++)
-        for (Index i = 0; i + 1 < grid->u.size; i++) {
+    Rectangle part = {.left = grid->columns, .bottom = grid->rows};
+    for (Index j = 0; j + 1 < grid->rows; j++)
+        for (Index i = 0; i + 1 < grid->columns; i++) {
             const double *a = grid->chi2 + (j + 1) * stride + i + 1, *b = a + stride;
             const double low = smaller(smaller(a[0], a[1]), smaller(b[0], b[1]));
             const double high = larger(larger(a[0], a[1]), larger(b[0], b[1]));
@@ -337,8 +284,8 @@ Minimum global_minimum(const QuadraticForm *form)
     const Rectangle part = find_rectangle(&grid, *lowest);
     lowest = fill_grid(form, FINER, &part, &grid);
     Minimum best = descend_from(form, &grid, lowest);
-    for (Index j = 0; j < grid.v.size; j++)
-        for (Index i = 0; i < grid.u.size; i++) {
+    for (Index j = 0; j < grid.rows; j++)
+        for (Index i = 0; i < grid.columns; i++) {
             const double *at = grid.chi2 + (j + 1) * grid.stride + i + 1, rise = rise_around(at, grid.stride);
             if (rise < 0 || at == lowest || !(*at - rise < best.chi2 - rounding))
                 continue;
