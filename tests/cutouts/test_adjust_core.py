@@ -19,6 +19,7 @@ from scipy.ndimage import shift, spline_filter
 from scipy.optimize import minimize
 
 from stampworker.cutouts import adjust
+from stampworker.cutouts.search import Minimum, newton_step
 
 SOURCES = sorted(Path(adjust.__file__).with_name("core").glob("*.c"))
 CORES = [
@@ -257,6 +258,13 @@ def test_of_a_hundred_minima_the_lowest_is_found(
     chi2 = objective(*planes, inner, max_scale, fit_bg, fit)
     assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9)
     assert fit.chi2 <= chi2(lower) * (1 + bar)
+
+
+def test_newtons_step_along_a_bound() -> None:
+    """Where chi2 falls beyond a bound, the step is Newton's along the bound, whatever the curvature across it."""
+    here = Minimum(2.0, 0.3, 1.0, 1.0, False, (-1.0, 0.4), (-3.0, 0.5, 2.0), 1.0, (0.0, 0.0))
+    assert newton_step(here, 2.0) == pytest.approx((0.0, -0.2, True))
+    assert newton_step(here._replace(u=-2.0, gradient=(1.0, 0.4)), 2.0) == pytest.approx((0.0, -0.2, True))
 
 
 VALLEYS = {
