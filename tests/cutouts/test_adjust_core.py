@@ -371,6 +371,7 @@ for n in range(400):
         planes[1][:] = planes[1][0]
     mask = None if n % 3 else (rng.random(shape) < 0.1).astype("u1")
     inner, max_shift = float(rng.choice([0, 1, 7, 12.5, 99])), float(rng.choice([0, 0.3, 1, 2, 3.5, 5]))
+    max_shift = 16.0 if n % 100 == 1 else max_shift
     for width in (2, 0):
         adjusted = np.empty(shape, rng.choice(["f4", "f8"]))
         module.fit(*planes, mask, inner, max_shift, 1.1, n % 2, n % 5 == 0, adjusted, width)

@@ -33,8 +33,9 @@ typedef ptrdiff_t Index;
 typedef void Correlate(const double *, Index, const double *, Index, Index, Index, int, int, double *, Index);
 
 static const double HUGE_VALUE = 1e50, FLAT = 1e-6; /* of adjust.py */
-enum { LARGEST_SHIFT = 16, LARGEST_SCALE = 1000, MAX_REACH = LARGEST_SHIFT + 1, MAX_PLANES = 40, FILL_LAYERS = 3 };
+enum { LARGEST_SHIFT = 16, LARGEST_SCALE = 1000, FILL_LAYERS = 3 };
 enum { LANES = 8, BLOCK = 24 }; /* BLOCK columns of a product and its weights almost fit the first-level cache */
+enum { MAX_REACH = LARGEST_SHIFT + 1, MAX_PLANES = (2 * MAX_REACH + LANES) / LANES * LANES }; /* whole lanes */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
 enum { DX_AT_BOUND = 1, DY_AT_BOUND = 2, SCALE_AT_BOUND = 4 };
 

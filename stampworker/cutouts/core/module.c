@@ -29,6 +29,7 @@ static int view(PyObject *const objects[BUFFERS], Py_buffer views[BUFFERS])
     return 1;
 }
 
+/* Pixels of one axis with |x - size / 2 + 0.5| <= inner / 2. */
 static void span(Index size, double inner, Index *first, Index *length)
 {
     *first = 0, *length = size;
@@ -53,7 +54,6 @@ static void run(const Py_buffer views[BUFFERS], double inner, Work *s, Result *r
     span(s->ny, inner, &s->y0, &s->h);
     span(s->nx, inner, &s->x0, &s->w);
     s->form.reach = (int)larger(ceil(s->form.max_shift), 1) + 1, s->form.count = 2 * s->form.reach + 1;
-    s->form.stride = (s->form.count + LANES - 1) / LANES * LANES;
     s->form.stride = (s->form.count + LANES - 1) / LANES * LANES;
     s->slab = (s->h + LANES - 1) / LANES, s->stride = s->nx + 2 * s->form.reach;
     void *block;

@@ -91,16 +91,10 @@ double background(const double *plane, const unsigned char *bad, Index size, dou
     const double *good = bad ? values : plane;
     n = bad ? n : size;
     memcpy(copy, good, (size_t)n * sizeof(double));
-    Index half = (n - 1) / 2;
-    double median = quickselect(copy, n, half), next = INFINITY;
+    double median = quickselect(copy, n, (n - 1) / 2);
     if (n % 2 == 0) { /* the mean of the two in the middle */
-        if (count_below(good, n, nextafter(median, INFINITY)) > half + 1)
-            next = median;
-        else
-            for (Index i = 0; i < n; i++)
-                if (good[i] > median)
-                    next = smaller(next, good[i]);
-        median = (median + next) / 2;
+        memcpy(copy, good, (size_t)n * sizeof(double));
+        median = (median + quickselect(copy, n, n / 2)) / 2;
     }
     return 2.5 * median - 1.5 * (sum(good, n) / (double)n);
 }
