@@ -3,17 +3,23 @@
 Without a compiler the package installs all the same, and fits in numpy.
 """
 
+from pathlib import Path
+
 from setuptools import Extension, setup
+
+CORE = Path("stampworker/cutouts/core")
 
 setup(
     ext_modules=[
         Extension(
             "stampworker.cutouts._adjust",
-            ["stampworker/cutouts/_adjust.c"],
+            sorted(map(str, CORE.glob("*.c"))),
+            depends=sorted(map(str, CORE.glob("*.h"))),
             optional=True,
             py_limited_api=True,
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-psabi"],  # every machine rounds alike: see _adjust.c
+            # Every machine rounds alike without fused multiplication and addition: see core.h.
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"],
         )
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

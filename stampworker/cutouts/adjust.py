@@ -1,16 +1,16 @@
 """Fit the convolved template to the image by a small shift, a scale and, on demand, one background offset.
 
 ``adjust_cutout`` is the public function. The work is done by a core, a function from arrays to numbers: ``fit_numpy``
-below is its specification and runs everywhere; ``_adjust.c`` does the same faster where it could be compiled. ``CORE``
+below is its specification and runs everywhere; ``core/*.c`` do the same faster where they could be compiled. ``CORE``
 says which is used.
 
-How the global minimum is found
--------------------------------
+How the minimum is found
+------------------------
 A cubic spline moved by a constant is a sum of its coefficients with weights that depend on the shift alone. So the
 moved template is a weighted sum of (2 ceil(max_shift) + 3)² planes, the coefficients moved by whole pixels, and chi2
 is a quadratic form in those weights: with the weighted Gram matrix of the planes and their projections on the image at
 hand, chi2 and its exact derivatives cost the same at every shift, whatever the size of the stamp. Scale and offset
-follow in closed form within their bounds. How the lowest chi2 of all shifts is found from there, `search.py` says.
+follow in closed form within their bounds. ``search.py`` finds the shift of the lowest chi2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter
 from scipy.special import chdtrc
 
-from stampworker.cutouts.search import Form, Value, lowest, reach_of, taps
+from stampworker.cutouts.search import Minimum, QuadraticForm, bspline_weights, global_minimum, reach_of
 
 _compiled: Callable[..., tuple[Any, ...]] | None
 try:
@@ -41,9 +41,7 @@ LARGEST_SHIFT = 16  # the Gram matrix grows with the fourth power: 1225² at 16 
 LARGEST_SCALE = 1000  # the template's square is rounded, and chi2 to that times the square of the scale
 HUGE = 1e50  # float64 values beyond it, and errors below its inverse, would overflow when squared; no float32 is
 FLAT = 1e-6  # a template that varies by less than this part of its values is constant: 16 times the rounding of float32
-FILL_LAYERS = (
-    3  # rings of pixels around good ones that are filled; the spline forgets a factor 0.27 a pixel, 0.27³ = 2 %
-)
+FILL_LAYERS = 3  # rings of pixels around good ones that are filled; an error falls to 0.27 of it a pixel, 0.27³ = 2 %
 BLOCK = 1 << 21  # bytes of weighted planes at a time: few enough to stay in a cache, enough for few calls
 
 NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"
@@ -85,7 +83,8 @@ def adjust_cutout(
     """Fit shift and scale of the convolved template to the image: the global minimum of chi2 within the bounds.
 
     Minimises the sum over the fitted pixels of
-    ``((image - bg - scale * (shift(convolved, dx, dy) - tbg)) / err)²``.
+    ``((image - bg - scale * (shift(convolved, dx, dy) - tbg)) / err)²``. All shifts within the bounds are searched; on
+    rare stamps with several minima a slightly lower one is missed (`search.global_minimum` says how rare).
 
     Parameters
     ----------
@@ -112,7 +111,7 @@ def adjust_cutout(
     -------
     bool
         True where there is a fit. ``meta["adjust_status"]`` says which kind: ``ok``, or ``at_bound`` where the minimum
-        lies at a bound; and after False why: ``no_signal`` (the template is constant) or ``too_few_pixels`` (fewer
+        is at a bound; and after False why: ``no_signal`` (the template is constant) or ``too_few_pixels`` (fewer
         usable pixels than parameters plus one).
 
     Raises
@@ -318,7 +317,7 @@ def fit_numpy(
     padded = _prefilter(image.shape[0], reach) @ template @ _prefilter(image.shape[1], reach).T
     weighted = residual[box] * root
     form = _quadratic_form(padded, weighted, root, box, reach, fit_bg)
-    best = lowest(form, max_shift, max_scale)
+    best = global_minimum(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
     after = (residual - bg_offset if fit_bg else residual) - _moved(padded, best.u, best.v, reach, best.scale)
@@ -344,7 +343,7 @@ def fitted_pixels(
 
 
 def _good(plane: Floats, mask: NDArray[np.uint8] | None) -> NDArray[np.bool_] | None:
-    """Where a plane has a usable value; None for everywhere."""
+    """Return where a plane has a usable value; None for everywhere."""
     if mask is None and _square(plane) < HUGE:
         return None
     good: NDArray[np.bool_] = np.abs(plane) < HUGE
@@ -401,11 +400,11 @@ def _background(plane: Floats, good: NDArray[np.bool_] | None) -> float:
 
 
 def _flat(template: Floats, good: NDArray[np.bool_] | None, box: tuple[slice, slice], reach: int) -> bool:
-    """Whether the template is constant wherever the fit reads it."""
+    """Return True if the template is constant wherever the fit reads it."""
     reached = tuple(slice(max(s.start - reach, 0), s.stop + reach) for s in box)
     values = template[reached] if good is None else template[reached][good[reached]]
     first, last = values.item(0), values.item(-1)
-    if abs(last - first) > 2 * FLAT * abs(first):  # two pixels tell, as a rule
+    if abs(last - first) > 2 * FLAT * abs(first):  # mostly two pixels show it
         return False
     low, high = values.min(), values.max()
     return bool(high - low <= FLAT * max(abs(low), abs(high)))
@@ -442,7 +441,7 @@ def _prefilter(size: int, reach: int) -> Floats:
 
 def _quadratic_form(
     padded: Floats, weighted: Floats, root: Floats, box: tuple[slice, slice], reach: int, fit_bg: bool
-) -> Form:
+) -> QuadraticForm:
     """Gram matrix and projections of the moved planes, in blocks of rows that stay in the cache.
 
     ``weighted`` and ``root`` are the residual image over its errors, and 1 / err, in the box.
@@ -475,7 +474,7 @@ def _quadratic_form(
     total = sum(totals[1:], totals[0])
     if fit_bg:  # what remains after the best offset
         total -= np.outer(sums, sums / weight_sum)
-    return Form(
+    return QuadraticForm(
         total[:-1, :-1].reshape(size, size, size, size),
         total[:-1, -1].reshape(size, size),
         sums[:-1].reshape(size, size),
@@ -489,7 +488,7 @@ def _quadratic_form(
 
 
 def _errors(
-    form: Form, best: Value, at_bound: int, template_sums: tuple[float, float, float] | None
+    form: QuadraticForm, best: Minimum, at_bound: int, template_sums: tuple[float, float, float] | None
 ) -> tuple[float, float, float, float]:
     """One sigma of dx, dy, scale and bg from the curvature of chi2; NaN at a bound or where it is not positive.
 
@@ -530,13 +529,13 @@ def _errors(
 
 def _moved(padded: Floats, u: float, v: float, reach: int, scale: float) -> Floats:
     """Move the spline by -u in x and -v in y: four rows, then four columns; times the scale, shape (ny, nx)."""
-    row, along = taps(v, reach)
+    row, along = bspline_weights(v, reach)
     along *= scale
-    column, across = taps(u, reach)
+    column, across = bspline_weights(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
     rows = padded[row : row + ny] * along[0, 0]
-    for tap in range(1, 4):
-        rows += padded[row + tap : row + tap + ny] * along[0, tap]
+    for i in range(1, 4):
+        rows += padded[row + i : row + i + ny] * along[0, i]
     # A sum that runs on from row to row is faster; the columns where it does so are not used.
     flat = np.correlate(rows.ravel(), across[0])
     return np.ndarray((ny, nx), np.float64, flat, column * flat.itemsize, rows.strides)
