@@ -88,15 +88,7 @@ class _Group:
 
 @dataclass
 class Prefetched:
-    """A batch whose frames are open as far as there is room for them; `Enricher.prefetch` makes it.
-
-    Attributes
-    ----------
-    groups : list
-        The alerts by their frames.
-    results : dict of int to Packet or Reject
-        What became of each alert so far, by its index in the batch.
-    """
+    """A batch whose frames are open as far as there is room for them, with the results so far by index."""
 
     groups: list[_Group]
     results: dict[int, Packet | Reject]
@@ -141,18 +133,7 @@ class Enricher:
         return self.enrich(self.prefetch(alerts))
 
     def stream(self, batches: Iterable[Sequence[Alert | AlertError]]) -> Iterator[list[Packet | Reject]]:
-        """Make the packets of batches; the frames of one batch are opened while the one before is enriched.
-
-        Parameters
-        ----------
-        batches : iterable of sequence
-            See `packets`.
-
-        Yields
-        ------
-        results : list of Packet or Reject
-            One list a batch.
-        """
+        """Yield the results of batches; the frames of one batch are opened while the one before is enriched."""
         with ThreadPoolExecutor(1, "prefetch") as thread:
             current: Future[Prefetched] | None = None
             for batch in batches:
@@ -168,14 +149,6 @@ class Enricher:
 
         It may run in another thread while `enrich` works on the batch before.
 
-        Parameters
-        ----------
-        alerts : sequence of Alert or AlertError
-            See `packets`.
-
-        Returns
-        -------
-        prefetched : Prefetched
         """
         groups: dict[tuple[tuple[str, str], ...], _Group] = {}
         results: dict[int, Packet | Reject] = {}
@@ -192,18 +165,7 @@ class Enricher:
         return prefetched
 
     def enrich(self, prefetched: Prefetched) -> list[Packet | Reject]:
-        """Make the packets and rejects of a batch.
-
-        Parameters
-        ----------
-        prefetched : Prefetched
-            What `prefetch` returned; its frames are released one group after another.
-
-        Returns
-        -------
-        results : list of Packet or Reject
-            In the order of the alerts.
-        """
+        """Make the packets and rejects of a batch, in the order of the alerts; its frames are released on the way."""
         results = prefetched.results
         for number, group in enumerate(prefetched.groups):
             if not group.is_open:

@@ -35,29 +35,13 @@ class PartitionsRevoked(Exception):
 
 @dataclass
 class Batch:
-    """Alerts as read, and what it takes to commit them.
-
-    Attributes
-    ----------
-    items : list of Item
-        The alerts, in the order of reading.
-    next_offsets : dict of (topic, partition) to int
-        The offsets to commit.
-    size_bytes : int
-        Bytes of the alerts.
-    started : float
-        When the first alert was read, on the monotonic clock.
-    metadata : object
-        The group's metadata when the batch was closed.
-    poll_s, enrich_s : float
-        How long polling and enriching took, seconds.
-    """
+    """Alerts in the order of reading, and what it takes to commit them."""
 
     items: list[Item] = field(default_factory=list)
     next_offsets: dict[Partition, int] = field(default_factory=dict)
-    size_bytes: int = 0
-    started: float = 0.0
-    metadata: object = None
+    size_bytes: int = 0  # of the alerts
+    started: float = 0.0  # when the first alert was read, on the monotonic clock
+    metadata: object = None  # of the group, when the batch was closed
     poll_s: float = 0.0
     enrich_s: float = 0.0
 
@@ -79,11 +63,6 @@ class DelayedRecords:
     """Holds the first record of each partition of the retry topic until it is due; the partition is paused meanwhile.
 
     All records wait equally long, so the first one of a partition is due first, and waiting for it delays no other.
-
-    Parameters
-    ----------
-    reader : Consumer
-        The consumer of the partitions.
     """
 
     def __init__(self, reader: Consumer) -> None:
@@ -115,23 +94,10 @@ class DelayedRecords:
 class Intake:
     """Reads alerts and closes batches.
 
-    Parameters
-    ----------
-    settings : Settings
-        ``worker`` and ``kafka``.
-    stop : threading.Event
-        Once it is set, what was read is closed as a batch, and nothing more is read.
-    drained : bool, optional
-        Read to where the partitions ended when their first record was seen.
-    ends : mapping of (topic, partition) to int, optional
-        Offsets to end at instead, not included; partitions that are not named are not read.
-    before_revoke : callable, optional
-        Called before partitions go to another worker, while what is being published can still be committed.
-
-    Raises
-    ------
-    ConfigError
-        librdkafka refuses a property.
+    Once ``stop`` is set, what was read is closed as a batch, and nothing more is read. A ``drained`` intake reads to
+    where the partitions ended when their first record was seen; or to ``ends``, which are not included, and then it
+    reads no other partitions. ``before_revoke`` is called before partitions go to another worker, while what is being
+    published can still be committed.
     """
 
     def __init__(
@@ -175,17 +141,9 @@ class Intake:
         return not self._filling.items
 
     def poll_batch(self, *, wait: bool) -> Batch | None:
-        """Poll until a batch is closed (by count, bytes, time or the end of the input) or no alert comes.
+        """Poll until a batch is closed (by count, bytes, time or the end of the input); return None if it is not yet.
 
-        Parameters
-        ----------
-        wait : bool
-            Wait for alerts. Without it, only what is there at once is read, the rest by the next call.
-
-        Returns
-        -------
-        batch : Batch or None
-            None where the batch is not closed yet.
+        With ``wait`` it waits for alerts; without, it reads only what is there at once, and the next call the rest.
 
         Raises
         ------

@@ -12,8 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
@@ -24,7 +23,7 @@ from stampworker.errors import BrokerUnavailable, ConfigError, ProducerFenced, P
 log = logging.getLogger(__name__)
 _client_log = logging.getLogger("stampworker.librdkafka")
 
-Headers = list[tuple[str, str | bytes | None]]
+Headers = Sequence[tuple[str, str | bytes | None]]
 Partition = tuple[str, int]
 """Topic and number of a partition."""
 
@@ -37,18 +36,15 @@ _PAUSE_S = 0.1
 _FRAMING = 128
 _LEAST_LIMIT = 1000  # message.max.bytes cannot be less
 # The promise depends on these properties; a user's value would break it silently.
-_RESERVED = (
-    "auto.offset.reset",
-    "enable.auto.commit",
-    "enable.auto.offset.store",
-    "enable.partition.eof",
-    "group.id",
-    "isolation.level",
-    "transactional.id",
-    "transaction.timeout.ms",
-    "enable.idempotence",
-)
-
+_CONSUMER = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "enable.partition.eof": True,
+    "isolation.level": "read_committed",
+    "auto.offset.reset": "earliest",
+}
+_PRODUCER = {"enable.idempotence": True}
+_RESERVED = (*_CONSUMER, *_PRODUCER, "group.id", "transactional.id", "transaction.timeout.ms")
 # Common properties, to suggest the nearest name; librdkafka knows hundreds and cannot list them.
 _COMMON = (
     *("bootstrap.servers", "client.id", "client.rack", "security.protocol", "debug", "log_level"),
@@ -68,36 +64,17 @@ _PRODUCER_ONLY = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record to publish.
-
-    Attributes
-    ----------
-    topic : str
-        Where it goes.
-    key, value : bytes or None
-        Its content.
-    headers : list of (str, str or bytes or None)
-        Its headers.
-    """
+class Record(NamedTuple):
+    """One record to publish."""
 
     topic: str
     key: bytes | None
     value: bytes | None
-    headers: Headers = field(default_factory=list)
+    headers: Headers = ()
 
 
 class RecordTooLarge(PublishError):
-    """A record is larger than its topic takes.
-
-    Parameters
-    ----------
-    problem : str
-        The size that was found, and the topic.
-    index : int
-        Of the record among those that were to be published.
-    """
+    """A record, the one at ``index`` of those that were to be published, is larger than its topic takes."""
 
     def __init__(self, problem: str, index: int) -> None:
         super().__init__(problem)
@@ -117,7 +94,7 @@ def offset_of(message: Message) -> int:
     return offset
 
 
-def consumer(settings: Settings, **callbacks: Any) -> Consumer:
+def consumer(settings: Settings) -> Consumer:
     """Build the consumer of a worker: it commits nothing by itself, and reports the ends of partitions.
 
     Raises
@@ -125,31 +102,23 @@ def consumer(settings: Settings, **callbacks: Any) -> Consumer:
     ConfigError
         librdkafka refuses a property.
     """
-    ours = {
-        "group.id": settings.worker.group,
-        "enable.auto.commit": False,
-        "enable.auto.offset.store": False,
-        "enable.partition.eof": True,
-        "isolation.level": "read_committed",
-        "auto.offset.reset": "earliest",
-        "partition.assignment.strategy": "cooperative-sticky",
-    }
-    if settings.kafka.get("group.protocol") == "consumer":
-        del ours["partition.assignment.strategy"]  # the broker assigns
-    return cast(Consumer, _build(Consumer, settings, ours | callbacks, _PRODUCER_ONLY))
+    own = {**_CONSUMER, "group.id": settings.worker.group}
+    if settings.kafka.get("group.protocol") != "consumer":  # with which the broker assigns
+        own["partition.assignment.strategy"] = "cooperative-sticky"
+    return cast(Consumer, _build(Consumer, settings, own, _PRODUCER_ONLY))
 
 
 def producer(settings: Settings, *, transactional: bool, largest: int | None = None) -> Producer:
     """Build the producer of a worker, for records of up to ``largest`` bytes; see `consumer`."""
-    ours: dict[str, Any] = {"enable.idempotence": True, "linger.ms": 5}
+    own: dict[str, Any] = {**_PRODUCER, "linger.ms": 5}
     if largest is not None:
-        ours["message.max.bytes"] = largest
+        own["message.max.bytes"] = largest
         # The broker compares a topic's limit with a whole batch of records.
-        ours["batch.size"] = min(largest, 1_000_000)
+        own["batch.size"] = min(largest, 1_000_000)
     if transactional:
-        ours["transactional.id"] = settings.worker.transactional_id()
-        ours["transaction.timeout.ms"] = int(settings.worker.transaction_timeout_s * 1000)
-    return cast(Producer, _build(Producer, settings, ours, _CONSUMER_ONLY))
+        own["transactional.id"] = settings.worker.transactional_id()
+        own["transaction.timeout.ms"] = int(settings.worker.transaction_timeout_s * 1000)
+    return cast(Producer, _build(Producer, settings, own, _CONSUMER_ONLY))
 
 
 def admin(settings: Settings) -> AdminClient:
@@ -157,13 +126,13 @@ def admin(settings: Settings) -> AdminClient:
     return cast(AdminClient, _build(AdminClient, settings, {}, _CONSUMER_ONLY))
 
 
-def _build(client: Callable[..., Any], settings: Settings, ours: Mapping[str, Any], not_for_it: re.Pattern[str]) -> Any:
+def _build(client: Callable[..., Any], settings: Settings, own: Mapping[str, Any], not_for_it: re.Pattern[str]) -> Any:
     for name in _RESERVED:
         if name in settings.kafka:
             raise ConfigError(f"kafka: {name!r} is the worker's own to set, found {settings.kafka[name]!r}")
     shared = {name: value for name, value in settings.kafka.items() if not not_for_it.fullmatch(name)}
     try:
-        return client({**ours, **shared}, logger=_client_log)
+        return client({**own, **shared}, logger=_client_log)
     except KafkaException as exc:
         unknown = [name for name in shared if f'"{name}"' in exc.args[0].str()]
         hint = nearest(unknown[0], _COMMON) if unknown else ""
@@ -272,18 +241,9 @@ class Publisher(Protocol):
 
 
 class ExactlyOnce:
-    """Records and offsets in one transaction.
+    """Records of up to ``largest`` bytes, and offsets, in one transaction.
 
-    Parameters
-    ----------
-    settings : Settings
-        ``worker`` and ``kafka``.
-    largest : int, optional
-        Size of the largest record that the topics take, bytes.
-    make_producer : callable, optional
-        Makes the client, with the arguments of `producer`.
-    clock : callable, optional
-        Monotonic time, seconds.
+    ``make_producer`` has the arguments of `producer`; ``clock`` returns monotonic time in seconds.
     """
 
     def __init__(
@@ -294,8 +254,7 @@ class ExactlyOnce:
         make_producer: Callable[..., Producer] = producer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
-        self._largest = largest
+        self._settings, self._largest = settings, largest
         self._make_producer, self._clock = make_producer, clock
         self._producer = make_producer(settings, transactional=True, largest=largest)
 
@@ -397,24 +356,12 @@ class ExactlyOnce:
 
 
 class AtLeastOnce:
-    """Records first, then the offsets: a crash in between publishes a batch twice.
-
-    Parameters
-    ----------
-    settings : Settings
-        ``worker`` and ``kafka``.
-    reader : Consumer
-        Commits the offsets.
-    make_producer : callable, optional
-        Makes the client, with the arguments of `producer`.
-    """
+    """Records first, then the offsets, which ``reader`` commits: a crash in between publishes a batch twice."""
 
     def __init__(
         self, settings: Settings, reader: Consumer, *, make_producer: Callable[..., Producer] = producer
     ) -> None:
-        self._settings = settings
-        self._consumer = reader
-        self._make_producer = make_producer
+        self._settings, self._consumer, self._make_producer = settings, reader, make_producer
         self._producer = make_producer(settings, transactional=False)
 
     def start(self) -> None:
@@ -478,7 +425,7 @@ def _produce(
     """Queue one record; wait for space in the client's queue until the deadline."""
     while True:
         try:
-            to.produce(record.topic, record.value, record.key, headers=record.headers, on_delivery=delivered)
+            to.produce(record.topic, record.value, record.key, headers=list(record.headers), on_delivery=delivered)
         except BufferError:
             # The client's queue is full. The transaction is intact, and polling empties the queue.
             if clock() > deadline:

@@ -91,21 +91,9 @@ class Attempt:
         return [(RETRY_PREFIX + name, str(value)) for name, value in vars(self).items()]
 
     def following(self, error: Exception, settings: WorkerSettings, now_s: float) -> Attempt | None:
-        """Return the attempt that follows a failed one.
+        """Return the attempt that follows one that failed with ``error``; ``now_s`` is in seconds since 1970.
 
-        Parameters
-        ----------
-        error : Exception
-            Why this attempt failed.
-        settings : WorkerSettings
-            How long alerts are tried again.
-        now_s : float
-            Seconds since 1970.
-
-        Returns
-        -------
-        attempt : Attempt or None
-            None where the failure cannot heal, or no time is left for it to.
+        None where the failure cannot heal, or no time is left for it to.
         """
         patience = {FrameMissing: settings.retry_missing_for_s, FrameUnavailable: settings.retry_unavailable_for_s}
         limit = next((limit for kind, limit in patience.items() if isinstance(error, kind)), 0.0)
@@ -118,17 +106,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Retry:
-    """An alert whose frames may still come.
-
-    Attributes
-    ----------
-    alert_id : str or None
-        The alert's identifier.
-    error : Exception
-        Why the attempt failed.
-    attempt : Attempt
-        The next attempt.
-    """
+    """An alert whose frames may still come: why the last attempt failed, and the next one."""
 
     alert_id: str | None
     error: Exception
@@ -140,19 +118,7 @@ Outcome = Packet | Retry | Reject
 
 @dataclass
 class Item:
-    """One alert on its way through the worker.
-
-    Attributes
-    ----------
-    message : Message
-        What was read.
-    attempt : Attempt
-        Which attempt at the alert it is.
-    outcome : Packet, Retry or Reject
-        What the alert leaves as, once it is enriched.
-    record : Record
-        The record of the outcome.
-    """
+    """One alert on its way through the worker; it has an outcome and a record once it is enriched."""
 
     message: Message
     attempt: Attempt
@@ -160,19 +126,9 @@ class Item:
     record: Record = field(init=False, repr=False)
 
     def to_record(self, settings: WorkerSettings, run: str | None = None) -> Record:
-        """Make the record that the alert leaves as; a retry and a reject keep key, value and headers byte for byte.
+        """Return the record that the alert leaves as; a retry and a reject keep key, value and headers byte for byte.
 
-        Parameters
-        ----------
-        settings : WorkerSettings
-            Topics.
-        run : str, optional
-            Name of the replay, for the packets' header.
-
-        Returns
-        -------
-        record : Record
-            Topic, key, value and headers.
+        ``run`` is the name of a replay, for the packets' header.
         """
         outcome, message = self.outcome, self.message
         is_first = self.attempt.number == 1

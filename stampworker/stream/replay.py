@@ -83,6 +83,7 @@ def replay(
     Returns
     -------
     totals : Totals
+        What was done.
 
     Raises
     ------
