@@ -28,6 +28,7 @@ from stampworker.viewer.picture import picture as draw
 
 _MARK = "stampworker-demo"
 _QUIET_S = 20.0
+_STALL_S = 240.0  # a busy machine is slow, but a worker that runs makes progress within this time
 
 
 def run(directory: Path, *, candidates: int, seed: int, settings: Settings) -> int:
@@ -135,8 +136,8 @@ def _read_back(reader: Consumer, running: Future[Totals], number: int, settings:
                 last = time.monotonic()
             elif running.done() and running.exception() is not None:
                 break
-            elif time.monotonic() - last > _QUIET_S:
-                raise PublishError(f"no packet for {_QUIET_S:g} s, after {len(packets)} of {number}")
+            elif time.monotonic() - last > (limit := _QUIET_S if running.done() else _STALL_S):
+                raise PublishError(f"no packet for {limit:g} s, after {len(packets)} of {number}")
     return packets
 
 

@@ -194,7 +194,7 @@ def test_no_more_frames_are_opened_ahead_than_may_be_open(server: WebServer) -> 
         assert {path[1] for path, _ in server.requests} == {"0", "1"}
         server.behaviours |= meet(server.files, 4)
         made = Enricher(settings, store).enrich(prepared)
-        assert [group.opened for group in prepared.groups] == [None] * NIGHT
+        assert [group.frames for group in prepared.groups] == [None] * NIGHT
     assert [result.alert_id for result in made] == [alert.alert_id for alert in alerts]
     assert all(isinstance(result, Packet) for result in made)
 
