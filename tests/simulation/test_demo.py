@@ -47,7 +47,7 @@ def test_slow_metadata_does_not_disturb_the_group(tmp_path: Path, monkeypatch: p
     An answer that arrives while the group forms makes the worker join again and wait 44 s. With answers this slow and
     a refresh every 0.5 s that happens every time.
     """
-    monkeypatch.setattr(demo, "_QUIET_S", 12.0)
+    monkeypatch.setattr(demo, "_STALL_S", 30.0)
     night = simulate(tmp_path / "night", candidates=1, seed=2, progress=False)
     (alert,) = files.read_alerts(night.alerts)[0]
     assert isinstance(alert, Alert)
