@@ -208,7 +208,7 @@ def test_ranges_that_cease(server: WebServer, open_store: Open, serve_noise: Ser
 def test_file_that_changes(
     server: WebServer, open_store: Open, serve_noise: ServeNoise, tmp_path: Path, name: str
 ) -> None:
-    """A file replaced while it is open is unavailable where its bytes would mix, and the new one is read at the next open."""
+    """A file replaced while it is open is unavailable where bytes would mix; the next open reads the new one."""
     old = serve_noise("b.fits", (400, 200))
     raw = server.files["/data/b.fits"]
     fits.PrimaryHDU(old + 1).writeto(tmp_path / "new.fits")
