@@ -20,6 +20,7 @@ How do stored numbers become pixels, and what is a mask?  ``fits.scaling``
 How is an image stored: plain, tiles, gzip?               ``fits.plain``, ``.tiles``, ``.gunzip``
 How are local files read, and beneath which folders?      ``io.local``, ``io.sources``
 How does an HTTP range request work?                      ``io.http``
+Which addresses are connected to, and how long?           ``io.connections``
 How are buckets and fsspec's memory read?                 ``io.buckets``, ``io.memory``
 Which ranges of a remote file are fetched and kept?       ``io.ranges``
 Which failures are remembered, and for how long?          ``io.failures``
