@@ -22,6 +22,7 @@ How is an image stored: plain, tiles, gzip?               ``fits.plain``, ``.til
 What is a section?                                        ``fits.section``
 How are local files read, and beneath which folders?      ``io.local``, ``io.sources``
 How does an HTTP range request work?                      ``io.http``
+Which addresses are connected to, and how long?           ``io.connections``
 How are buckets and fsspec's memory read?                 ``io.buckets``, ``io.memory``
 Which ranges of a remote file are fetched and kept?       ``io.ranges``
 Which failures are remembered, and for how long?          ``io.failures``

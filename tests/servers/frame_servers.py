@@ -128,9 +128,9 @@ class Nginx(Process):
         return [(int(status), int(size)) for status, size, _ in map(str.split, lines)]
 
 
-def _find(program: str, name: str, runtime: str, place: str = "") -> str:
+def _find(program: str, name: str, runtime: str, folder: str = "") -> str:
     """Return the path of a server that `frame_servers.sh` brings where its runtime is; skip where it is not."""
-    found = shutil.which(program) or shutil.which(_CACHE / place / program)
+    found = shutil.which(program) or shutil.which(_CACHE / folder / program)
     if found is None:
         why = f", and {runtime} is not here to get it with" if shutil.which(runtime) is None else f". {_INSTALL}"
         pytest.skip(f"{name} is not installed{why}")
@@ -138,7 +138,7 @@ def _find(program: str, name: str, runtime: str, place: str = "") -> str:
 
 
 class Bucket(Process):
-    """A server with a bucket called so; ``root``, ``settings`` and the environment ``environ`` are a store's on it."""
+    """A server with a bucket named ``bucket``; ``root``, ``settings`` and ``environ`` are for a store on it."""
 
     root: str
     settings: dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from stampworker.errors import FrameError, FrameMissing, FrameRefused, FrameUnavailable
 
 _MOST_REMEMBERED = 10_000
-# A server is slow, not only a file of it, when so many waited in vain and nothing was answered meanwhile.
+# A server, not only one of its files, is slow after this many waits in vain without an answer in between.
 _SLOW_FILES = 3
 
 
@@ -20,7 +20,7 @@ class FailureCache:
     Parameters
     ----------
     seconds : float
-        How long, where the server does not say.
+        How long a failure is remembered, unless the server asks for longer.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -44,9 +44,9 @@ class FailureCache:
             self._known[key] = now, until, type(error), error.problem
 
     def note_late(self, server: Hashable, key: Hashable, error: FrameUnavailable, since: float) -> None:
-        """Remember of a URL that no answer came in time; and of the server where others came to nobody meanwhile.
+        """Remember that no answer came in time: of a URL, and of its server after `_SLOW_FILES` of them in succession.
 
-        ``since`` is when it was asked, on the monotonic clock.
+        ``since`` is when the question was asked, on the monotonic clock.
         """
         self.note(key, error)
         with self._lock:
@@ -60,13 +60,13 @@ class FailureCache:
             self.note(server, error)
 
     def note_answer(self, server: Hashable) -> None:
-        """Take note that a server gave an answer in time."""
+        """Remember that a server gave an answer in time."""
         with self._lock:
             self._answered[server] = time.monotonic()
             self._late.pop(server, None)
 
     def sweep(self) -> None:
-        """Forget what is not remembered any longer; call it now and then."""
+        """Forget the failures whose time is over; call it once a batch."""
         now = time.monotonic()
         with self._lock:
             self._known = {key: known for key, known in self._known.items() if known[1] > now}

@@ -218,10 +218,10 @@ class WebFile:
             problem = f"{length} bytes, above the {limit} allowed (frames.max_download_bytes)"
             raise FrameRefused(self._display_url, problem)
         expected = length if wanted is None else wanted
+        # Of a body in chunks read1 returns what has come. read would believe a chunk's size, below zero, too.
+        read = response.read1 if length is None else response.read
         try:
-            data = collect(
-                iter(partial(response.read1, _CHUNK), b""), limit if wanted is None else wanted, self._display_url
-            )
+            data = collect(iter(partial(read, _CHUNK), b""), limit if wanted is None else wanted, self._display_url)
         except ReadTimeoutError:
             raise self._late("no end of the answer", server, since) from None
         except (OSError, http.client.HTTPException, HTTPError, ValueError) as exc:

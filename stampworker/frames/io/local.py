@@ -1,7 +1,7 @@
-"""Local frames: beneath which folders they lie, and that the file which was opened does.
+"""Local frames: whether a path, and then the file that was opened, is beneath a root.
 
-A path is resolved, and judged, before it is opened, so that what lies outside is not touched. Between the two a folder
-may be swapped for a link: so the file that was opened is asked where it lies, and judged again.
+A path is resolved and checked before it is opened: no file outside the roots is touched. In between, a folder may be
+swapped for a link: so the location of the opened file is checked again.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class LocalRoots:
     Parameters
     ----------
     roots : iterable of str
-        LocalRoots, as paths or ``file:`` URLs.
+        Folders, as paths or ``file:`` URLs.
     allowed : iterable of str
-        Files, likewise, that may be read wherever they lie.
+        Files, as paths or ``file:`` URLs, that may be read wherever they are.
     base : Path or None
         Where relative paths start; by default at the first root.
 
     Raises
     ------
     ConfigError
-        A root is no folder, or not there.
+        A root is not a folder that exists.
     """
 
     def __init__(self, roots: Iterable[str], allowed: Iterable[str], base: Path | None) -> None:
@@ -81,22 +81,22 @@ class LocalRoots:
         return resolved
 
     def check(self, resolved: str, where: str, url: str) -> None:
-        """Raise `FrameRefused`, which says ``where`` it is, unless a path without links lies beneath a root."""
+        """Raise `FrameRefused`, with ``where`` in its message, unless a path without links is beneath a root."""
         if resolved in self._allowed or any(_beneath(resolved, root) for root in self._roots):
             return
         roots = ", ".join(self._roots) or "none configured"
         raise FrameRefused(url, f"outside the frame roots{where}; frame_roots: {roots}")
 
 
-def open_local(path: str, folders: LocalRoots, url: str) -> Source:
+def open_local(path: str, roots: LocalRoots, url: str) -> Source:
     """Return a source over a local file.
 
     Parameters
     ----------
     path : str
         See `LocalRoots.resolve`.
-    folders : LocalRoots
-        Where the file that is opened must lie.
+    roots : LocalRoots
+        The opened file must be beneath one of them.
     url : str
         Name for messages.
 
@@ -107,16 +107,16 @@ def open_local(path: str, folders: LocalRoots, url: str) -> Source:
     FrameCorrupt
         It is a folder, or empty.
     FrameRefused
-        It is neither file nor folder, or lies outside by now.
+        It is neither file nor folder, or is outside the roots by now.
     """
     try:
-        # A pipe would block open for ever; regular files do not know O_NONBLOCK.
+        # Opening a pipe would block. O_NONBLOCK does not change how regular files are read.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
         raise sort_error(exc, url) from exc
     try:
-        place = _place(fd, path)
-        folders.check(place, f" (what was opened lies at {place})", url)
+        location = _location(fd, path)
+        roots.check(location, f" (the opened file is at {location})", url)
         found = os.fstat(fd)
         if stat.S_ISDIR(found.st_mode):
             raise FrameCorrupt(url, "a directory, wanted a FITS file")
@@ -130,17 +130,17 @@ def open_local(path: str, folders: LocalRoots, url: str) -> Source:
 
 
 def sort_error(exc: OSError, url: str) -> FrameMissing | FrameUnavailable:
-    """Return the frame's error for one of the system's."""
+    """Return the frame's error for an error of the system."""
     if exc.errno in _GONE:
         return FrameMissing(url, f"no such file ({exc.strerror})")
     return FrameUnavailable(url, f"cannot be opened: {exc.strerror}")
 
 
-def _place(fd: int, path: str) -> str:
-    """Return where an open file lies; where the system does not tell, where its path leads now."""
+def _location(fd: int, path: str) -> str:
+    """Return the location of an open file; on systems without /proc, where its path leads now."""
     try:
-        place = str(Path(f"/proc/self/fd/{fd}").readlink())
-        return place if os.fstat(fd).st_nlink else place.removesuffix(" (deleted)")
+        location = str(Path(f"/proc/self/fd/{fd}").readlink())
+        return location if os.fstat(fd).st_nlink else location.removesuffix(" (deleted)")
     except OSError:
         return os.path.realpath(path)
 

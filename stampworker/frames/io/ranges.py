@@ -28,7 +28,7 @@ FIRST_BYTES = 1 << 16
 
 # Ranges are widened to blocks; 63 rows of 3072 float32 are 47 of these, so the widening costs at most 4 %.
 _BLOCK = 1 << 14
-# Of two ranges that lie so near it is cheaper to fetch what is between, too, than to ask twice.
+# Blocks. Ranges this near are fetched with what is between them: cheaper than a second request.
 _GAP = 4
 _RUN = 256  # blocks, 4 MiB: longer runs are fetched in pieces, at the same time
 
@@ -40,9 +40,9 @@ class FirstRead:
     Attributes
     ----------
     data : bytearray
-        The first `FIRST_BYTES` bytes or what there is; the whole file where the server serves no ranges.
+        The first `FIRST_BYTES` bytes, or the whole file if it is shorter or the server serves no ranges.
     size : int
-        Of the whole file.
+        Bytes of the whole file.
     """
 
     data: bytearray
@@ -54,7 +54,7 @@ class Remote(Protocol):
 
     @property
     def changed(self) -> bool:
-        """Whether it was seen to be another one than at its first."""
+        """Whether the file was seen to be another one than when it was opened."""
         ...
 
     def open(self) -> FirstRead:
@@ -62,11 +62,11 @@ class Remote(Protocol):
         ...
 
     def read_range(self, offset: int, length: int) -> bytes:
-        """Return bytes of the file whose first was seen; `FrameUnavailable` where it is another one now."""
+        """Return bytes of the file that was opened; `FrameUnavailable` if it is another one now."""
         ...
 
     def read_all(self) -> bytearray:
-        """Return all of it, likewise."""
+        """Return all bytes of the file that was opened; `FrameUnavailable` if it is another one now."""
         ...
 
 
@@ -76,22 +76,22 @@ class RangedFile:
     Parameters
     ----------
     remote : Remote
-        Its protocol.
-    first : FirstRead
+        The file, by its protocol.
+    first_read : FirstRead
         What `Remote.open` returned.
     budget : CacheBudget
         Bounds the blocks that are kept.
     """
 
-    def __init__(self, remote: Remote, first: FirstRead, budget: CacheBudget) -> None:
-        self.size = first.size
+    def __init__(self, remote: Remote, first_read: FirstRead, budget: CacheBudget) -> None:
+        self.size = first_read.size
         self.bytes_upfront = 0
         self.nbytes = 0
         self.last_used = budget.clock()
         self._remote, self._budget = remote, budget
         self._lock = threading.Lock()
         self._blocks: dict[int, bytes] = {}
-        self._keep(0, bytes(first.data))  # whole blocks, FIRST_BYTES being a multiple
+        self._keep(0, bytes(first_read.data))  # whole blocks, FIRST_BYTES being a multiple
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on, with at most one request."""
@@ -107,7 +107,7 @@ class RangedFile:
         return joined[start : start + length]
 
     def fetch_tasks(self, spans: Iterable[tuple[int, int]]) -> list[FetchTask]:
-        """Return what is to be done to have spans of bytes here before they are read.
+        """Return the tasks that fetch spans of bytes before they are read.
 
         Parameters
         ----------
@@ -116,10 +116,10 @@ class RangedFile:
 
         Returns
         -------
-        fetches : list of FetchTask
-            One a request; none where there is no room to keep the bytes.
+        tasks : list of FetchTask
+            One a request; none if there is no room to keep the bytes.
         """
-        self.last_used = self._budget.clock()  # what is here already is to stay, too
+        self.last_used = self._budget.clock()  # the blocks that are kept already must stay, too
         kept = self._blocks
         spans = [span for span in spans if span[1]]
         blocks = {i for start, length in spans for i in range(start // _BLOCK, -(-(start + length) // _BLOCK))}
@@ -137,7 +137,7 @@ class RangedFile:
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
     ) -> NDArray[Any] | None:
-        """Return None: the bytes do not lie in memory."""
+        """Return None: the bytes are not in memory."""
         return None
 
     def release(self) -> None:
@@ -168,18 +168,18 @@ def _split(data: bytes) -> Iterator[bytes]:
 
 
 def open_remote(remote: Remote, url: str, budget: CacheBudget, limit: int) -> Source:
-    """Return a source over a remote file: by ranges, or whole where it is small, gzip, or the server has no ranges.
+    """Return a source over a remote file: by ranges, or whole if it is small, gzip, or the server has no ranges.
 
     Parameters
     ----------
     remote : Remote
-        Its protocol.
+        The file, by its protocol.
     url : str
         Name for messages.
     budget : CacheBudget
         Bounds what is kept.
     limit : int
-        Largest file that is taken whole, bytes: what one alert may cost.
+        Largest gzip file that is read, bytes: what one alert may cost.
 
     Returns
     -------
@@ -190,19 +190,19 @@ def open_remote(remote: Remote, url: str, budget: CacheBudget, limit: int) -> So
     FrameError
         See `stampworker.frames.FrameStore.open`.
     """
-    first = remote.open()
-    if first.size == 0:
+    first_read = remote.open()
+    if first_read.size == 0:
         raise FrameCorrupt(url, "the file is empty, wanted FITS")
-    if len(first.data) == first.size:
-        return CachedBytes(remote.read_all, url, budget, first.data)
-    if first.data[:2] == GZIP_MAGIC:
-        if first.size > limit:
+    if len(first_read.data) == first_read.size:
+        return CachedBytes(remote.read_all, url, budget, first_read.data)
+    if first_read.data[:2] == GZIP_MAGIC:
+        if first_read.size > limit:
             raise FrameRefused(
                 url,
-                f"gzip of {first.size} bytes, above the {limit} that one alert may cost (frames.max_alert_bytes)",
+                f"gzip of {first_read.size} bytes, above the {limit} that one alert may cost (frames.max_alert_bytes)",
             )
         return CachedBytes(remote.read_all, url, budget)
-    return RangedFile(remote, first, budget)
+    return RangedFile(remote, first_read, budget)
 
 
 def check_length(url: str, length: int, limit: int) -> None:

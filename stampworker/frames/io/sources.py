@@ -37,14 +37,14 @@ _MADV_POPULATE_READ = 22  # absent from the mmap module
 
 @dataclass(frozen=True)
 class FetchTask:
-    """Something to be done ahead of reading.
+    """A task that is done before bytes are read.
 
     Attributes
     ----------
     size : int
-        Bytes that it brings into memory.
+        Bytes that the task brings into memory.
     run : callable
-        Does it; what it returns is of no use. Several may run at the same time.
+        Does the task; its result is not used. Several may run at the same time.
     """
 
     size: int
@@ -57,7 +57,7 @@ class Source(Protocol):
     Attributes
     ----------
     size : int
-        How many there are.
+        How many bytes there are.
     bytes_upfront : int
         Bytes that had to be downloaded or decompressed before any could be read.
     """
@@ -182,7 +182,7 @@ class PositionedFile:
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
     ) -> NDArray[Any] | None:
-        """Return None: the bytes do not lie in memory."""
+        """Return None: the bytes are not in memory."""
         return None
 
     def __del__(self) -> None:
@@ -212,9 +212,9 @@ class CachedBytes:
     budget : CacheBudget
         Where the bytes are accounted.
     data : bytearray, optional
-        The bytes, where they have been made already.
+        The bytes, if they have been made already.
     packed : int, optional
-        Bytes that they are made from and that were had whole, too.
+        Bytes that they are made from, if those were read whole, too.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class CachedBytes:
         return np.frombuffer(self._content(), dtype, shape[0] * shape[1], offset).reshape(shape)
 
     def fetch_tasks(self) -> list[FetchTask]:
-        """Return what makes the bytes again where they were dropped; those that are here are to stay for a batch."""
+        """Return the task that makes dropped bytes again; bytes that are kept stay for a batch."""
         self.last_used = self._budget.clock()
         return [] if self._data is not None else [FetchTask(self.size, self._content)]
 

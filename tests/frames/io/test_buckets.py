@@ -243,8 +243,8 @@ def test_no_credentials_is_loud(
 ) -> None:
     """Without credentials, and nobody to give any, the log names what to look at; the bucket is asked for once."""
     with WebServer() as metadata:  # of a cloud machine, as obstore believes
-        place = metadata.url.rstrip("/")
-        monkeypatch.setenv(METADATA[scheme], place.removeprefix("http://") if scheme == "gs" else place)
+        address = metadata.url.rstrip("/")
+        monkeypatch.setenv(METADATA[scheme], address.removeprefix("http://") if scheme == "gs" else address)
         store = open_store(**{f"{scheme}_anonymous": False, "failure_ttl_s": 5.0})
         for name in ("a.fits", "b.fits"):
             with pytest.raises(FrameUnavailable, match=rf"{name}: access denied"):
@@ -322,11 +322,11 @@ def test_range_that_cannot_be(server: WebServer, open_store: Open, tmp_path: Pat
         frame[300:320, 5:9]
 
 
-@pytest.mark.parametrize("heeds", [True, False])
-def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path, heeds: bool) -> None:
-    """An object replaced while it is open is unavailable where its bytes would mix, and read anew at the next open.
+@pytest.mark.parametrize("checks", [True, False])
+def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path, checks: bool) -> None:
+    """An object replaced while it is open is unavailable where its bytes would mix, and read at the next open.
 
-    Also where the server does not heed If-Match.
+    Also where the server ignores If-Match.
     """
     data = np.random.default_rng(5).normal(size=(400, 200)).astype("f4")
     for i in range(2):
@@ -337,7 +337,7 @@ def test_object_that_changes(server: WebServer, open_store: Open, tmp_path: Path
     server.files[KEY] = (tmp_path / "1.fits").read_bytes()
 
     def serve(handler: web.Handler) -> None:
-        if not heeds:
+        if not checks:
             del handler.headers["If-Match"]
         web.serve(handler, etag='"2"')
 

@@ -24,8 +24,8 @@ def proxy(write: Callable[..., Path], pixels: np.ndarray, monkeypatch: pytest.Mo
     """Start a proxy that has the frames of servers that nobody else finds, and name it with a password."""
     with WebServer() as running:
         content = write("a.fits", pixels).read_bytes()
-        for place in ("http://frames.invalid:8080/data", "http://127.0.0.1:9/data", "http://s3.invalid/bucket"):
-            running.files[f"{place}/a.fits"] = content
+        for folder in ("http://frames.invalid:8080/data", "http://127.0.0.1:9/data", "http://s3.invalid/bucket"):
+            running.files[f"{folder}/a.fits"] = content
         monkeypatch.setenv("HTTP_PROXY", running.url.replace("http://", "http://jane:hunter2@"))
         monkeypatch.setenv("HTTPS_PROXY", running.url.removeprefix("http://"))
         yield running

@@ -208,7 +208,7 @@ def test_ranges_that_cease(server: WebServer, open_store: Open, serve_noise: Ser
 def test_file_that_changes(
     server: WebServer, open_store: Open, serve_noise: ServeNoise, tmp_path: Path, name: str
 ) -> None:
-    """A file replaced while it is open is unavailable where its bytes would mix, and read anew at the next open."""
+    """A file replaced while it is open is unavailable where bytes would mix; the next open reads the new one."""
     old = serve_noise("b.fits", (400, 200))
     raw = server.files["/data/b.fits"]
     fits.PrimaryHDU(old + 1).writeto(tmp_path / "new.fits")
@@ -226,7 +226,7 @@ def test_file_that_changes(
     np.testing.assert_array_equal(store.open(name)[300:320, 5:9], old[300:320, 5:9] + 1)
 
 
-def test_old_frames_are_opened_anew(server: WebServer, open_store: Open, write: Write, pixels: np.ndarray) -> None:
+def test_old_frames_are_opened_again(server: WebServer, open_store: Open, write: Write, pixels: np.ndarray) -> None:
     """After remote_ttl_s nothing that is kept is used."""
     store = open_store(remote_ttl_s=0.2)
     np.testing.assert_array_equal(store.open("a.fits")[ALL], pixels)

@@ -136,7 +136,7 @@ def test_redirects(server: WebServer, open_store: Open, pixels: np.ndarray) -> N
 
 @pytest.mark.parametrize("to", ["http://[", "//[", "http://[::1", "//127.0.0.1:99999/", "/secret.fits", "ftp://h/x"])
 def test_redirects_to_nonsense(server: WebServer, open_store: Open, to: str) -> None:
-    """What is no URL is refused like what lies elsewhere, and a burst asks once."""
+    """A redirect to something other than a URL beneath a root is refused, and a burst asks once."""
     server.behaviours["/data/1.fits"] = web.redirect(to)
     store = open_store(failure_ttl_s=5.0)
     for _ in range(3):
@@ -152,7 +152,7 @@ PIECES = [*".;?@:% \t\\/", "..", "a", "é", "data", "2e", "%2e", "%2E", "%25", "
 
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.sampled_from(["http", "s3", "abfs", "memory"]))
 def test_no_url_leaves_its_root(path: str, scheme: str) -> None:
-    """Whatever follows the root: the URL is refused, or what is asked for lies beneath, however often it is decoded."""
+    """Any text after the root: the URL is refused, or its path is beneath the root, however often it is decoded."""
     start = f"{scheme}://{'' if scheme == 'memory' else 'host/'}data/"
     root = parse_root(start)
     try:

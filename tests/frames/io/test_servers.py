@@ -102,7 +102,7 @@ def disk(tree: Path) -> Iterator[FrameStore]:
      "rows.fits.fz", "squares.fits.fz"],
 )  # fmt: skip
 def test_same_pixels_as_from_disk(remote: FrameStore, disk: FrameStore, name: str) -> None:
-    """Pixels, header and WCS are those of the file, stamp by stamp and whole, wherever it lies."""
+    """Pixels, header and WCS are those of the file, stamp by stamp and whole, from every kind of server."""
     for mask in (False, True):
         there, here = remote.open(name, mask=mask), disk.open(name, mask=mask)
         for section in ((slice(200, 263), slice(90, 153)), ALL):
