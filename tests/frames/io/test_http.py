@@ -991,6 +991,7 @@ def test_table_with_frames_of_a_server(server: WebServer, pixels: np.ndarray) ->
         store.open(url_of(server, "secret.fits"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("age", [0.0, 60.0])
 @pytest.mark.parametrize("scheme", ["http", "s3"])
 def test_failures_do_not_hold_bodies(server: WebServer, scheme: str, age: float) -> None:
