@@ -267,6 +267,7 @@ def test_tables_in_and_out(night, tmp_path, form):
         assert list(masked) == ([False, False, False, True] if name == "mag" else [False, True, True, False]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_tables_without_one_fit(night, tmp_path, form):
     """Empty columns and a table of rejects alone can be written in every format."""
@@ -636,6 +637,7 @@ def test_show_what_is_no_packet(night, tmp_path, capsys):
         assert name in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_simulated_night_through_enrich(tmp_path, capsys):
     """``enrich`` reads the alerts that ``simulate`` writes."""
     assert main(["simulate", str(tmp_path / "sim"), "--size", "256", "--candidates", "6", "--json"]) == 0

@@ -1,6 +1,7 @@
 """The package installs, and works, without a compiler."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -54,6 +55,9 @@ def test_wheel_without_a_compiler(tmp_path: Path) -> None:
     assert run.stdout.split() == [str(installed / "stampworker" / "cutouts" / "adjust.py"), "numpy"]
 
 
+found_distributions = functools.cache(packages_distributions)  # it takes a second
+
+
 def normal(name: str) -> str:
     """Return the name of a distribution as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -83,13 +87,12 @@ def imported(path: Path) -> set[str]:
 def test_every_import_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     """What a folder imports is asked for by name, and does not come by chance with something else."""
     programs = ("benchmarks", "reference")  # of these some run beside STDPipe, in the environment of `make bench`
-    distributions = packages_distributions()
+    distributions, asked = found_distributions(), declared(*extras)
     missing = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         if folder == "tests" and path.relative_to(ROOT / folder).parts[0] in programs:
             continue
         own = {"stampworker", *(other.stem for other in [*path.parent.iterdir(), *(ROOT / "tests").iterdir()])}
-        asked = declared(*extras)
         for name in imported(path) - own:
             if not {normal(made_by) for made_by in distributions.get(name, [name])} & asked:
                 missing[path.name] = name

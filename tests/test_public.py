@@ -137,6 +137,7 @@ def test_every_error_is_public():
     assert all(issubclass(getattr(stampworker, name), stampworker.StampworkerError) for name in errors)
 
 
+@pytest.mark.slow
 def test_version_is_the_distributions():
     """The version has one source."""
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", stampworker.__version__)
@@ -188,6 +189,7 @@ def test_no_modules_import_each_other():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+@pytest.mark.slow
 def test_package_is_light_to_import():
     """Pictures, STDPipe and the tests' tools are not loaded with the package."""
     code = "import sys, stampworker, stampworker.cli; print(*sys.modules)"

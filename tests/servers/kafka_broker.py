@@ -103,7 +103,7 @@ class KafkaBroker(DockerContainer):
         self.get_wrapped_container().start()
         self.wait_ready()
 
-    def wait_ready(self, timeout: float = 60) -> None:
+    def wait_ready(self, timeout: float = 150) -> None:
         """Wait until the broker answers for itself; on failure the error carries the end of its log."""
         deadline = time.monotonic() + timeout
         admin = AdminClient({"bootstrap.servers": self.address, "log_level": "0"})

@@ -188,6 +188,7 @@ def test_aborted_batch_is_read_again_beside_partitions_at_their_end(
     assert packet_ids(cluster, made, 7) == [a.alert_id for a in alerts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{"worker__batch_bytes": 1}, {"worker__batch_s": 1e-9}])
 def test_batch_is_closed_by_bytes_and_by_time(
     cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], limit: dict[str, object]

@@ -264,6 +264,7 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         try_everything(SEEDS["plain"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600 if LONG else 60)
 @EXAMPLES
 @given(
@@ -298,6 +299,7 @@ def test_any_tiling(
     try_everything(bytes(data), gzipped)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::erfa.ErfaWarning")  # of astropy, about hostile numbers
 @pytest.mark.timeout(3600 if LONG else 60)
 @EXAMPLES
