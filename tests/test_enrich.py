@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from astropy.table import QTable, Table
 from astropy.wcs import WCS
 from helpers.night import NOISE, SHAPE, SKY, STAR, alert_record, night_header, night_planes, star, write_night
 
-from stampworker import enrich
+from stampworker import cutouts, enrich
 from stampworker.config import EnrichSettings, FitSettings, FrameSettings, Settings, VerdictSettings
 from stampworker.cutouts import is_artefact
 from stampworker.enrich import Enricher, enrich_table
@@ -483,7 +484,8 @@ def test_twenty_alerts_open_each_frame_once(tmp_path, monkeypatch, packed):
         for path in frames.values():
             Path(path).write_bytes(gzip.compress(Path(path).read_bytes()))
     opened, inflated = [], []
-    opener, inflater = frame_store.open_local, frame_store.inflate
+    store_module: Any = frame_store
+    opener, inflater = store_module.open_local, store_module.inflate
     monkeypatch.setattr(frame_store, "open_local", lambda *a: (opened.append(a[0]), opener(*a))[1])
     monkeypatch.setattr(frame_store, "inflate", lambda *a: (inflated.append(a[1]), inflater(*a))[1])
     alerts = [from_record(alert_record(frames, alertId=f"a-{i}", x=20.0 + i, y=30.0)) for i in range(20)]
@@ -624,7 +626,7 @@ def test_order_within_groups(night):
 
 def test_unexpected_error_costs_one_alert(night, monkeypatch, caplog):
     """A fault inside one alert becomes a reject with a log record and its traceback; the others go on."""
-    real = enrich.adjust_cutout
+    real = cutouts.adjust_cutout
 
     def failing(cutout, **kwargs):
         if cutout["meta"]["x"] == 30.0:

@@ -70,7 +70,8 @@ def dipoles(n: int, size: int) -> Iterator[dict[str, Any]]:
         err = np.sqrt(sky**2 + image / 3)
         image = rng.uniform(0.93, 1.07) * image + 150 + rng.normal(0, 1, err.shape) * err
         template = template + 120 + rng.normal(0, 0.1 * sky, err.shape)
-        yield cutout_of(*(plane.astype(np.float32) for plane in (image, template, err)), 2.355 * width)
+        image, template, err = (plane.astype(np.float32) for plane in (image, template, err))
+        yield cutout_of(image, template, err, 2.355 * width)
 
 
 def cutout_of(image: Any, convolved: Any, err: Any, fwhm: float) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def compare(name: str, stamps: list[dict[str, Any]], reference: Callable[..., An
         kwargs = dict(case)
         if case.get("inner"):
             kwargs["inner"] = int(np.clip(5 * stamp["meta"]["fwhm"], 10, 20))
-        best = {}
+        best: dict[str, Any] = {}
         for core, function in cores.items():
             adjust.core = function
             took, best = timed(adjust.adjust_cutout, stamp, 5, **kwargs)

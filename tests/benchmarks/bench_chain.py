@@ -38,6 +38,7 @@ from typing import Any
 import fastavro
 import numpy as np
 from astropy.io import fits
+from isal import igzip
 from stdpipe import cutouts as stdpipe
 
 from stampworker import enrich
@@ -68,7 +69,7 @@ def our_chain(messages: list[bytes], store: FrameStore, settings: Settings) -> l
     """Make packets as the worker does."""
     decoded = [alerts.decode(message) for message in messages]
     made = enrich.Enricher(settings, store).packets(decoded)
-    return [packets.encode(packet) for packet in made]
+    return [packets.encode(packet) for packet in made if isinstance(packet, packets.Packet)]
 
 
 # The same, as one would write it with STDPipe.
@@ -80,7 +81,8 @@ def plain_chain(messages: list[bytes], folder: Path) -> list[bytes]:
 
 
 def read_alert(message: bytes) -> dict[str, Any]:
-    return next(iter(fastavro.reader(io.BytesIO(message))))
+    reader: Any = fastavro.reader(io.BytesIO(message))
+    return next(iter(reader))
 
 
 @cache
@@ -236,7 +238,7 @@ OUR_STAGES = {
     "fit": (enrich, "adjust_cutout"),
     "compare a point": (enrich, "compare_point_source"),
     "write FITS": (packets.StampWriter, "write"),
-    "gzip": (packets.igzip, "compress"),
+    "gzip": (igzip, "compress"),
     "encode the packet": (packets, "encode"),
     "the rest": (enrich.Enricher, "packets"),
 }

@@ -94,7 +94,7 @@ def measure(readers: dict[str, Read], stamps: int, turn: int = TURN) -> dict[str
 def compare(path: Path, hdu: int, store: FrameStore, stamps: int) -> dict[str, float]:
     """Measure one file with every reader."""
     frame = store.open(path.as_uri())
-    release = getattr(frame._pixels, "release", None)  # of tiles
+    release: Any = getattr(frame._pixels, "release", None)  # of tiles
 
     def cold(rows: slice, columns: slice) -> Any:
         release()
@@ -125,9 +125,9 @@ def compare(path: Path, hdu: int, store: FrameStore, stamps: int) -> dict[str, f
 def compare_opening(path: Path, hdu: int) -> dict[str, float]:
     """Measure opening a file and reading one stamp."""
 
-    def ours(*section: slice) -> Any:
+    def ours(rows: slice, columns: slice) -> Any:
         with FrameStore(FrameSettings(frame_roots=(str(path.parent),))) as store:
-            return store.open(path.as_uri())[section]
+            return store.open(path.as_uri())[rows, columns]
 
     def opened(*section: slice) -> Any:
         with fitsio.FITS(str(path)) as hdus:

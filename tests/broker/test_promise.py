@@ -329,7 +329,7 @@ def test_limit_that_was_lowered_costs_the_large_packets_only(
     """A topic that takes less than it did: the limits are learnt anew, and only what is too large is rejected."""
     chain = make_chain(night[0][:12], **{"max.message.bytes": str(median_size(broker, night))})
     limits = iter([1_000_000, 1_000_000])  # as they were at the start
-    real = stampworker.stream.worker.message_limit
+    real = stampworker.stream.kafka.message_limit
     monkeypatch.setattr(
         "stampworker.stream.worker.message_limit", lambda settings, topic: next(limits, None) or real(settings, topic)
     )

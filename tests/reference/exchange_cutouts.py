@@ -10,6 +10,7 @@ Three steps in two environments, by hand when files.py changes (last with STDPip
 import sys
 import warnings
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -82,5 +83,6 @@ def compare(path, copy):
     assert all(np.array_equal(ours[plane], theirs[plane], equal_nan=True) for plane in ("image", "mask", "err"))
 
 
-{"write": write, "read": read, "compare": compare}[sys.argv[1]](*sys.argv[2:])
+commands: dict[str, Any] = {"write": write, "read": read, "compare": compare}
+commands[sys.argv[1]](*sys.argv[2:])
 print("it holds")

@@ -73,7 +73,9 @@ CROP = ("CROP_X1", "CROP_X2", "CROP_Y1", "CROP_Y2")
 
 def plain(array):
     """Return nested lists with null for NaN."""
-    return np.where(np.isnan(array), None, array.astype(object)).tolist() if array.dtype.kind == "f" else array.tolist()
+    if array.dtype.kind != "f":
+        return array.tolist()
+    return [[None if np.isnan(value) else value for value in row] for row in array.tolist()]
 
 
 def blocks():

@@ -55,7 +55,8 @@ def scene(kind: str, snr: float, rng: np.random.Generator) -> dict[str, Any]:
     if kind == "transient on empty sky":
         host = np.zeros((SIZE, SIZE))
     elif kind == "transient on a galaxy":
-        host = flux * galaxy(*(np.array([cx, cy]) + rng.normal(0, 1.0, 2)), fwhm, rng)
+        x, y = np.array([cx, cy]) + rng.normal(0, 1.0, 2)
+        host = flux * galaxy(x, y, fwhm, rng)
     else:
         host = flux * (star(cx, cy, fwhm) if on_star else galaxy(cx, cy, fwhm, rng))
     if kind == "dipole":

@@ -115,7 +115,8 @@ def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
 
 
 def headers_of(message: Message) -> dict[str, bytes]:
-    return {name: value for name, value in message.headers() or [] if isinstance(value, bytes)}
+    headers: Any = message.headers() or []
+    return {name: value for name, value in headers if isinstance(value, bytes)}
 
 
 @pytest.mark.slow
@@ -234,7 +235,7 @@ def test_a_record_that_no_worker_put_there_is_an_alert(
 
 def waiting_headers(due_s: float, since_s: float = 1.0) -> list[tuple[str, str | bytes | None]]:
     """Return the headers of a second attempt."""
-    return Attempt("elsewhere", 1, 2, 3, number=2, since_s=since_s, due_s=due_s).headers()
+    return list(Attempt("elsewhere", 1, 2, 3, number=2, since_s=since_s, due_s=due_s).headers())
 
 
 def test_clock_that_was_ahead_does_not_hold_a_partition(

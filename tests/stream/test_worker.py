@@ -144,7 +144,7 @@ def test_worker_finds_frames_that_alerts_do_not_name(
     folder = alerts[0].frames["science"].rpartition("/")[0]
     templates = {plane: f"{folder}/{{{plane}}}.fits" for plane in ("science", "difference")}
     made = settings(resolve__resolver="template", resolve__templates=templates)
-    named = {plane: plane for plane in templates}
+    named: dict[str, Any] = {plane: plane for plane in templates}
     bare = [replace(alert, frames={}, extra=named) for alert in alerts[:2]] + [replace(alerts[2], frames={})]
     send(cluster, made, bare)
     totals = Worker(made, drained=True).run()
@@ -153,7 +153,7 @@ def test_worker_finds_frames_that_alerts_do_not_name(
     assert {packet.packet_id for packet in found} == {alert.packet_id() for alert in bare[:2]}
     assert {packet.frames["difference"] for packet in found} == {f"file://{alerts[0].frames['difference']}"}
     (reject,) = cluster.read(made.worker.reject_topic, 1)
-    headers = dict(reject.headers() or [])
+    headers: dict[str, Any] = dict(reject.headers() or [])
     assert headers[ERRORS_PREFIX + "stage"] == b"frames"
     assert b"template of 'science': found no 'science'" in headers[ERRORS_PREFIX + "exception.message"]
 
@@ -384,7 +384,8 @@ def test_lost_partitions_are_read_again_only_after_what_is_being_published(
             time.sleep(0.5)
             super().publish(*args)
 
-    read, lost = Intake._read, []
+    read = Intake._read
+    lost: list[Intake] = []
 
     def lose_once(intake: Intake, batch: Batch, wait_s: float) -> bool:
         if publishing.is_set() and not lost:
