@@ -92,22 +92,9 @@ FIELDS = {_field_name(attribute.name): attribute.name for attribute in fields(Al
 
 
 def from_record(record: Mapping[str, Any]) -> Alert:
-    """Check a record of the schema ``stampworker.alert`` and make an `Alert` of it.
+    """Check a record of the schema ``stampworker.alert`` and make an `Alert` of it; AlertError if it is not one.
 
-    Parameters
-    ----------
-    record : mapping
-        Fields by the schema's names. Fields that may be null may be absent.
-
-    Returns
-    -------
-    alert : Alert
-        The checked alert.
-
-    Raises
-    ------
-    AlertError
-        A field is unknown or missing, or its value is not allowed.
+    Fields that may be null may be absent.
     """
     if not isinstance(record, Mapping):
         raise AlertError(f"found {type(record).__name__}, wanted one alert: an object of fields")
@@ -136,26 +123,10 @@ def from_record(record: Mapping[str, Any]) -> Alert:
 
 
 def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
-    r"""Read one alert from bytes: JSON, an Avro object container, or Confluent wire format.
+    r"""Read one alert from bytes: an Avro container if they begin with ``Obj\x01``, wire format if with 0, else JSON.
 
-    Parameters
-    ----------
-    data : bytes
-        One alert. It is a container if it begins with ``Obj\x01``, wire format if it begins with 0, else JSON.
-    schema_folder : Path, optional
-        Folder with the files ``<schema id>.avsc``, the writers' schemas of the wire format.
-
-    Returns
-    -------
-    alert : Alert
-        The checked alert.
-
-    Raises
-    ------
-    UnknownSchema
-        The folder has no schema of that id, or no folder is given.
-    AlertError
-        The bytes cannot be decoded, or a field of the alert is wrong.
+    The folder has the files ``<schema id>.avsc``, the writers' schemas of the wire format; without the one that is
+    needed, UnknownSchema is raised. Other bytes that cannot be decoded, or a wrong field, are an AlertError.
     """
     if data[:4] == b"Obj\x01":
         records = decode_container(data)
@@ -176,13 +147,7 @@ def encode(alert: Alert) -> bytes:
 
 
 def decode_container(data: bytes) -> list[dict[str, Any]]:
-    """Read the records of an Avro object container, resolved to the schema ``stampworker.alert``.
-
-    Raises
-    ------
-    AlertError
-        The container cannot be read, or its schema does not resolve to that of an alert.
-    """
+    """Read the records of an Avro object container, resolved to the schema ``stampworker.alert``; AlertError if not."""
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*ALERT))
         return list(reader)  # type: ignore[arg-type]
