@@ -108,7 +108,8 @@ class StampWriter:
     """Writes the stamps of one plane of one frame.
 
     It formats the header's cards once, not once per stamp, which is a hundred times faster than astropy.io.fits. The
-    plane is the stamps' EXTNAME. Of the frame's WCS, cards of 80 characters, CRPIX is shifted for each stamp.
+    plane is the EXTNAME of its stamps. The frame's WCS comes as cards of 80 characters; CRPIX is shifted for each
+    stamp, the other cards are copied.
     """
 
     def __init__(self, plane: str, wcs_cards: Sequence[str], bunit: str | None, gzip: bool = True) -> None:
@@ -295,7 +296,7 @@ def encode(packet: Packet) -> bytes:
 
 
 def read_packets(data: bytes) -> list[Packet]:
-    """Read every packet of an Avro object container; ValueError if the bytes are none."""
+    """Read every packet of an Avro object container; a ValueError is raised if the bytes are not one of packets."""
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*PACKET))
         return [_from_record(record) for record in reader]  # type: ignore[arg-type]

@@ -198,17 +198,12 @@ def _write_row(axes: Axes, packet: Packet, label: str, left: float, middle: floa
         lines.append((f"dx {m['adjust_dx']:+.2f}   dy {m['adjust_dy']:+.2f} px".replace("-", "−"), {}))
     top = middle - _LINE * (len(lines) - 1) / 2
     for number, (text, style) in enumerate(lines):
-        axes.text(
-            left, top + _LINE * number, _fitting(text), **{"fontsize": 8, "va": "center", "parse_math": False, **style}
-        )
+        fitting = text if len(text) <= 31 else text[:30] + "…"
+        axes.text(left, top + _LINE * number, fitting, fontsize=8, va="center", parse_math=False, **style)
 
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if 99.5 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _fitting(text: str, most: int = 31) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _write_legend(axes: Axes, y: float) -> None:
