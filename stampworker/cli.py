@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,7 @@ _GRACE_S = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the console command.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        By default those of the process.
-
-    Returns
-    -------
-    code : int
-        The exit code.
-    """
+    """Run the console command, by default with the arguments of the process, and return the exit code."""
     args = _parser().parse_args(arguments)
     try:
         settings = _settings(args)
@@ -81,17 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             level=settings.log.level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
         code: int = args.command(args, settings)
+        return code
     except ConfigError as exc:
         print(f"stampworker: {exc}", file=sys.stderr)
         return 2
     except (StampworkerError, OSError, ValueError) as exc:
         log.debug("failed", exc_info=True)
         print(f"stampworker: {type(exc).__name__}: {exc}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stampworker: stopped", file=sys.stderr)
-        return 1
-    return code
+    return 1
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -102,10 +90,8 @@ def _settings(args: argparse.Namespace) -> Settings:
             # Without the value: it may be a secret.
             raise ConfigError(f"--set: found {name.partition(' ')[0]!r}, wanted section.key=value")
         flags[name] = value
-    for name in _FLAGS:
-        value = getattr(args, name.partition(".")[2], None)
-        if value is not None:
-            flags[name] = value
+    given = {name: getattr(args, name.partition(".")[2], None) for name in _FLAGS}
+    flags |= {name: value for name, value in given.items() if value is not None}
     path = args.config or os.environ.get("STAMPWORKER_CONFIG")
     return config.load(Path(path) if path else None, os.environ, flags)
 
@@ -129,7 +115,7 @@ def _enrich(args: argparse.Namespace, settings: Settings) -> int:
     total = sum(len(alerts) for alerts, _ in read)
     results: list[Packet | Reject] = []
     with tqdm(total=total, unit="alert", disable=None, leave=False) as bar:
-        for roots, alerts in _by_roots(paths, [alerts for alerts, _ in read], settings):
+        for roots, alerts in _by_roots(zip(paths, (alerts for alerts, _ in read), strict=True), settings):
             frames = settings.frames.model_copy(update={"frame_roots": roots})
             with FrameStore(frames, allowed=urls.values()) as store:
                 batches = (alerts[start : start + _CHUNK] for start in range(0, len(alerts), _CHUNK))
@@ -159,15 +145,12 @@ def _table_frames(args: argparse.Namespace, paths: Sequence[Path], resolver: Res
 
 
 def _by_roots(
-    paths: Sequence[Path], alerts: Sequence[Sequence[Alert | AlertError]], settings: Settings
+    read: Iterable[tuple[Path, list[Alert | AlertError]]], settings: Settings
 ) -> Iterator[tuple[tuple[str, ...], list[Alert | AlertError]]]:
     """Yield the frame roots of consecutive files, with their alerts; by default the roots are the files' folders."""
-
-    def roots(pair: tuple[Path, object]) -> tuple[str, ...]:
-        return settings.frames.frame_roots or (str(pair[0].resolve().parent),)
-
-    for same, pairs in itertools.groupby(zip(paths, alerts, strict=True), roots):
-        yield same, [alert for _, part in pairs for alert in part]
+    given = settings.frames.frame_roots
+    for roots, group in itertools.groupby(read, lambda file: given or (str(file[0].resolve().parent),)):
+        yield roots, [alert for _, alerts in group for alert in alerts]
 
 
 def _report(args: argparse.Namespace, total: int, rejects: Sequence[Reject], to: Path) -> int:
@@ -291,17 +274,10 @@ def _finite(value: Any) -> Any:
 
 
 def _simulate(args: argparse.Namespace, _settings: Settings) -> int:
-    night = simulate(
-        args.directory,
-        frames=args.frames,
-        size=args.size,
-        candidates=args.candidates,
-        seed=args.seed,
-        progress=not args.json,
-    )
-    count = len(files.read_alerts(night.alerts)[0])
-    values = {"directory": str(night.directory), "alerts": count}
-    return _print(args, values, f"{count} alerts in {night.directory}")
+    options = {name: getattr(args, name) for name in ("frames", "size", "candidates", "seed")}
+    night = simulate(args.directory, **options, progress=not args.json)
+    values = {"directory": str(night.directory), "alerts": args.candidates}
+    return _print(args, values, f"{args.candidates} alerts in {night.directory}")
 
 
 def _demo(args: argparse.Namespace, settings: Settings) -> int:
@@ -412,12 +388,11 @@ def _add_replay(commands: Any) -> None:
 
 def _columns(text: str | None) -> dict[str, str]:
     columns = {}
-    for part in (text or "").split(","):
-        our, mark, its = part.partition("=")
-        if part.strip() and not mark:
+    for part in filter(str.strip, (text or "").split(",")):
+        name, mark, column = part.partition("=")
+        if not mark:
             raise ConfigError(f"--columns: found {part!r}, wanted name=COLUMN")
-        if mark:
-            columns[our.strip()] = its.strip()
+        columns[name.strip()] = column.strip()
     return columns
 
 

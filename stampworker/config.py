@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -303,44 +303,29 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//********@", text)
 
 
-def nearest(name: str, known: object) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``; the nearest known is …`` for a message, or nothing if no known name is similar."""
-    found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)  # type: ignore[attr-defined]
+    found = difflib.get_close_matches(name, list(known), n=1)
     return f"; the nearest known is {found[0]!r}" if found else ""
 
 
 def load(
     path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
 ) -> Settings:
-    """Read and check the settings.
+    """Read and check the settings of a TOML file, the environment and the flags.
 
-    Parameters
-    ----------
-    path : Path, optional
-        A TOML file.
-    environ : mapping, optional
-        The environment. Names without the prefix ``STAMPWORKER_`` are ignored, and so are ``STAMPWORKER_TEST_*`` (for
-        the tests) and ``STAMPWORKER_CONFIG`` (the path of the file, for the command line).
-    flags : mapping, optional
-        ``section.key`` → value; ``kafka.<name>`` for librdkafka's properties.
-
-    Returns
-    -------
-    settings : Settings
-        The checked settings.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read, a name is unknown, or a value is not allowed.
+    Of the environment, names without the prefix ``STAMPWORKER_`` are ignored, and so are ``STAMPWORKER_TEST_*`` (for
+    the tests) and ``STAMPWORKER_CONFIG`` (the path of the file, for the command line). A flag is named ``section.key``,
+    or ``kafka.<name>`` for librdkafka's properties. A ConfigError names each setting that is unknown or has a value
+    that is not allowed, or the file that cannot be read.
     """
     values: dict[str, dict[str, object]] = {}
     for section, keys in _read_toml(path).items() if path else ():
         if not isinstance(keys, dict):
-            if section in Settings.model_fields:
-                raise ConfigError(f"{path}: {section!r} is a section, wanted a table [{section}]")
-            raise ConfigError(f"{path}: {section!r} is outside a section")
-        values[section] = {**_flatten(keys)} if section == "kafka" else dict(keys)
+            is_known = section in Settings.model_fields
+            problem = f"is a section, wanted a table [{section}]" if is_known else "is outside a section"
+            raise ConfigError(f"{path}: {section!r} {problem}")
+        values[section] = _flatten(keys) if section == "kafka" else keys
     sources = {f"{s}.{k}": str(path) for s, keys in values.items() for k in keys}
     for name, value in (environ or {}).items():
         if name.startswith(PREFIX) and not name.startswith(PREFIX + "TEST_") and name != PREFIX + "CONFIG":
@@ -359,18 +344,7 @@ def load(
 
 
 def describe(settings: Settings) -> str:
-    """Return the settings as TOML, each with its description as a comment; secrets are masked.
-
-    Parameters
-    ----------
-    settings : Settings
-        The settings to describe.
-
-    Returns
-    -------
-    text : str
-        TOML that `load` reads.
-    """
+    """Return the settings as TOML that `load` reads, each with its description as a comment; secrets are masked."""
     lines = []
     for section, values in settings.model_dump(mode="json").items():
         model = _sections().get(section)

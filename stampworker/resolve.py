@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -60,6 +60,7 @@ Find = Callable[[Alert], Mapping[str, str]]
 _NOISE = {"error": "variance", "variance": "error"}
 # The part of a URL that must come before the first field.
 _FIXED = re.compile(r"file:(//(localhost)?)?/|[a-z][a-z0-9]*://[^/?#]+/", re.IGNORECASE)
+_DOTS = re.compile(r"(^|/)\.\.?(/|\Z)")
 _DATE = re.compile(r"%[A-Za-z]")
 _MJD_0 = datetime(1858, 11, 17)  # UTC, like every date in this module
 # Refused in a value: characters with a meaning in a path or URL, or without one in a file's name; and empty folders.
@@ -69,9 +70,7 @@ _ZTF_NAME = re.compile(
     r"_(?P<field>(?P<fieldprefix>[0-9]{3})[0-9]{3})_(?P<filter>z[gri])_c(?P<ccd>[0-9]{2})_o_q(?P<quadrant>[1-4])"
     r"_scimrefdiffimg\.fits(?:\.fz)?"
 )
-_ZTF_EXPOSURE = (
-    "{root}/sci/{year}/{monthday}/{fraction}/ztf_{exposure}_{field}_{filter}_c{ccd}_o_q{quadrant}_"  # of one quadrant
-)
+_ZTF_EXPOSURE = "{root}/sci/{year}/{monthday}/{fraction}/ztf_{exposure}_{field}_{filter}_c{ccd}_o_q{quadrant}_"
 _ZTF_REFERENCE = (
     "{root}/ref/{fieldprefix}/field{field}/{filter}/ccd{ccd}/q{quadrant}/"
     "ztf_{field}_{filter}_c{ccd}_q{quadrant}_refimg.fits"
@@ -88,30 +87,18 @@ def _ztf_fields(alert: Alert) -> Mapping[str, str]:
     return match.groupdict()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The layout of an archive's frames.
+class Layout(NamedTuple):
+    """The layout of an archive's frames."""
 
-    Attributes
-    ----------
-    templates : mapping
-        Plane → template.
-    planes : tuple of str
-        The planes that are used if the settings name none.
-    derive : callable, optional
-        From an alert to more fields for the templates. They replace fields of the alert with the same name.
-    by_sky : bool
-        See `Resolver`.
-    """
-
-    templates: Mapping[str, str] = field(default_factory=dict)
-    planes: tuple[str, ...] = ()
-    derive: Callable[[Alert], Mapping[str, Scalar]] | None = None
-    by_sky: bool = False
+    templates: Mapping[str, str]  # of each plane
+    planes: tuple[str, ...] = ()  # those that are used if the settings name none
+    # From an alert to more fields for the templates. They replace fields of the alert with the same name.
+    derive: Callable[[Alert], Mapping[str, Scalar]] = lambda _alert: {}
+    by_sky: bool = False  # see `Resolver`
 
 
 LAYOUTS = {
-    "template": Layout(),
+    "template": Layout({}),
     # The reference is a co-add on its own grid. Bits 1 and 11 of mskimg mark detected sources (ZTF Science Data System
     # Explanatory Supplement). To use the mask, add it to resolve.planes and set enrich.mask_ignore_flags to 2050, the
     # sum of the two.
@@ -254,9 +241,7 @@ def _layout(layout: Layout, settings: ResolveSettings) -> Find:
 
     def find(alert: Alert) -> dict[str, str]:
         wanted = [template for template in made if not _is_named(template.plane, alert.frames)]
-        if not wanted:
-            return {}
-        fields = layout.derive(alert) if layout.derive else {}
+        fields = layout.derive(alert) if wanted else {}
         return {template.plane: template.fill(alert, fields) for template in wanted}
 
     return find
@@ -289,34 +274,11 @@ def _installed(settings: ResolveSettings) -> Find:
     return find
 
 
-class _Field(NamedTuple):
-    """A field in a template, with its format specification."""
-
-    name: str
-    spec: str
-
-
 class _Template:
-    """A parsed template of one plane.
-
-    Parameters
-    ----------
-    plane : str
-        The plane, for messages.
-    text : str
-        The template in the settings.
-    root : str
-        The folder or URL prefix that replaces ``{root}``.
-
-    Raises
-    ------
-    ConfigError
-        The template is malformed.
-    """
+    """A parsed template of one plane; ConfigError if it is malformed."""
 
     def __init__(self, plane: str, text: str, root: str) -> None:
         self.plane = plane
-        self._where = f"template of {plane!r}"
         full = self._with_root(text, root)
         try:
             parsed = list(Formatter().parse(full))
@@ -325,35 +287,32 @@ class _Template:
         scheme = self._scheme(parsed[0][0] if parsed else "", full)
         self._is_path = scheme is None
         self._is_encoded = scheme == "file" or scheme in WEB  # a bucket's key is not
-        self._path: list[str | _Field] = []
-        self._fragment: list[str | _Field] = []
-        into = self._path
+        self._pieces: list[tuple[str, str | None, str]] = []  # text, and the field after it with its specification
         for literal, name, spec, conversion in parsed:
-            before, mark, after = literal.partition("#")
-            into.append(before)
-            if mark:
-                into = self._fragment
-                into.append(mark + after)
             if name is not None:
                 self._check(full, name, spec or "", conversion)
-                into.append(_Field(name, spec or ""))
-        sample = "".join(piece if isinstance(piece, str) else "x" for piece in self._path)
-        if not sample.strip("/") or not {".", ".."}.isdisjoint(sample.split("/")):
+            self._pieces.append((literal, name, spec or ""))
+        sample = "".join(literal if name is None else f"{literal}x" for literal, name, _ in self._pieces)
+        path = sample.partition("#")[0]
+        if not path.strip("/") or _DOTS.search(path):
             raise self._malformed(full, "wanted a path without the folders . and ..")
 
     def fill(self, alert: Alert, fields: Mapping[str, Scalar]) -> str:
         """Return the URL of an alert's frame."""
-        path, fragment = (
-            "".join([piece if isinstance(piece, str) else self._value(piece, alert, fields) for piece in pieces])
-            for pieces in (self._path, self._fragment)
+        url = "".join(
+            [
+                literal if name is None else literal + self._value(name, spec, alert, fields)
+                for literal, name, spec in self._pieces
+            ]
         )
-        if ("/." in path or path[:1] == ".") and not {".", ".."}.isdisjoint(path.split("/")):
+        path = url.partition("#")[0]  # a value has no #, so it is the template's
+        if _DOTS.search(path):
             problem = "found the folder . or .. in {}, wanted names"
         elif self._is_path and scheme_of(path) is not None:
             problem = "found {}, wanted a path and no URL"
         else:
-            return path + fragment
-        raise AlertError(f"{self._where}: {problem.format(shown(without_credentials(path)))}")
+            return url
+        raise self._wrong(problem.format(shown(without_credentials(path))))
 
     def _with_root(self, text: str, root: str) -> str:
         """Insert the root; its fields become fields of the template."""
@@ -393,22 +352,22 @@ class _Template:
     def _malformed(self, text: str, problem: str) -> ConfigError:
         return ConfigError(f"resolve.templates.{self.plane}: {without_credentials(text)!r}: {problem}")
 
-    def _value(self, field: _Field, alert: Alert, fields: Mapping[str, Scalar]) -> str:
+    def _wrong(self, problem: str) -> AlertError:
+        return AlertError(f"template of {self.plane!r}: {problem}")
+
+    def _value(self, name: str, spec: str, alert: Alert, fields: Mapping[str, Scalar]) -> str:
         """Return the text that replaces a field."""
-        name, spec = field
         value = fields[name] if name in fields else _field(alert, name)
         if value is None:
-            raise AlertError(f"{self._where}: found no {name!r}{_what_there_is(name, alert, fields)}")
+            raise self._wrong(f"found no {name!r}{_what_there_is(name, alert, fields)}")
         try:
             text = _formatted(value, spec, alert)
         except (ValueError, TypeError, OverflowError) as exc:
             found = f"{shown(value)} for {{{name}{':' * bool(spec)}{spec}}}"
-            raise AlertError(f"{self._where}: found {found}: {exc}") from None
+            raise self._wrong(f"found {found}: {exc}") from None
         if _REFUSED.search(text):
-            raise AlertError(
-                f"{self._where}: {name!r} is {shown(text)}, wanted text without # ? % \\, control characters "
-                "and empty folders"
-            )
+            wanted = "text without # ? % \\, control characters and empty folders"
+            raise self._wrong(f"{name!r} is {shown(text)}, wanted {wanted}")
         return quote(text) if self._is_encoded else text
 
 

@@ -94,20 +94,7 @@ FIELDS = {_field_name(attribute.name): attribute.name for attribute in fields(Al
 def from_record(record: Mapping[str, Any]) -> Alert:
     """Check a record of the schema ``stampworker.alert`` and make an `Alert` of it.
 
-    Parameters
-    ----------
-    record : mapping
-        Fields by the schema's names. Fields that may be null may be absent.
-
-    Returns
-    -------
-    alert : Alert
-        The checked alert.
-
-    Raises
-    ------
-    AlertError
-        A field is unknown or missing, or its value is not allowed.
+    Fields that may be null may be absent. AlertError: a field is unknown or missing, or its value is not allowed.
     """
     if not isinstance(record, Mapping):
         raise AlertError(f"found {type(record).__name__}, wanted one alert: an object of fields")
@@ -136,26 +123,10 @@ def from_record(record: Mapping[str, Any]) -> Alert:
 
 
 def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
-    r"""Read one alert from bytes: JSON, an Avro object container, or Confluent wire format.
+    r"""Read one alert from bytes: an Avro container if they begin with ``Obj\x01``, wire format if with 0, else JSON.
 
-    Parameters
-    ----------
-    data : bytes
-        One alert. It is a container if it begins with ``Obj\x01``, wire format if it begins with 0, else JSON.
-    schema_folder : Path, optional
-        Folder with the files ``<schema id>.avsc``, the writers' schemas of the wire format.
-
-    Returns
-    -------
-    alert : Alert
-        The checked alert.
-
-    Raises
-    ------
-    UnknownSchema
-        The folder has no schema of that id, or no folder is given.
-    AlertError
-        The bytes cannot be decoded, or a field of the alert is wrong.
+    The folder has the files ``<schema id>.avsc``, the writers' schemas of the wire format; without the one that is
+    needed, UnknownSchema is raised. Other bytes that cannot be decoded, or a wrong field, are an AlertError.
     """
     if data[:4] == b"Obj\x01":
         records = decode_container(data)
@@ -164,7 +135,12 @@ def decode(data: bytes, schema_folder: Path | None = None) -> Alert:
         return from_record(records[0])
     if data[:1] == b"\x00":
         return from_record(_decode_wire(data, schema_folder))
-    return from_record(_decode_json(data))
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as exc:  # not JSON, not UTF-8, a number of more than 4300 digits
+        start = bytes(data[:20])
+        raise AlertError(f"found {start!r}…, wanted JSON, an Avro container or wire format: {brief(exc)}") from exc
+    return from_record(record)
 
 
 def encode(alert: Alert) -> bytes:
@@ -176,13 +152,7 @@ def encode(alert: Alert) -> bytes:
 
 
 def decode_container(data: bytes) -> list[dict[str, Any]]:
-    """Read the records of an Avro object container, resolved to the schema ``stampworker.alert``.
-
-    Raises
-    ------
-    AlertError
-        The container cannot be read, or its schema does not resolve to that of an alert.
-    """
+    """Read the records of an Avro container in the schema ``stampworker.alert``; AlertError if they do not resolve."""
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*ALERT))
         return list(reader)  # type: ignore[arg-type]
@@ -196,17 +166,14 @@ def _decode_wire(data: bytes, schema_folder: Path | None) -> Any:
     schema_id = int.from_bytes(data[1:5], "big")
     if schema_folder is None:
         raise UnknownSchema(f"wire format: schema id {schema_id}, and no alerts.schema_folder is set")
-    body = io.BytesIO(data)
-    body.seek(5)
+    body = io.BytesIO(data[5:])
     writer_schema = _writer_schema(schema_folder, schema_id)
     try:
         record = fastavro.schemaless_reader(body, writer_schema, parsed_schema(*ALERT))
     except Exception as exc:  # as above
         raise AlertError(f"wire format, schema id {schema_id}: {brief(exc)}") from exc
-    if body.tell() != len(data):
-        raise AlertError(
-            f"wire format, schema id {schema_id}: {len(data) - body.tell()} bytes after the alert, wanted 0"
-        )
+    if rest := body.read():
+        raise AlertError(f"wire format, schema id {schema_id}: {len(rest)} bytes after the alert, wanted 0")
     return record
 
 
@@ -219,14 +186,6 @@ def _writer_schema(folder: Path, schema_id: int) -> Any:
         raise UnknownSchema(f"wire format: schema id {schema_id}, and there is no {path}") from None
     except (OSError, ValueError, SchemaParseException) as exc:
         raise AlertError(f"wire format: schema id {schema_id}, {path}: {brief(exc)}") from exc
-
-
-def _decode_json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as exc:  # not JSON, not UTF-8, a number of more than 4300 digits
-        start = bytes(data[:20])
-        raise AlertError(f"found {start!r}…, wanted JSON, an Avro container or wire format: {brief(exc)}") from exc
 
 
 def is_text(value: object) -> bool:

@@ -17,29 +17,12 @@ from stampworker.formats.tables import alerts_table, from_table, is_table, read_
 def read_alerts(
     path: Path, schema_folder: Path | None = None, **table_options: Any
 ) -> tuple[list[Alert | AlertError], Table]:
-    """Read every alert of a file.
+    """Read every alert of a file, or the error if one cannot be read, and a table with a row per alert.
 
-    Parameters
-    ----------
-    path : Path
-        A table, recognised by its ending, or alerts, recognised by their content: one JSON object, a list, one object
-        per line, an Avro object container, or one alert in Confluent wire format.
-    schema_folder : Path, optional
-        Folder with the files ``<schema id>.avsc``, for wire format.
-    **table_options
-        For a table: ``frames``, ``columns`` and ``pixel_origin`` of `stampworker.formats.tables.from_table`.
-
-    Returns
-    -------
-    alerts : list of Alert or AlertError
-        In the file's order; the error if one cannot be read.
-    table : astropy.table.Table
-        One row per alert: the table as read, or the alerts' fields.
-
-    Raises
-    ------
-    AlertError
-        The file as a whole cannot be read.
+    The file is a table, recognised by its ending and returned as read, or it has alerts, recognised by their content:
+    one JSON object, a list, one object per line, an Avro object container, or one alert in Confluent wire format, whose
+    schema is in the folder. The options ``frames``, ``columns`` and ``pixel_origin`` are those of `from_table`. An
+    AlertError is raised if the file as a whole cannot be read.
     """
     if is_table(path):
         table = read_table(path)

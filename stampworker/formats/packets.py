@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,18 +107,9 @@ class Stamp:
 class StampWriter:
     """Writes the stamps of one plane of one frame.
 
-    It formats the header's cards once, not once per stamp, which is a hundred times faster than astropy.io.fits.
-
-    Parameters
-    ----------
-    plane : str
-        EXTNAME of the stamps.
-    wcs_cards : sequence of str
-        The frame's WCS as cards of 80 characters. CRPIX is shifted for each stamp, the other cards are copied.
-    bunit : str or None
-        BUNIT of the frame.
-    gzip : bool
-        Compress the stamps.
+    It formats the header's cards once, not once per stamp, which is a hundred times faster than astropy.io.fits. The
+    plane is the EXTNAME of its stamps. The frame's WCS comes as cards of 80 characters; CRPIX is shifted for each
+    stamp, the other cards are copied.
     """
 
     def __init__(self, plane: str, wcs_cards: Sequence[str], bunit: str | None, gzip: bool = True) -> None:
@@ -139,21 +130,9 @@ class StampWriter:
         self._headers: dict[tuple[int, int, int], tuple[bytes, bytes]] = {}
 
     def write(self, alert_id: str, data: NDArray[Any], x1: int, y1: int) -> Stamp:
-        """Write one stamp.
+        """Write one stamp of the shape (ny, nx): float32, float64 or an integer type, in any byte order.
 
-        Parameters
-        ----------
-        alert_id : str
-            The alert's identifier, for the file's name.
-        data : ndarray, shape (ny, nx)
-            Pixels: float32, float64 or an integer type, in any byte order.
-        x1, y1 : int
-            Position of the stamp's first pixel on the frame, 0-based.
-
-        Returns
-        -------
-        stamp : Stamp
-            The FITS file.
+        Its first pixel has the position (x1, y1) on the frame, 0-based.
         """
         if data.dtype.kind == "b" or data.dtype.str[1:] not in _BITPIX:
             # FITS has no such type. The values of a mask fit into the next larger one.
@@ -231,7 +210,7 @@ class Packet:
     adjust_settings: Mapping[str, Any]
     convolved_origin: str | None = None
     err_origin: str | None = None
-    resampled_planes: tuple[str, ...] = field(default=())
+    resampled_planes: tuple[str, ...] = ()
     worker_version: str = ""
 
     @property
@@ -317,13 +296,7 @@ def encode(packet: Packet) -> bytes:
 
 
 def read_packets(data: bytes) -> list[Packet]:
-    """Read every packet of an Avro object container.
-
-    Raises
-    ------
-    ValueError
-        The bytes are not a container of packets.
-    """
+    """Read every packet of an Avro object container; a ValueError is raised if the bytes are not one of packets."""
     try:
         reader = fastavro.reader(io.BytesIO(data), reader_schema=parsed_schema(*PACKET))
         return [_from_record(record) for record in reader]  # type: ignore[arg-type]

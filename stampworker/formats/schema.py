@@ -17,20 +17,7 @@ PACKET = ("stampworker.packet", "1.0")
 
 @cache
 def schema_text(name: str, version: str) -> str:
-    """Return a schema as compact JSON, docs included.
-
-    Parameters
-    ----------
-    name : str
-        ``stampworker.alert`` or ``stampworker.packet``.
-    version : str
-        ``<major>.<minor>``.
-
-    Returns
-    -------
-    text : str
-        The schema without blanks.
-    """
+    """Return the schema of a name and a version ``<major>.<minor>`` as JSON without blanks, docs included."""
     text = files("stampworker").joinpath("schemas", name, version, f"{name}.avsc").read_text(encoding="utf-8")
     return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
 
@@ -42,33 +29,18 @@ def parsed_schema(name: str, version: str) -> Any:
 
 
 def write_container(name: str, version: str, record: Mapping[str, Any], marker: bytes) -> bytes:
-    """Write one record as an Avro object container.
+    """Write one record as an uncompressed Avro object container, with a sync marker of 16 bytes.
 
     The same arguments give the same bytes in every process. fastavro's own container writer does not: it orders the
     attributes of the embedded schema by hash, which differs between processes. So fastavro writes the values only.
-
-    Parameters
-    ----------
-    name, version : str
-        Name and version of the schema.
-    record : mapping
-        A record of that schema.
-    marker : bytes
-        The container's sync marker, 16 bytes.
-
-    Returns
-    -------
-    container : bytes
-        Uncompressed; readable by any Avro tool.
 
     References
     ----------
     Apache Avro 1.11 specification, "Object Container Files".
     """
-    out = io.BytesIO()
-    out.write(_header(name, version) + marker)
-    body = io.BytesIO()
+    out, body = io.BytesIO(), io.BytesIO()
     fastavro.schemaless_writer(body, parsed_schema(name, version), record)
+    out.write(_header(name, version) + marker)
     fastavro.schemaless_writer(out, "long", 1)  # records in the block
     fastavro.schemaless_writer(out, "bytes", body.getvalue())
     out.write(marker)

@@ -44,37 +44,21 @@ def is_table(path: Path) -> bool:
 
 
 def read_table(path: Path) -> Table:
-    """Read a table of candidates.
+    """Read a table of candidates: ECSV, VOTable, FITS, CSV, TSV or a SExtractor catalogue; the ending names the format.
 
-    Parameters
-    ----------
-    path : Path
-        ECSV, VOTable, FITS, CSV, TSV or a SExtractor catalogue; the ending names the format.
-
-    Returns
-    -------
-    table : astropy.table.Table
-        The table as read.
-
-    Raises
-    ------
-    AlertError
-        The file does not exist or cannot be read.
+    A file that does not exist or cannot be read is an AlertError.
     """
     if not path.is_file():
         raise AlertError(f"{path}: found no such file, wanted a table of candidates")
     form = _FORMATS[path.suffix.lower()]
     try:
-        return Table.read(path, format=form, **({"hdu": _candidates_hdu(path)} if form == "fits" else {}))
+        if form != "fits":
+            return Table.read(path, format=form)
+        with fits.open(path) as hdus:  # SExtractor's FITS_LDAC has another table before the candidates
+            hdu = "LDAC_OBJECTS" if "LDAC_OBJECTS" in hdus else 1
+        return Table.read(path, format=form, hdu=hdu)
     except Exception as exc:  # astropy's readers raise many kinds of error
         raise AlertError(f"{path}: found no table: {brief(exc)}") from exc
-
-
-def _candidates_hdu(path: Path) -> int:
-    """Return the index of the HDU with the candidates. SExtractor's FITS_LDAC has another table before them."""
-    with fits.open(path) as hdus:
-        names = [hdu.name for hdu in hdus]
-    return names.index("LDAC_OBJECTS") if "LDAC_OBJECTS" in names else 1
 
 
 def from_table(
@@ -197,18 +181,9 @@ def _scalar(value: Any) -> Any:
 
 
 def alerts_table(alerts: Sequence[Alert | AlertError]) -> Table:
-    """Return the fields of alerts as a table.
+    """Return the fields of alerts as a table with a row per alert; an error gives a row with its ``alertId`` alone.
 
-    Parameters
-    ----------
-    alerts : sequence of Alert or AlertError
-        An error gives a row with its ``alertId`` alone.
-
-    Returns
-    -------
-    table : astropy.table.Table
-        One row per alert, without ``frames``. The keys of ``extra`` are columns; columns that no alert fills are left
-        out.
+    The keys of ``extra`` are columns; ``frames`` and the columns that no alert fills are left out.
     """
     rows = []
     for alert in alerts:
@@ -223,20 +198,10 @@ def alerts_table(alerts: Sequence[Alert | AlertError]) -> Table:
 
 
 def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
-    """Add the metrics to a table of candidates.
+    """Return a copy of a table of candidates with the results of its rows.
 
-    Parameters
-    ----------
-    table : astropy.table.Table
-        One row per candidate; not modified.
-    results : iterable of Packet or Reject
-        One per row.
-
-    Returns
-    -------
-    table : astropy.table.Table
-        A copy with ``alertId``, ``packetId``, the columns ``adjust_*`` (masked without a fit) and ``reject``: the
-        reason why a row has no packet, else empty.
+    The columns are ``alertId``, ``packetId``, ``adjust_*`` (masked without a fit) and ``reject``: the reason why a row
+    has no packet, else empty.
     """
     listed = list(results)
     packets = [result if isinstance(result, Packet) else None for result in listed]
@@ -255,17 +220,8 @@ def results_table(table: Table, results: Iterable[Packet | Reject]) -> Table:
 def masked_column(values: Sequence[Any], kind: type | None = None) -> MaskedColumn:
     """Return scalars as a column, masked where they are None.
 
-    Parameters
-    ----------
-    values : sequence
-        Scalars or None.
-    kind : type, optional
-        Type of the column. By default that of the values: float if integers and floats mix, text if other types mix.
-
-    Returns
-    -------
-    column : astropy.table.MaskedColumn
-        The column; text if every value is None.
+    By default its type is that of the values: float if integers and floats mix, text if other types mix or all are
+    None.
     """
     if kind is None:
         kinds = {type(value) for value in values if value is not None}
@@ -275,15 +231,10 @@ def masked_column(values: Sequence[Any], kind: type | None = None) -> MaskedColu
 
 
 def write_tables(path: Path, tables: Sequence[Table]) -> None:
-    """Write tables to one file, one below the other.
+    """Write tables to one file, one below the other; its ending, one of `WRITTEN`, names the format.
 
-    Parameters
-    ----------
-    path : Path
-        File to write; its ending, one of `WRITTEN`, names the format.
-    tables : sequence of astropy.table.Table
-        At least one; they are modified. A column of different types becomes text, and so do the columns that the
-        format cannot hold.
+    The tables are modified: a column of different types becomes text, and so do the columns that the format cannot
+    hold.
     """
     form = _FORMATS[path.suffix.lower()]
     for name in dict.fromkeys(name for table in tables for name in table.colnames):

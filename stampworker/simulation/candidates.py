@@ -87,18 +87,7 @@ class Source:
 
 
 def capacity(size: int) -> int:
-    """Return how many candidates fit on one frame, each with a cell for itself.
-
-    Parameters
-    ----------
-    size : int
-        Side of the frame, pixels.
-
-    Returns
-    -------
-    number : int
-        The largest number of candidates.
-    """
+    """Return how many candidates fit on one frame with a side of ``size`` pixels, each with a cell for itself."""
     return max(0, (size - 2 * MARGIN) // CELL) ** 2
 
 
@@ -107,12 +96,12 @@ def share_out(number: int, rng: np.random.Generator) -> list[tuple[str, float]]:
     exact = np.array(list(SHARES.values())) * number
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: number - counts.sum()]] += 1
-    all_of_them = [
+    kinds = [
         (kind, float((i + rng.random()) / count))
         for kind, count in zip(SHARES, counts, strict=True)
         for i in rng.permutation(count)
     ]
-    return [all_of_them[i] for i in rng.permutation(len(all_of_them))]
+    return [kinds[i] for i in rng.permutation(number)]
 
 
 def design(kind: str, rank: float, psf: Array, kernel: Kernel, fwhm: float, rng: np.random.Generator) -> Source:

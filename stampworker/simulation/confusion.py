@@ -17,20 +17,13 @@ BINNED = ("transient-sky", "transient-galaxy", "dipole", "scale-error")
 """Classes that are split by S/N; each of the others is one row."""
 
 Results = Mapping[str, Mapping[str, Any]]
+"""``alertId`` → the packet's metrics (``adjust_chi2_0``, ...) and ``adjust_artefact``."""
 
 
 def stdweb_rule(metrics: Mapping[str, Any]) -> bool:
-    """Return True if STDWeb's thresholds alone would call a candidate an artefact.
+    """Return True if STDWeb's thresholds alone would call a candidate with these metrics of a fit an artefact.
 
-    Parameters
-    ----------
-    metrics : mapping
-        ``adjust_chi2_0``, ``adjust_chi2``, ``adjust_pval`` and ``adjust_scale`` of a fit; empty without one.
-
-    Returns
-    -------
-    artefact : bool
-        p > 0.01 or chi2 < 0.33 chi2_0, and the scale within 0.8 and 1.2. False without a fit.
+    They are: p > 0.01 or chi2 < 0.33 chi2_0, and the scale within 0.8 and 1.2. False without a fit.
     """
     if metrics.get("adjust_chi2") is None:
         return False
@@ -39,26 +32,11 @@ def stdweb_rule(metrics: Mapping[str, Any]) -> bool:
 
 
 def confusion(truth: Table, results: Results) -> Table:
-    """Count the verdicts by class and S/N.
+    """Count the verdicts by class and S/N, from the ``alertId``, ``class`` and ``snr`` of a night's truth.
 
-    Parameters
-    ----------
-    truth : Table
-        The truth of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``.
-    results : mapping
-        ``alertId`` → the packet's metrics (``adjust_chi2_0``, ...) and ``adjust_artefact``.
-
-    Returns
-    -------
-    table : Table
-        One row per class and bin that has candidates: ``class``, ``snr`` (the bin), and the counts ``number``
-        (candidates), ``fitted``, ``artefact`` (verdict of the worker) and ``stdweb`` (verdict of STDWeb's thresholds
-        alone).
-
-    Raises
-    ------
-    KeyError
-        A candidate of the truth has no result.
+    The table has a row per class and bin with candidates: ``class``, ``snr`` (the bin), and the counts ``number``
+    (candidates), ``fitted``, ``artefact`` (verdict of the worker) and ``stdweb`` (verdict of STDWeb's thresholds
+    alone). A candidate without a result is a KeyError.
     """
     rows = []
     for kind in dict.fromkeys([*BINNED, *(str(name) for name in truth["class"])]):
@@ -82,65 +60,30 @@ def _count(results: list[Mapping[str, Any]]) -> tuple[int, int, int]:
 
 
 def format_confusion(table: Table) -> str:
-    """Write the table of `confusion` as text, with verdicts in per cent of the candidates.
-
-    Parameters
-    ----------
-    table : Table
-        The result of `confusion`.
-
-    Returns
-    -------
-    text : str
-        A Markdown table.
-    """
-    lines = [
-        "| called artefact | S/N | candidates | fitted | stampworker | STDWeb's rule alone |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
+    """Write the table of `confusion` in Markdown, with verdicts in per cent; aligned, to read well on a terminal."""
+    rows = [["called artefact", "S/N", "candidates", "fitted", "stampworker", "STDWeb's rule alone"]]
     for row in table:
-        ours, theirs = (f"{100 * row[name] / row['number']:.1f} %" for name in ("artefact", "stdweb"))
-        lines.append(f"| {row['class']} | {row['snr']} | {row['number']} | {row['fitted']} | {ours} | {theirs} |")
-    return _align(lines)
-
-
-def _align(lines: list[str]) -> str:
-    """Pad the cells of a Markdown table so that it also reads well on a terminal."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    widths = [max(len(cell) for i, cell in enumerate(column) if i != 1) for column in zip(*cells, strict=True)]
-    text = []
-    for row in cells:
-        padded = []
-        for cell, width, rule in zip(row, widths, cells[1], strict=True):
-            right = rule.endswith(":")
-            if row is cells[1]:
-                padded.append("-" * (width - right) + ":" * right)
-            else:
-                padded.append(cell.rjust(width) if right else cell.ljust(width))
-        text.append("| " + " | ".join(padded) + " |")
-    return "\n".join(text)
+        shares = (f"{100 * row[name] / row['number']:.1f} %" for name in ("artefact", "stdweb"))
+        rows.append([*(str(row[name]) for name in ("class", "snr", "number", "fitted")), *shares])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    lines = [
+        [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def recovery(truth: Table, results: Results, min_snr: float = 10.0) -> dict[str, float]:
-    """Compare fitted shifts and scales with the truth.
+    """Compare fitted shifts and scales with the ``dx``, ``dy`` and ``scale`` of a night's truth.
 
-    Parameters
-    ----------
-    truth : Table
-        The truth of `stampworker.simulation.night.simulate`, or its columns ``alertId``, ``class``, ``snr``, ``dx``,
-        ``dy``, ``scale``.
-    results : mapping
-        ``alertId`` → the packet's metrics. Candidates without a fit are left out.
-    min_snr : float
-        Smallest S/N of the residual.
-
-    Returns
-    -------
-    figures : dict
-        ``dipoles``, ``scale_errors``: numbers of candidates compared. ``shift``: median distance between the fitted and
-        the true shift of dipoles, pixels. ``dx_bias``, ``dy_bias``: medians of fitted minus true. ``scale``: median of
-        |fitted minus true| of scale errors between 1/1.1 and 1.1, the default bounds of the fit. NaN if nothing can be
-        compared.
+    Candidates without a fit or with a residual of a smaller S/N are left out. ``dipoles``, ``scale_errors``: numbers of
+    candidates compared. ``shift``: median distance between the fitted and the true shift of dipoles, pixels.
+    ``dx_bias``, ``dy_bias``: medians of fitted minus true. ``scale``: median of |fitted minus true| of scale errors
+    between 1/1.1 and 1.1, the default bounds of the fit. NaN if nothing can be compared.
     """
     fits = [
         (row, results[str(row["alertId"])])

@@ -32,28 +32,11 @@ _STALL_S = 240.0  # a busy machine is slow, but a worker that runs makes progres
 
 
 def run(directory: Path, *, candidates: int, seed: int, settings: Settings) -> int:
-    """Run the demo and print its result.
+    """Run the demo and print its result; return 0 if every alert came back as a packet, else 1.
 
-    Parameters
-    ----------
-    directory : Path
-        Folder for the night, the packets and the picture. The files of an earlier demo are replaced.
-    candidates, seed : int
-        Number of candidates and random seed of the simulated night.
-    settings : Settings
-        Settings of the fit and the verdict.
-
-    Returns
-    -------
-    code : int
-        0 if every alert came back as a packet, else 1.
-
-    Raises
-    ------
-    ConfigError
-        matplotlib is missing, or the folder has files that no demo made.
-    PublishError
-        The alerts could not be published, or no packet came back for 20 s.
+    The folder gets the night, the packets and the picture; the files of an earlier demo are replaced. It is a
+    ConfigError if the folder has files that no demo made or matplotlib is missing, a PublishError if the alerts cannot
+    be published or no packet comes back for 20 s.
     """
     if importlib.util.find_spec("matplotlib") is None:  # checked before the work, not after it
         raise ConfigError("the demo draws a picture with matplotlib: pip install 'stampworker[viewer]'")
@@ -165,17 +148,13 @@ def _show(directory: Path, night: Night, packets: Mapping[str, Packet], number: 
 
 def _table(rows: Sequence[Any], packets: Sequence[Packet]) -> str:
     """Return a table with one line per candidate: true class, fit and verdict."""
-    head = (
-        f"{'alert':14} {'true class':17} {'S/N':>6} {'dx':>7} {'dy':>7} {'scale':>6} {'chi2_0':>9} {'chi2':>9} {'p':>8}"
-    )
-    head += "  verdict"
+    columns = {"dx": "7.3f", "dy": "7.3f", "scale": "6.3f", "chi2_0": "9.1f", "chi2": "9.1f", "pval": "8.2g"}
+    names = " ".join(f"{'p' if name == 'pval' else name:>{spec[0]}}" for name, spec in columns.items())
+    head = f"{'alert':14} {'true class':17} {'S/N':>6} {names}  verdict"
     lines = [head, "-" * len(head)]
     for row, packet in zip(rows, packets, strict=True):
-        m = packet.metrics
-        fit = f"{'':>7} {'':>7} {'':>6} {'':>9} {'':>9} {'':>8}"
-        if m:
-            shift = f"{m['adjust_dx']:7.3f} {m['adjust_dy']:7.3f} {m['adjust_scale']:6.3f}"
-            fit = f"{shift} {m['adjust_chi2_0']:9.1f} {m['adjust_chi2']:9.1f} {m['adjust_pval']:8.2g}"
+        values = (format(packet.metrics[f"adjust_{name}"], spec) for name, spec in columns.items())
+        fit = " ".join(values) if packet.metrics else " " * len(names)
         verdict = {True: "artefact", False: "not an artefact", None: packet.adjust_status}[packet.adjust_artefact]
         lines.append(f"{packet.alert_id:14} {row['class']!s:17} {float(row['snr']):6.1f} {fit}  {verdict}")
     return "\n".join(lines)

@@ -43,28 +43,13 @@ TEMPLATE_SKY = 3.1  # template units
 
 @dataclass(frozen=True)
 class Night:
-    """Files of a simulated night.
+    """Files of a simulated night."""
 
-    Parameters
-    ----------
-    directory : Path
-        The night's folder; frames in alerts are relative to it.
-    frames : tuple of Path
-        A folder per frame, with ``science.fits``, ``template.fits``, ``convolved.fits``, ``difference.fits``,
-        ``error.fits`` and ``mask.fits``.
-    alerts : Path
-        ``alerts.jsonl``: one alert per line, schema ``stampworker.alert``.
-    candidates : Path
-        ``candidates.ecsv``: the same detections as a table (id, frame, x, y, ra, dec, mjd, fwhm, snr).
-    truth : Path
-        ``truth.ecsv``: what each candidate is, see `simulate`.
-    """
-
-    directory: Path
-    frames: tuple[Path, ...]
-    alerts: Path
-    candidates: Path
-    truth: Path
+    directory: Path  # frames in alerts are relative to it
+    frames: tuple[Path, ...]  # a folder per frame: science.fits, template, convolved, difference, error and mask
+    alerts: Path  # one alert per line, schema stampworker.alert
+    candidates: Path  # the same detections as a table (id, frame, x, y, ra, dec, mjd, fwhm, snr)
+    truth: Path  # what each candidate is, see `simulate`
 
 
 def simulate(
@@ -76,37 +61,12 @@ def simulate(
     seed: int = 1,
     progress: bool = False,
 ) -> Night:
-    """Write a survey night with known truth.
+    """Write a survey night with known truth to a folder that is empty (else ConfigError) or absent.
 
-    Parameters
-    ----------
-    directory : str or Path
-        Folder to write; it must be empty or absent.
-    frames : int
-        Number of frames (pointings), each with its own template, seeing and WCS.
-    size : int
-        Side of a frame, pixels; at least 256.
-    candidates : int
-        Number of candidates on all frames together, at most `capacity` per frame.
-    seed : int
-        The same seed and sizes give the same bytes.
-    progress : bool
-        Show a progress bar if standard error is a terminal.
+    Each frame (pointing) has its own template, seeing and WCS, and a side of ``size`` pixels, at least 256. The
+    candidates, those of all frames together, are at most `capacity` per frame. The same seed and sizes give the same
+    bytes. A number out of range is a ValueError.
 
-    Returns
-    -------
-    night : Night
-        The files.
-
-    Raises
-    ------
-    ConfigError
-        ``directory`` is not empty.
-    ValueError
-        ``frames``, ``size``, ``candidates`` or ``seed`` is out of range.
-
-    Notes
-    -----
     The S/N (``snr`` in the truth) is sqrt(Σ (signal / error)²) over the pixels, with the noiseless difference that the
     candidate leaves and the error plane. For a point source this is the S/N of the matched filter; for a dipole or a
     scale error it is that of the residual. The classes (``class``) are:
@@ -180,7 +140,8 @@ def _simulate_frame(
     planes = _observe(scene, sources, kernel, rng)
     clean = _clean_difference(scene, sources, kernel)
     header = _header(number, size, fwhm)
-    _write_frames(folder, planes, header)
+    for name, plane in planes.items():
+        fits.PrimaryHDU(plane, _plane_header(name, header)).writeto(folder / f"{name}.fits")
     rows = []
     for source in sorted(sources, key=lambda s: (s.y, s.x)):
         alert = _alert(source, planes, psf, header)
@@ -335,11 +296,6 @@ def _plane_header(name: str, common: fits.Header) -> fits.Header:
     if name == "science":
         header["SATURATE"] = (SATURATION, "[adu]")
     return header
-
-
-def _write_frames(folder: Path, planes: Mapping[str, NDArray[Any]], header: fits.Header) -> None:
-    for name, plane in planes.items():
-        fits.PrimaryHDU(plane, _plane_header(name, header)).writeto(folder / f"{name}.fits")
 
 
 def _alert(source: Source, planes: Mapping[str, NDArray[Any]], psf: Array, header: fits.Header) -> dict[str, Any]:

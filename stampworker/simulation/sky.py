@@ -159,16 +159,9 @@ def add_galaxy(plane: Array, x: float, y: float, flux: float, shape: Mapping[str
 
 
 def draw_field(plane: Array, candidates: Array, rng: np.random.Generator) -> None:
-    """Add stars, a power law in flux up to saturated ones, and galaxies.
+    """Add stars, a power law in flux up to saturated ones, and galaxies to a plane with margins; flux in adu.
 
-    Parameters
-    ----------
-    plane : ndarray, shape (ny, nx)
-        Light in adu, with margins; modified.
-    candidates : ndarray, shape (n, 2)
-        Positions x, y on the frame. Field sources keep clear of them.
-    rng : numpy.random.Generator
-        Source of the random numbers.
+    They keep clear of the candidates: positions x, y on the frame, shape (n, 2).
     """
     low, high = -MARGIN, plane.shape[0] - MARGIN
     million = plane.size / 1e6

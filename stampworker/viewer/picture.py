@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from astropy.stats import mad_std
@@ -46,49 +46,13 @@ _Stretch = Callable[[Floats], Floats]
 """From values of a plane to grey: 0 is black, 1 is white."""
 
 
-class _Layout(NamedTuple):
-    """The layout of the picture, in screen pixels from the upper left corner."""
-
-    blocks: int
-    rows: int
-    cell: int
-
-    @property
-    def block_width(self) -> int:
-        return _LABEL + len(COLUMNS) * (self.cell + _GAP) + 3 * _GAP
-
-    @property
-    def size(self) -> tuple[int, int]:
-        width = self.blocks * self.block_width + _GAP
-        return width, _HEAD + self.rows * (self.cell + _GAP) + _FOOT
-
-    def corner(self, number: int) -> tuple[int, int]:
-        """Return the upper left corner of a row: left and top."""
-        block, row = divmod(number, self.rows)
-        return _GAP + block * self.block_width, _HEAD + row * (self.cell + _GAP)
-
-
 def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] | None = None) -> None:
-    """Draw the stamps of packets as a PNG, one row per packet.
+    """Draw the stamps of packets as a PNG, one row per packet, and beside its id its label, such as its true class.
 
-    Parameters
-    ----------
-    packets : sequence of Packet
-        At least one. Many rows are laid out in several blocks side by side, each read downwards.
-    path : str or Path
-        File to write.
-    labels : sequence of str, optional
-        A line for each packet beside its id, such as its true class.
+    Many rows are laid out in several blocks side by side, each read downwards. It is a ValueError if there are no
+    packets, too many for a picture of 60 million pixels, or not as many labels, and a ConfigError if matplotlib is not
+    installed.
 
-    Raises
-    ------
-    ConfigError
-        matplotlib is not installed.
-    ValueError
-        There are no packets, too many for a picture of 60 million pixels, or not as many ``labels``.
-
-    Notes
-    -----
     Black is low, white is high. Science and convolved share a stretch; the template, on its own flux scale, has its
     own. Both are asinh stretches from 3 sigma below the sky to the brightest pixels, linear over the noise. Difference
     and adjusted share a linear stretch that is symmetric about zero, so they show what the adjustment removes. Pixels
@@ -105,8 +69,7 @@ def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] |
     except ImportError as exc:
         raise ConfigError("pictures need matplotlib: pip install 'stampworker[viewer]'") from exc
 
-    layout = _layout(packets)
-    width, height = layout.size
+    cell, (width, height), corners = _layout(packets)
     if width * height > MOST_PIXELS:
         raise ValueError(
             f"packets: found {len(packets)}, a picture of {width} × {height}; wanted at most {MOST_PIXELS:.0e} pixels"
@@ -116,13 +79,12 @@ def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] |
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    for number, packet in enumerate(packets):
-        left, top = layout.corner(number)
-        _paint_row(canvas, packet, left + _LABEL, top, layout.cell)
-        _write_row(axes, packet, labels[number] if labels else None, left, top + layout.cell / 2)
-    for block in range(layout.blocks):
+    for packet, label, (left, top) in zip(packets, labels or [""] * len(packets), corners, strict=True):
+        _paint_row(canvas, packet, left + _LABEL, top, cell)
+        _write_row(axes, packet, label, left, top + cell / 2)
+    for left in dict.fromkeys(left for left, _ in corners):  # of each block
         for column, name in enumerate(COLUMNS):
-            middle = layout.corner(block * layout.rows)[0] + _LABEL + column * (layout.cell + _GAP) + layout.cell / 2
+            middle = left + _LABEL + column * (cell + _GAP) + cell / 2
             axes.text(middle, _HEAD / 2, name, ha="center", va="center", fontsize=9, color="#333333")
     _write_legend(axes, height - _FOOT / 2)
     # figimage, unlike imshow, resamples nothing: a screen pixel is a pixel of the array.
@@ -133,13 +95,19 @@ def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] |
     figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
 
 
-def _layout(packets: Sequence[Packet]) -> _Layout:
-    """Arrange the rows: up to 8 in one block, more so that the picture is about as high as wide."""
+def _layout(packets: Sequence[Packet]) -> tuple[int, tuple[int, int], list[tuple[int, int]]]:
+    """Arrange the rows: up to 8 in one block, more so that the picture is about as high as wide.
+
+    Return the side of a stamp's cell, width and height of the picture, and left and top of each row, screen pixels.
+    """
+    number = len(packets)
     side = max((max(stamp.data.shape) for packet in packets for stamp in packet.stamps.values()), default=1)
-    cell = side * max(1, round((_LARGE_STAMP if len(packets) <= 2 else _STAMP) / side))
-    one = _Layout(1, 1, cell)
-    blocks = max(1, round(math.sqrt(len(packets) * (cell + _GAP) / one.block_width))) if len(packets) > 8 else 1
-    return _Layout(blocks, math.ceil(len(packets) / blocks), cell)
+    cell = side * max(1, round((_LARGE_STAMP if number <= 2 else _STAMP) / side))
+    width = _LABEL + len(COLUMNS) * (cell + _GAP) + 3 * _GAP
+    blocks = max(1, round(math.sqrt(number * (cell + _GAP) / width))) if number > 8 else 1
+    rows = math.ceil(number / blocks)
+    corners = [(_GAP + i // rows * width, _HEAD + i % rows * (cell + _GAP)) for i in range(number)]
+    return cell, (_GAP + blocks * width, _HEAD + rows * (cell + _GAP) + _FOOT), corners
 
 
 def _paint_row(canvas: NDArray[np.uint8], packet: Packet, left: int, top: int, cell: int) -> None:
@@ -164,7 +132,7 @@ def _paint_row(canvas: NDArray[np.uint8], packet: Packet, left: int, top: int, c
 def _stretches(planes: Mapping[str, Floats], mask: NDArray[np.bool_] | None) -> dict[str, _Stretch]:
     """Choose the stretch of each plane."""
     stretches = {name: _sky_stretch(_usable(plane, mask)) for name, plane in planes.items()}
-    if "science" in stretches and "convolved" in stretches:
+    if "science" in stretches:
         stretches["convolved"] = stretches["science"]
     residual = planes.get("difference", planes.get("adjusted"))
     if residual is not None:
@@ -217,7 +185,7 @@ def _mark(canvas: NDArray[np.uint8], x: int, y: int, cell: int) -> None:
     canvas[y + near : y + far, x - half : x + half + 1] = _MARK
 
 
-def _write_row(axes: Axes, packet: Packet, label: str | None, left: float, middle: float) -> None:
+def _write_row(axes: Axes, packet: Packet, label: str, left: float, middle: float) -> None:
     verdict, colour = _VERDICTS[packet.adjust_artefact]
     status = "" if packet.adjust_status == "ok" else f" ({packet.adjust_status})"
     lines: list[tuple[str, dict[str, Any]]] = [(packet.alert_id, {"weight": "bold"})]
@@ -230,17 +198,12 @@ def _write_row(axes: Axes, packet: Packet, label: str | None, left: float, middl
         lines.append((f"dx {m['adjust_dx']:+.2f}   dy {m['adjust_dy']:+.2f} px".replace("-", "−"), {}))
     top = middle - _LINE * (len(lines) - 1) / 2
     for number, (text, style) in enumerate(lines):
-        axes.text(
-            left, top + _LINE * number, _fitting(text), **{"fontsize": 8, "va": "center", "parse_math": False, **style}
-        )
+        fitting = text if len(text) <= 31 else text[:30] + "…"
+        axes.text(left, top + _LINE * number, fitting, fontsize=8, va="center", parse_math=False, **style)
 
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if 99.5 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _fitting(text: str, most: int = 31) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _write_legend(axes: Axes, y: float) -> None:
@@ -256,42 +219,22 @@ def _write_legend(axes: Axes, y: float) -> None:
 
 
 def describe(packet: Packet) -> str:
-    """Write a packet's fields as a readable table.
-
-    Parameters
-    ----------
-    packet : Packet
-        The packet to describe.
-
-    Returns
-    -------
-    text : str
-        One line per field: identifiers, candidate, fit, verdict, settings; and one line per stamp, with its frame.
-    """
-    lines = [("alertId", packet.alert_id), ("objectId", packet.object_id), ("packetId", packet.packet_id)]
-    extra = packet.candidate.get("extra") or {}
-    candidate = {name: value for name, value in packet.candidate.items() if name != "extra"}
-    groups: list[tuple[str, list[tuple[str, object]]]] = [
-        ("packet", [*lines, ("workerVersion", packet.worker_version)]),
-        ("candidate", [*candidate.items(), *((f"extra.{name}", value) for name, value in sorted(extra.items()))]),
-        (
-            "adjustment",
-            [
-                ("adjust_status", packet.adjust_status),
-                ("adjust_artefact", packet.adjust_artefact),
-                *packet.metrics.items(),
-                ("convolvedOrigin", packet.convolved_origin),
-                ("errOrigin", packet.err_origin),
-                ("resampledPlanes", ", ".join(packet.resampled_planes) or None),
-            ],
-        ),
-        ("settings", list(packet.adjust_settings.items())),
-    ]
-    width = max(len(name) for _, fields in groups for name, _ in fields)
+    """Write a packet as text: a line per field (identifiers, candidate, fit, verdict, settings) and one per stamp."""
+    record = packet.to_record()
+    candidate = dict(packet.candidate)
+    extra = candidate.pop("extra", None) or {}
+    fit = {name: record[name] for name in ("adjust_status", "adjust_artefact")} | dict(packet.metrics)
+    fit |= {name: record[name] for name in ("convolvedOrigin", "errOrigin")}
+    groups: dict[str, Mapping[str, object]] = {
+        "packet": {name: record[name] for name in ("alertId", "objectId", "packetId", "workerVersion")},
+        "candidate": candidate | {f"extra.{name}": value for name, value in sorted(extra.items())},
+        "adjustment": fit | {"resampledPlanes": ", ".join(packet.resampled_planes) or None},
+        "settings": packet.adjust_settings,
+    }
+    width = max(len(name) for fields in groups.values() for name in fields)
     text = []
-    for title, fields in groups:
-        text.append(title)
-        text += [f"  {name:<{width}}  {_value(name, value)}" for name, value in fields]
+    for title, fields in groups.items():
+        text += [title, *(f"  {name:<{width}}  {_value(name, value)}" for name, value in fields.items())]
     return "\n".join([*text, *_describe_stamps(packet)])
 
 
@@ -315,16 +258,9 @@ def _describe_stamps(packet: Packet) -> list[str]:
     rows = [("stamp", "pixels", "type", "unit", "no data", "frame")]
     for name, stamp in packet.stamps.items():
         data = stamp.data
-        missing = np.count_nonzero(data) if name == "mask" else np.count_nonzero(~np.isfinite(data))
-        rows.append(
-            (
-                name,
-                f"{data.shape[1]} × {data.shape[0]}",
-                str(data.dtype),
-                str(stamp.header.get("BUNIT", "–")),
-                f"{missing}{' masked' if name == 'mask' else ''}",
-                str(packet.frames.get(name, "–")),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        pixels = f"{data.shape[1]} × {data.shape[0]}"
+        missing = f"{np.count_nonzero(data)} masked" if name == "mask" else str(np.count_nonzero(~np.isfinite(data)))
+        unit, frame = str(stamp.header.get("BUNIT", "–")), packet.frames.get(name, "–")
+        rows.append((name, pixels, str(data.dtype), unit, missing, frame))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
