@@ -255,6 +255,7 @@ class FrameStore:
         Returns
         -------
         frame : Frame
+            The same one while it is open and its file is unchanged.
 
         Raises
         ------
