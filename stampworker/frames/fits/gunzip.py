@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from stampworker.config import FrameSettings
     from stampworker.frames.io.sources import Source
 
-# isal's type stubs call the class an instance.
-INFLATE_ERRORS: tuple[type[Exception], ...] = (IsalError, zlib.error)  # type: ignore[assignment]
+InflateError: type[Exception] = IsalError  # type: ignore[assignment]  # whose stub calls the class an instance
 _INFLATE_STEP = 1 << 20
 _MEMBER_STEP = 1 << 12
 
@@ -70,7 +68,7 @@ def _decompress(packed: Source, url: str, limit: int) -> Iterator[bytes]:
             stream = isal_zlib.decompressobj(wbits=31)
         try:
             part = stream.decompress(pending, min(_INFLATE_STEP, limit + 1 - total))
-        except INFLATE_ERRORS as exc:
+        except InflateError as exc:
             raise FrameCorrupt(url, f"damaged gzip stream after {total} decompressed bytes: {exc}") from exc
         if not (part or pending or stream.eof):
             raise FrameCorrupt(url, f"the gzip stream ends early, after {packed.size} bytes ({total} decompressed)")

@@ -25,7 +25,7 @@ from astropy.io.fits.hdu.compressed import _compression
 from isal import isal_zlib
 
 from stampworker.errors import FrameCorrupt, FrameRefused
-from stampworker.frames.fits.gunzip import INFLATE_ERRORS
+from stampworker.frames.fits.gunzip import InflateError
 from stampworker.frames.fits.header import Cards, Hdu, bitpix_of, parse_text
 from stampworker.frames.fits.scaling import STORED, converter
 
@@ -46,7 +46,7 @@ _LARGE = 32 << 20  # bytes; malloc keeps such blocks outside of its heap, so cop
 # The RICE decoder reads beyond the stream: up to the next byte that is not 0, and one block more.
 _PAD = b"\xff" * 4096
 
-_DECODE_ERRORS = (ValueError, _compression.CfitsioException, *INFLATE_ERRORS)
+_DECODE_ERRORS = (ValueError, _compression.CfitsioException, InflateError)
 
 Decode = Callable[["NDArray[np.uint8]", tuple[int, int]], "NDArray[Any]"]
 
