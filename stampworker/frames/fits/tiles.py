@@ -105,10 +105,12 @@ class TiledImage:
             A tile cannot be decoded.
         """
         values = np.empty((y1 - y0, x1 - x0), self.dtype)
+        height, width = self._tile
         for index, tile in self._tiles(self._touched((y0, y1, x0, x1))).items():
-            top, bottom, left, right = self._section_of(index)
-            a, b, c, d = max(y0, top), min(y1, bottom), max(x0, left), min(x1, right)
-            values[a - y0 : b - y0, c - x0 : d - x0] = tile[a - top : b - top, c - left : d - left]
+            row, column = divmod(index, self._across)
+            y, x = row * height - y0, column * width - x0  # of the tile's first pixel in the section
+            part = tile[max(-y, 0) : y1 - y0 - y, max(-x, 0) : x1 - x0 - x]
+            values[max(y, 0) : y + height, max(x, 0) : x + width] = part
         return values
 
     def byte_ranges(self, sections: Iterable[Section]) -> list[tuple[int, int]]:
@@ -119,14 +121,21 @@ class TiledImage:
 
     def bytes_needed(self, section: Section) -> int:
         """Return the bytes of the tiles that a section inside the image needs, compressed and decoded."""
-        tiles = self._touched(section)
-        packed = sum(int(heap.lengths[tiles].sum()) for heap in self._heaps.values())
-        return packed + len(tiles) * self._tile[0] * self._tile[1] * self.dtype.itemsize
+        rows, columns = self._rows_columns(section)
+        packed = 0
+        for heap in self._heaps.values():
+            lengths = heap.lengths.reshape(-1, self._across)
+            packed += int(lengths[rows.start : rows.stop, columns.start : columns.stop].sum())
+        return packed + len(rows) * len(columns) * self._tile[0] * self._tile[1] * self.dtype.itemsize
+
+    def _rows_columns(self, section: Section) -> tuple[range, range]:
+        """Return the rows and columns of tiles that a section touches."""
+        (y0, y1, x0, x1), (height, width) = section, self._tile
+        return range(y0 // height, -(-y1 // height)), range(x0 // width, -(-x1 // width))
 
     def _touched(self, section: Section) -> list[int]:
         """Return the indices of the tiles that a section touches."""
-        (y0, y1, x0, x1), (height, width) = section, self._tile
-        rows, columns = range(y0 // height, -(-y1 // height)), range(x0 // width, -(-x1 // width))
+        rows, columns = self._rows_columns(section)
         return [row * self._across + column for row in rows for column in columns]
 
     def _section_of(self, index: int) -> Section:
