@@ -253,7 +253,7 @@ def _positions(wcs: WCS, other: WCS, section: Section) -> tuple[NDArray[Any], ND
         area = y(*pixels, dx=1) * x(*pixels, dy=1) - y(*pixels, dy=1) * x(*pixels, dx=1)
         return y(*pixels), x(*pixels), np.abs(area)
     px, py = pixel_to_pixel(wcs, other, *np.meshgrid(np.arange(x0 - 1, x1 + 1.0), np.arange(y0 - 1, y1 + 1.0)))
-    (yy, yx), (xy, xx) = (tuple(_slope(p, axis) for axis in (0, 1)) for p in (py, px))
+    (yy, yx), (xy, xx) = ((_slope(p), _slope(p.T).T) for p in (py, px))
     return py[1:-1, 1:-1], px[1:-1, 1:-1], np.abs(yy * xx - yx * xy)
 
 
@@ -266,12 +266,10 @@ def _is_smooth(nodes: NDArray[Any]) -> bool:
     return all(bool(np.abs(np.diff(nodes, 4, axis)).max() < 16 * TOLERANCE) for axis in (0, 1))
 
 
-def _slope(positions: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Return the derivative along an axis, inside the rim; beside a jump, that of the side without it."""
-    inner: list[slice] = [slice(1, -1), slice(1, -1)]
-    inner[axis] = slice(None)
-    steps = np.diff(positions[tuple(inner)], axis=axis)
-    below, above = np.take(steps, range(steps.shape[axis] - 1), axis), np.take(steps, range(1, steps.shape[axis]), axis)
+def _slope(positions: NDArray[Any]) -> NDArray[Any]:
+    """Return the derivative along the first axis, inside the rim; beside a jump, that of the side without it."""
+    steps = np.diff(positions[:, 1:-1], axis=0)
+    below, above = steps[:-1], steps[1:]
     smaller = np.where(np.abs(above) < np.abs(below), above, below)
     return np.where(np.abs(above - below) > _JUMP, smaller, (above + below) / 2)
 

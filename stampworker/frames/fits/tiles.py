@@ -97,13 +97,7 @@ class TiledImage:
             self._decoded, self.nbytes = {}, 0
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        """Return rows ``y0:y1``, columns ``x0:x1`` of the image.
-
-        Raises
-        ------
-        FrameCorrupt
-            A tile cannot be decoded.
-        """
+        """Return rows ``y0:y1``, columns ``x0:x1`` of the image; raise `FrameCorrupt` if a tile cannot be decoded."""
         values = np.empty((y1 - y0, x1 - x0), self.dtype)
         height, width = self._tile
         for index, tile in self._tiles(self._touched((y0, y1, x0, x1))).items():
