@@ -76,6 +76,13 @@ class _File:
     source: Source | None = None  # of a gzip file the decompressed bytes
     hdus: list[Hdu] = field(default_factory=list)  # as far as they were needed; with the cards of the first one only
 
+    def iter_hdus(self, source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
+        """Yield the HDUs, known ones without cards; headers are read only as far as needed."""
+        yield from self.hdus
+        for hdu in iter_hdus(source, url, max_header_bytes, self.hdus.copy()):
+            self.hdus.append(hdu.without_cards() if hdu.index else hdu)
+            yield hdu
+
 
 class FrameStore:
     """Opens frames and keeps a bounded number of them open.
@@ -324,7 +331,7 @@ class FrameStore:
         """Return the image that a fragment names, made once per file; the caller holds the file's lock."""
         settings, file_url = self._settings, url.partition("#")[0]
         source = file.source = file.source or self._open_source(file, file_url)
-        hdu = find(self._hdus(file, source, url), fragment, url)
+        hdu = find(file.iter_hdus(source, url, settings.max_header_bytes), fragment, url)
         image = file.images.get((hdu.index, mask))
         if image is not None:
             return image
@@ -348,13 +355,6 @@ class FrameStore:
             return source
         unpack = partial(inflate, source, url, self._settings)
         return CachedBytes(unpack, url, self._budget, packed=source.bytes_upfront)
-
-    def _hdus(self, file: _File, source: Source, url: str) -> Iterator[Hdu]:
-        """Yield the HDUs, known ones without cards; headers are read only as far as needed."""
-        yield from file.hdus
-        for hdu in iter_hdus(source, url, self._settings.max_header_bytes, file.hdus.copy()):
-            file.hdus.append(hdu.without_cards() if hdu.index else hdu)
-            yield hdu
 
     def _pixels(self, source: Source, hdu: Hdu, url: str, mask: bool) -> Pixels:
         if hdu.kind == "image":
