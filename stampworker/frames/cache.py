@@ -16,27 +16,20 @@ class Evictable(Protocol):
 
     def release(self) -> None:
         """Forget the data; it can be decompressed or downloaded again."""
-        ...
 
 
 class CacheBudget:
-    """Keep the bytes of all evictables within a limit by releasing the least recently used ones.
+    """Keep the bytes of all evictables together within a limit by releasing the least recently used ones.
 
     The evictable that is in use is not released, so a single frame above the limit still works.
-
-    Parameters
-    ----------
-    limit : int
-        Bytes of all evictables together.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._evictables: weakref.WeakSet[Evictable] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._clock = itertools.count(1)
         self._last_eviction = 0
-        self.clock = self._clock.__next__
+        self.clock = itertools.count(1).__next__
 
     @property
     def nbytes(self) -> int:

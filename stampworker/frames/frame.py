@@ -38,34 +38,19 @@ class Pixels(Protocol):
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1``."""
-        ...
 
     def byte_ranges(self, sections: Iterable[Section]) -> list[tuple[int, int]]:
         """Return offset and length of the bytes that sections need."""
-        ...
 
     def bytes_needed(self, section: Section) -> int:
         """Return how many bytes must be read and decompressed for a section."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """One HDU; frames that name it in different ways share its pixels, header and WCS.
+    """One HDU of a file; frames that name it in different ways share its pixels, header and WCS."""
 
-    Attributes
-    ----------
-    hdu : Hdu
-        With the cards it inherits.
-    pixels : Pixels
-        Reader of the HDU's pixels.
-    source : Source
-        Bytes of the file.
-    url : str
-        Name of the file for messages.
-    """
-
-    hdu: Hdu
+    hdu: Hdu  # with the cards it inherits
     pixels: Pixels
     source: Source
     url: str
@@ -118,17 +103,13 @@ class Frame:
     resampled = False
 
     def __init__(self, url: str, image: Image) -> None:
-        pixels, source = image.pixels, image.source
-        self.url = url
-        self.shape = pixels.shape
-        self.dtype = pixels.dtype
-        self._ny, self._nx = pixels.shape
-        self._pixels, self._source = pixels, source
-        self.is_whole = isinstance(source, CachedBytes)
-        self.is_fetched = self.is_whole or isinstance(source, RangedFile)
+        self._image, self._pixels, self._source = image, image.pixels, image.source
+        self.url, self.shape, self.dtype = url, image.pixels.shape, image.pixels.dtype
+        self._ny, self._nx = self.shape
+        self.is_whole = isinstance(image.source, CachedBytes)
+        self.is_fetched = self.is_whole or isinstance(image.source, RangedFile)
         # Rows of plain local files are free, so no time is spent on counting them.
         self._is_free = image.hdu.kind == "image" and not self.is_fetched
-        self._image = image
 
     def __repr__(self) -> str:
         return f"<Frame {self.url} {self.shape} {self.dtype}>"

@@ -55,23 +55,9 @@ def byte_limit(size: int) -> Iterator[None]:
 
 
 def count(url: str, size: int, source: object, bytes_upfront: int) -> None:
-    """Count a section against the limit of the current block, if there is one.
+    """Count a section of ``size`` bytes against the limit of the current block, if there is one.
 
-    Parameters
-    ----------
-    url : str
-        Name for messages.
-    size : int
-        Bytes that the section needs.
-    source : object
-        The file of the section.
-    bytes_upfront : int
-        Bytes of the file that any section needs; counted once per block.
-
-    Raises
-    ------
-    FrameRefused
-        The section passes the limit.
+    What any section of its file needs, ``bytes_upfront``, is counted once per block. Raises `FrameRefused` beyond it.
     """
     if _current.limit is None:
         return

@@ -18,10 +18,8 @@ two WCS's. To measure, with two frames on different grids::
 from __future__ import annotations
 
 import re
-import threading
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from astropy.io import fits
@@ -56,7 +54,6 @@ _SOLID_ANGLE = re.compile(
 )
 
 _one_grid: weakref.WeakKeyDictionary[Frame, weakref.WeakKeyDictionary[Frame, bool]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def on_grid(frame: Frame, science: Frame, kind: PlaneKind = "image") -> Frame:
@@ -89,17 +86,10 @@ def on_grid(frame: Frame, science: Frame, kind: PlaneKind = "image") -> Frame:
 
 
 class Regridded(Frame):
-    """A frame on the pixels of the science frame; slicing reads and maps only what the slice needs.
+    """A frame on the pixels of the science frame, made by `on_grid`; slicing reads and maps only what the slice needs.
 
     Shape and WCS are the science frame's; url, dtype, bunit and the rest of the header are the frame's own. Pixels
     without data are NaN, and 1 in a mask.
-
-    Parameters
-    ----------
-    frame, science : Frame
-        Both with a usable WCS.
-    kind : {"image", "mask", "error", "variance"}
-        See `on_grid`.
     """
 
     resampled = True
@@ -126,14 +116,9 @@ class Regridded(Frame):
         return fits.Header.fromstring("".join(own + self.wcs_cards()))
 
     def section_for(self, section: Section) -> tuple[Frame, Section] | None:
-        """Return the frame itself and which of its sections a section of the science grid needs.
+        """Return the frame itself and which of its sections a section of the science grid needs; raise as `window`.
 
         See `Frame.section_for`.
-
-        Raises
-        ------
-        FrameMismatch
-            As `window`.
         """
         if self._frame.is_whole or not self._frame.is_fetched:  # any section needs the whole file, or no fetching
             return self._frame.section_for((0, 1, 0, 1))
@@ -199,8 +184,7 @@ class Regridded(Frame):
         return _Mapped(y, x, area, inside, (bottom, top, left, right))
 
 
-@dataclass(frozen=True)
-class _Mapped:
+class _Mapped(NamedTuple):
     """Pixels of the science grid: position and area of each in the frame's pixels, without meaning if not ``inside``.
 
     ``section`` is what must be read of the frame.
@@ -215,13 +199,10 @@ class _Mapped:
 
 def _has_same_grid(frame: Frame, science: Frame) -> bool:
     """Return True if two frames are on one grid; the answer is kept while both frames exist."""
-    with _lock:
-        known = _one_grid.setdefault(frame, weakref.WeakKeyDictionary()).get(science)
-    if known is None:
-        known = _compare(frame, science)
-        with _lock:
-            _one_grid.setdefault(frame, weakref.WeakKeyDictionary())[science] = known
-    return known
+    answers = _one_grid.setdefault(frame, weakref.WeakKeyDictionary())  # one step for all threads
+    if science not in answers:
+        answers[science] = _compare(frame, science)
+    return answers[science]
 
 
 def _compare(frame: Frame, science: Frame) -> bool:
@@ -272,7 +253,7 @@ def _positions(wcs: WCS, other: WCS, section: Section) -> tuple[NDArray[Any], ND
         area = y(*pixels, dx=1) * x(*pixels, dy=1) - y(*pixels, dy=1) * x(*pixels, dx=1)
         return y(*pixels), x(*pixels), np.abs(area)
     px, py = pixel_to_pixel(wcs, other, *np.meshgrid(np.arange(x0 - 1, x1 + 1.0), np.arange(y0 - 1, y1 + 1.0)))
-    (yy, yx), (xy, xx) = (tuple(_slope(p, axis) for axis in (0, 1)) for p in (py, px))
+    (yy, yx), (xy, xx) = ((_slope(p), _slope(p.T).T) for p in (py, px))
     return py[1:-1, 1:-1], px[1:-1, 1:-1], np.abs(yy * xx - yx * xy)
 
 
@@ -285,12 +266,10 @@ def _is_smooth(nodes: NDArray[Any]) -> bool:
     return all(bool(np.abs(np.diff(nodes, 4, axis)).max() < 16 * TOLERANCE) for axis in (0, 1))
 
 
-def _slope(positions: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Return the derivative along an axis, inside the rim; beside a jump, that of the side without it."""
-    inner: list[slice] = [slice(1, -1), slice(1, -1)]
-    inner[axis] = slice(None)
-    steps = np.diff(positions[tuple(inner)], axis=axis)
-    below, above = np.take(steps, range(steps.shape[axis] - 1), axis), np.take(steps, range(1, steps.shape[axis]), axis)
+def _slope(positions: NDArray[Any]) -> NDArray[Any]:
+    """Return the derivative along the first axis, inside the rim; beside a jump, that of the side without it."""
+    steps = np.diff(positions[:, 1:-1], axis=0)
+    below, above = steps[:-1], steps[1:]
     smaller = np.where(np.abs(above) < np.abs(below), above, below)
     return np.where(np.abs(above - below) > _JUMP, smaller, (above + below) / 2)
 

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
@@ -59,49 +60,28 @@ class FrameKey(NamedTuple):
     is_mask: bool
 
 
+IsFresh = Callable[[], bool]
+"""Returns False if a URL or path no longer leads to the state of the file that was opened."""
+
+
+@dataclass(eq=False)
 class _File:
-    """A file that is open, or to be opened: its bytes, its HDUs as far as they were needed, and its images.
+    """A file that is open, or to be opened."""
 
-    ``key`` is its resolved path or its URL, ``open_source`` returns its bytes and is called once, ``is_fresh`` returns
-    False if the file must be opened again.
-    """
+    key: str  # its resolved path or its URL
+    open_source: Callable[[str], Source]
+    is_fresh: IsFresh
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    images: dict[tuple[int, bool], Image] = field(default_factory=dict)  # by the HDU's index and whether it is a mask
+    source: Source | None = None  # of a gzip file the decompressed bytes
+    hdus: list[Hdu] = field(default_factory=list)  # as far as they were needed; with the cards of the first one only
 
-    def __init__(self, key: str, open_source: Callable[[str], Source], is_fresh: Callable[[], bool]) -> None:
-        self.key, self.is_fresh = key, is_fresh
-        self._open_source = open_source
-        self.lock = threading.Lock()
-        self.images: dict[tuple[int, bool], Image] = {}
-        self._source: Source | None = None
-        self._hdus: list[Hdu] = []  # with the cards of the first one only
-
-    def source(self, url: str, settings: FrameSettings, budget: CacheBudget) -> Source:
-        """Return the bytes of the file, of a gzip file the decompressed ones."""
-        if self._source is None:
-            source = self._open_source(url)
-            if source.read(0, min(2, source.size)) == GZIP_MAGIC:
-                source = CachedBytes(partial(inflate, source, url, settings), url, budget, packed=source.bytes_upfront)
-            self._source = source
-        return self._source
-
-    @property
-    def primary(self) -> Hdu:
-        """The first HDU; `hdus` must have yielded it."""
-        return self._hdus[0]
-
-    def hdus(self, source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
+    def iter_hdus(self, source: Source, url: str, max_header_bytes: int) -> Iterator[Hdu]:
         """Yield the HDUs, known ones without cards; headers are read only as far as needed."""
-        yield from self._hdus
-        for hdu in iter_hdus(source, url, max_header_bytes, self._hdus.copy()):
-            self._hdus.append(hdu.without_cards() if hdu.index else hdu)
+        yield from self.hdus
+        for hdu in iter_hdus(source, url, max_header_bytes, self.hdus.copy()):
+            self.hdus.append(hdu.without_cards() if hdu.index else hdu)
             yield hdu
-
-
-class _Location(NamedTuple):
-    """What a URL or path leads to; ``is_fresh`` returns False if it no longer leads to this state of the file."""
-
-    file: _File
-    display_url: str
-    is_fresh: Callable[[], bool]
 
 
 class FrameStore:
@@ -144,7 +124,7 @@ class FrameStore:
         self._memory = open_memory() if any(root.scheme == "memory" for root in self._urls) else None
         self._budget = CacheBudget(settings.cache_bytes)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._opened: OrderedDict[FrameKey, tuple[_Location, Frame]] = OrderedDict()
+        self._opened: OrderedDict[FrameKey, tuple[_File, IsFresh, Frame]] = OrderedDict()
         self._lock = threading.RLock()
         self._closed = False
 
@@ -236,9 +216,7 @@ class FrameStore:
 
     def _in_parallel(self, tasks: list[Callable[[], T]]) -> list[Future[T]]:
         """Run tasks, several at a time, and return their results when all are done."""
-        if not tasks:
-            return []
-        with ThreadPoolExecutor(min(len(tasks), self._settings.prefetch_threads), "frames") as threads:
+        with ThreadPoolExecutor(self._settings.prefetch_threads, "frames") as threads:
             return [threads.submit(task) for task in tasks]
 
     def open(self, url: str, *, mask: bool = False) -> Frame:
@@ -255,6 +233,7 @@ class FrameStore:
         Returns
         -------
         frame : Frame
+            The same one while it is open and its file is unchanged.
 
         Raises
         ------
@@ -273,12 +252,11 @@ class FrameStore:
             return frame
         given, fragment = _checked(url)
         anchor = f"#{quote(fragment, safe=',')}" if fragment else ""
-        location = self._locate_remote(given) if self._is_remote(given) else self._locate_local(given, url, anchor)
-        file = location.file
+        locate = self._locate_remote if self._is_remote(given) else self._locate_local
+        file, is_fresh, display_url = locate(given, anchor)
         try:
             # Threads that want the same file wait for each other here; other files are opened at the same time.
             with file.lock, time_limit(self._settings.total_s):
-                display_url = location.display_url + anchor
                 frame = Frame(display_url, self._load(file, display_url, fragment, mask))
         except BaseException:
             if not file.images:
@@ -286,10 +264,7 @@ class FrameStore:
             raise
         with self._lock:
             if self._files.get(file.key) is file:
-                opened = self._opened.get(key)
-                if opened is not None and opened[0].file is file:  # another thread was first
-                    return opened[1]
-                self._opened[key] = location, frame
+                *_, frame = self._opened.setdefault(key, (file, is_fresh, frame))  # another thread may have been first
                 if len(self._opened) > _MAX_OPENED:
                     self._opened.popitem(last=False)
         return frame
@@ -302,12 +277,12 @@ class FrameStore:
             opened = self._opened.get(key)
             if opened is None:
                 return None
-            location, frame = opened
-            self._files.move_to_end(location.file.key)
+            file, is_fresh, frame = opened
+            self._files.move_to_end(file.key)
             self._opened.move_to_end(key)
-        if location.is_fresh():
+        if is_fresh():
             return frame
-        self._forget(location.file)
+        self._forget(file)
         return None
 
     def _is_remote(self, given: str) -> bool:
@@ -315,20 +290,20 @@ class FrameStore:
         scheme = scheme_of(given)
         return scheme in REMOTE or (scheme is None and self._base_url is not None and given[:1] not in ("", "/"))
 
-    def _locate_local(self, given: str, url: str, anchor: str) -> _Location:
-        path = self._folders.path(given, url)
-        display_url = "file://" + quote(str(path))
-        resolved = self._folders.resolve(path, display_url + anchor)
+    def _locate_local(self, given: str, anchor: str) -> tuple[_File, IsFresh, str]:
+        path = self._folders.path(given, given + anchor)
+        display_url = "file://" + quote(str(path)) + anchor
+        resolved = self._folders.resolve(path, display_url)
         try:
             signature = _signature(Path(resolved))
         except OSError as exc:
-            raise sort_error(exc, display_url + anchor) from exc
+            raise sort_error(exc, display_url) from exc
         open_source = partial(open_local, resolved, self._folders)
         file = self._file(_File(resolved, open_source, partial(_is_unchanged, Path(resolved), signature)))
         # The path may have links, which may lead elsewhere later.
-        return _Location(file, display_url, partial(_is_unchanged, path, signature))
+        return file, partial(_is_unchanged, path, signature), display_url
 
-    def _locate_remote(self, given: str) -> _Location:
+    def _locate_remote(self, given: str, anchor: str) -> tuple[_File, IsFresh, str]:
         if self._base_url is not None and scheme_of(given) is None:
             path = quote(given) if scheme_of(self._base_url) in WEB else given
             given = self._base_url + ("" if self._base_url.endswith("/") else "/") + path
@@ -343,7 +318,7 @@ class FrameStore:
             return open_remote(remote, url, self._budget, self._settings.max_alert_bytes)
 
         file = self._file(_File(given, open_source, lambda: not remote.changed and time.monotonic() <= expires))
-        return _Location(file, frame_url.display_url, file.is_fresh)
+        return file, file.is_fresh, frame_url.display_url + anchor
 
     def _protocol(self, frame_url: FrameURL) -> Remote:
         if frame_url.scheme in WEB:
@@ -354,26 +329,32 @@ class FrameStore:
 
     def _load(self, file: _File, url: str, fragment: str, mask: bool) -> Image:
         """Return the image that a fragment names, made once per file; the caller holds the file's lock."""
-        max_header_bytes, max_axis = self._settings.max_header_bytes, self._settings.max_axis
-        file_url = url.partition("#")[0]
-        source = file.source(file_url, self._settings, self._budget)
-        hdu = find(file.hdus(source, url, max_header_bytes), fragment, url)
+        settings, file_url = self._settings, url.partition("#")[0]
+        source = file.source = file.source or self._open_source(file, file_url)
+        hdu = find(file.iter_hdus(source, url, settings.max_header_bytes), fragment, url)
         image = file.images.get((hdu.index, mask))
         if image is not None:
             return image
         if not hdu.cards:
-            hdu = reload(source, url, hdu, max_header_bytes)
-        if max(hdu.axes) > max_axis:
-            raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({max_axis})")
+            hdu = reload(source, url, hdu, settings.max_header_bytes)
+        if max(hdu.axes) > settings.max_axis:
+            raise FrameRefused(url, f"{hdu} has shape {hdu.axes}, above max_axis ({settings.max_axis})")
         if hdu.offset + hdu.size > source.size:
             raise FrameCorrupt(
                 url,
                 f"truncated: the data of {hdu}, shape {hdu.axes}, end at byte {hdu.offset + hdu.size}, "
                 f"the file at {source.size}",
             )
-        image = Image(with_inherited(hdu, file.primary), self._pixels(source, hdu, file_url, mask), source, file_url)
-        file.images[hdu.index, mask] = image
+        pixels = self._pixels(source, hdu, file_url, mask)
+        image = file.images[hdu.index, mask] = Image(with_inherited(hdu, file.hdus[0]), pixels, source, file_url)
         return image
+
+    def _open_source(self, file: _File, url: str) -> Source:
+        source = file.open_source(url)
+        if source.read(0, min(2, source.size)) != GZIP_MAGIC:
+            return source
+        unpack = partial(inflate, source, url, self._settings)
+        return CachedBytes(unpack, url, self._budget, packed=source.bytes_upfront)
 
     def _pixels(self, source: Source, hdu: Hdu, url: str, mask: bool) -> Pixels:
         if hdu.kind == "image":
@@ -398,7 +379,7 @@ class FrameStore:
         with self._lock:
             if self._files.get(file.key) is file:
                 del self._files[file.key]
-            for key in [key for key, (location, _) in self._opened.items() if location.file is file]:
+            for key in [key for key, (of, *_) in self._opened.items() if of is file]:
                 del self._opened[key]
 
 

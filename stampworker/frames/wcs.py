@@ -40,17 +40,10 @@ _LOCK = threading.Lock()
 
 
 class CelestialWcs(NamedTuple):
-    """The celestial WCS of an image.
+    """The celestial WCS of an image, or why there is no usable one.
 
-    Attributes
-    ----------
-    wcs : astropy.wcs.WCS or None
-        None where there is no usable one.
-    cards : list of str, 80 characters each
-        The cards it is made of: those of the primary WCS's first two axes, verbatim, in the header's order; none
-        without a usable WCS.
-    problem : str or None
-        Why there is no usable WCS.
+    It is made of ``cards``, those of the primary WCS's first two axes: 80 characters each, verbatim, in the header's
+    order; none without a usable WCS.
     """
 
     wcs: WCS | None
@@ -61,9 +54,7 @@ class CelestialWcs(NamedTuple):
 def celestial_wcs(hdu: Hdu, shape: tuple[int, int]) -> CelestialWcs:
     """Return the celestial WCS of an image of a shape (ny, nx), from its own and inherited cards."""
     cards, problem = _select_cards(hdu)
-    wcs = None
-    if problem is None:
-        wcs, problem = _make_wcs(cards, shape)
+    wcs, problem = _make_wcs(cards, shape) if problem is None else (None, problem)
     return CelestialWcs(wcs, cards if problem is None else [], problem)
 
 
@@ -114,11 +105,11 @@ def _tnx_problem(hdu: Hdu) -> str | None:
     for axis in "12":
         pieces = sorted(keyword for keyword in hdu.values if re.fullmatch(rf"WAT{axis}_\d{{3}}", keyword))
         text = "".join(parse_text(hdu.values[piece]) or "" for piece in pieces)
-        for numbers in _TNX.findall(text):
-            for number in numbers.split()[:4]:
-                order = parse_real(number.encode("latin-1"))
-                if order is None or not 0 <= order <= _MAX_TNX_ORDER:
-                    return f"WAT{axis}: a correction of {numbers.split()[:4]}, wanted orders of 0 to {_MAX_TNX_ORDER}"
+        for correction in _TNX.findall(text):
+            numbers = correction.split()[:4]
+            orders = [parse_real(number.encode("latin-1")) for number in numbers]
+            if not all(order is not None and 0 <= order <= _MAX_TNX_ORDER for order in orders):
+                return f"WAT{axis}: a correction of {numbers}, wanted orders of 0 to {_MAX_TNX_ORDER}"
     return None
 
 

@@ -40,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[WebServer]:
 
 
 def settings_of(server: WebServer, **frames: object) -> Settings:
-    made = {"frame_roots": (server.url,), "total_s": 10.0, "read_s": 5.0, **frames}
+    made = {"frame_roots": (server.url,), "total_s": 40.0, "read_s": 20.0, **frames}
     return Settings(enrich=EnrichSettings(radius=9), frames=FrameSettings.model_validate(made))
 
 
@@ -66,11 +66,14 @@ def test_what_was_prepared_is_computed_without_another_request(server: WebServer
 
 
 def meet(paths: Iterable[str], number: int) -> dict[str, web.Behaviour]:
-    """Let requests wait until so many of them wait at the same time."""
+    """Let requests wait until so many of them wait at the same time.
+
+    The limit only ends a test that fails: on a busy machine, the threads of a batch may begin seconds apart.
+    """
     barrier = threading.Barrier(number)
 
     def wait(handler: web.Handler) -> None:
-        barrier.wait(2)
+        barrier.wait(20)
         web.serve(handler)
 
     return dict.fromkeys(paths, wait)

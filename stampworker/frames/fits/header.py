@@ -51,45 +51,22 @@ class Bytes(Protocol):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Hdu:
-    """One header and data unit.
+    """One header and data unit."""
 
-    Attributes
-    ----------
-    index : int
-        0 is the primary HDU.
-    name : str
-        EXTNAME in capitals, ``PRIMARY`` for an unnamed primary HDU.
-    version : int
-        Its EXTVER.
-    kind : str
-        ``image``, ``tiled`` (tile-compressed image), ``table`` or ``other``.
-    axes : tuple of int
-        Lengths of the axes, slowest first as an array has them; of a tiled image, the image's.
-    cards : bytes
-        Cards of the header without END; empty after `without_cards`.
-    values : dict of str to bytes
-        Keyword to the rest of its card after ``=``; the first card counts.
-    start : int
-        First byte of the header.
-    offset, size : int
-        First byte and number of bytes of the data, without padding.
-    """
-
-    index: int
-    name: str
-    version: int
-    kind: Literal["image", "tiled", "table", "other"]
-    axes: tuple[int, ...]
-    cards: bytes
-    values: dict[str, bytes]
-    start: int
-    offset: int
-    size: int
+    index: int  # 0 is the primary HDU
+    name: str  # EXTNAME in capitals, PRIMARY for an unnamed primary HDU
+    version: int  # EXTVER
+    kind: Literal["image", "tiled", "table", "other"]  # tiled: a tile-compressed image
+    axes: tuple[int, ...]  # lengths, slowest first as an array has them; of a tiled image, the image's
+    cards: bytes  # without END; empty after `without_cards`
+    values: dict[str, bytes]  # see `values_of`
+    start: int  # first byte of the header
+    offset: int  # first byte of the data
+    size: int  # bytes of the data, without padding
 
     def __str__(self) -> str:
         return f"HDU {self.index} ({self.name})" if self.name else f"HDU {self.index}"
@@ -124,15 +101,7 @@ def describe(value: bytes) -> str:
 
 
 class Cards:
-    """Typed values of one header; errors say what was found and what was wanted.
-
-    Parameters
-    ----------
-    values : dict of str to bytes
-        See `Hdu`.
-    url, hdu : str
-        Names of file and HDU for messages.
-    """
+    """Typed values of one header; errors name the file and the HDU, and say what was found and what was wanted."""
 
     def __init__(self, values: dict[str, bytes], url: str, hdu: str) -> None:
         self.values, self.url, self.hdu = values, url, hdu
@@ -149,13 +118,10 @@ class Cards:
                 raise self.corrupt(f"{keyword} is missing, wanted an integer")
             return default
         match = _INTEGER.match(value)
-        if match is None:
-            real = parse_real(value)
-            if real is None or not real.is_integer():
-                raise self.corrupt(f"{keyword} is {describe(value)}, wanted an integer")
-            number = int(real)
-        else:
-            number = int(match[1])
+        real = int(match[1]) if match else parse_real(value)
+        number = 0 if real is None else int(real)
+        if number != real:
+            raise self.corrupt(f"{keyword} is {describe(value)}, wanted an integer")
         if not -(1 << 63) <= number < 1 << 63:
             raise self.corrupt(f"{keyword} is {describe(value)}, wanted an integer of 64 bits")
         if (low is not None and number < low) or (high is not None and number > high):
@@ -209,30 +175,11 @@ def values_of(cards: bytes) -> dict[str, bytes]:
 
 
 def iter_hdus(source: Bytes, url: str, max_header_bytes: int, known: Sequence[Hdu] = ()) -> Iterator[Hdu]:
-    """Yield the HDUs of a FITS file, reading headers only.
+    """Yield the HDUs of a FITS file after the known ones, reading headers only.
 
-    Parameters
-    ----------
-    source : Bytes
-        The file.
-    url : str
-        Name for messages.
-    max_header_bytes : int
-        Longest header of one HDU; all headers together may have `MAX_HEADERS` times as many bytes.
-    known : sequence of Hdu, optional
-        The first HDUs of the file, which are not read again.
-
-    Yields
-    ------
-    hdu : Hdu
-        Each HDU after the known ones.
-
-    Raises
-    ------
-    FrameCorrupt
-        The file is not FITS, or a header is damaged or cut off.
-    FrameRefused
-        A header, or all headers together, are above the limit, or there are more than `MAX_HDUS`.
+    ``max_header_bytes`` limits the header of one HDU; all together may have `MAX_HEADERS` times as many bytes. Raises
+    `FrameCorrupt` if the file is not FITS, or a header is damaged or cut off; `FrameRefused` if headers are above the
+    limit or there are more than `MAX_HDUS`.
     """
     last = known[-1] if known else None
     headers = sum(hdu.offset - hdu.start for hdu in known)
@@ -303,15 +250,13 @@ def _parse(raw: bytes, url: str, index: int, start: int, offset: int) -> Hdu:
     pcount, gcount = cards.integer("PCOUNT", 0), cards.integer("GCOUNT", 1)
     size = abs(bitpix) // 8 * gcount * (pcount + pixels) if axes else 0
     xtension = cards.text("XTENSION", "IMAGE")
-    kind: Literal["image", "tiled", "table", "other"]
-    if xtension in ("IMAGE", "IUEIMAGE"):
-        kind = "other" if groups else "image"
-    elif xtension in ("BINTABLE", "A3DTABLE"):
-        kind = "tiled" if cards.flag("ZIMAGE") else "table"
-    else:
-        kind = "table" if xtension == "TABLE" else "other"
-    if kind == "tiled":
-        axes = axes_of(cards, "ZNAXIS")
+    kind: Literal["image", "tiled", "table", "other"] = "other"
+    if xtension in ("IMAGE", "IUEIMAGE") and not groups:
+        kind = "image"
+    elif xtension in ("BINTABLE", "A3DTABLE") and cards.flag("ZIMAGE"):
+        kind, axes = "tiled", axes_of(cards, "ZNAXIS")
+    elif xtension in ("BINTABLE", "A3DTABLE", "TABLE"):
+        kind = "table"
     name = cards.text("EXTNAME").strip().upper() or ("" if index else "PRIMARY")
     version = cards.integer("EXTVER", 1, low=None)
     return Hdu(index, name, version, kind, axes, raw, values, start, offset, size)
@@ -331,37 +276,20 @@ def axes_of(cards: Cards, keyword: str) -> tuple[int, ...]:
 
 
 def find(hdus: Iterator[Hdu], fragment: str, url: str) -> Hdu:
-    """Return the HDU that the fragment of a URL names, or the first one that holds a 2-D image.
+    """Return the HDU that the fragment of a URL names, or without one the first that holds a 2-D image.
 
-    Parameters
-    ----------
-    hdus : iterator of Hdu
-        HDUs in the order of the file.
-    fragment : str
-        EXTNAME in any case, ``NAME,ver``, a number, or nothing.
-    url : str
-        Name for messages.
-
-    Returns
-    -------
-    hdu : Hdu
-        Its ``plane`` is not None.
-
-    Raises
-    ------
-    FrameCorrupt
-        No HDU has this name or number, or it is not a 2-D image.
+    A fragment is EXTNAME in any case, ``NAME,ver`` or a number. Raises `FrameCorrupt` if no HDU has this name or
+    number, or it is not a 2-D image; the ``plane`` of the result is not None.
     """
     others: list[str] = []
     for hdu in hdus:
         if _named(hdu, fragment):
-            if hdu.empty or hdu.kind not in ("image", "tiled") or (not fragment and len(hdu.axes) < 2):
-                if fragment:
-                    raise FrameCorrupt(url, f"{hdu} is {_what(hdu)}, wanted a 2-D image")
-            elif hdu.plane is None:
-                raise FrameCorrupt(url, f"{hdu} has shape {hdu.axes}, wanted a 2-D image")
-            else:
+            if hdu.kind in ("image", "tiled") and not hdu.empty and (fragment or len(hdu.axes) > 1):
+                if hdu.plane is None:
+                    raise FrameCorrupt(url, f"{hdu} has shape {hdu.axes}, wanted a 2-D image")
                 return hdu
+            if fragment:
+                raise FrameCorrupt(url, f"{hdu} is {_what(hdu)}, wanted a 2-D image")
         others.append(f"{hdu}: {_what(hdu)}")
     wanted = f"no HDU {fragment!r}" if fragment else "no HDU holds a 2-D image"
     raise FrameCorrupt(url, f"{wanted} among {len(others)}: {'; '.join(others[:10])}")

@@ -24,17 +24,7 @@ from stampworker.frames.fits.header import Cards, Hdu, split_cards, values_of
 def with_inherited(hdu: Hdu, primary: Hdu) -> Hdu:
     """Return the HDU; if it inherits, with the primary header's cards after its own.
 
-    Parameters
-    ----------
-    hdu : Hdu
-        An image.
-    primary : Hdu
-        The first HDU of the same file.
-
-    Returns
-    -------
-    hdu : Hdu
-        For keywords only: the given HDU describes the pixels.
+    The result is for keywords only: the given HDU describes the pixels.
     """
     if hdu.index == 0 or primary.axes or not Cards(hdu.values, "", "").flag("INHERIT"):
         return hdu

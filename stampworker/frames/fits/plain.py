@@ -19,19 +19,7 @@ if TYPE_CHECKING:
 
 
 class PlainImage:
-    """Pixels of an uncompressed image.
-
-    Parameters
-    ----------
-    source : Source
-        The file, or its decompressed bytes.
-    hdu : Hdu
-        An image; its ``plane`` is not None and its data are inside the source.
-    url : str
-        Name for messages.
-    mask : bool
-        See `stampworker.frames.fits.scaling.converter`.
-    """
+    """Pixels of an uncompressed 2-D image whose data are inside the source."""
 
     def __init__(self, source: Source, hdu: Hdu, url: str, *, mask: bool) -> None:
         if hdu.plane is None:
@@ -41,15 +29,15 @@ class PlainImage:
         self.shape = hdu.plane
         self.dtype, self._convert = converter(cards, bitpix, mask=mask)
         self._source, self._offset, self._stored = source, hdu.offset, STORED[bitpix]
+        self._stride = self.shape[1] * self._stored.itemsize
 
     def byte_ranges(self, sections: Iterable[Section]) -> list[tuple[int, int]]:
         """Return offset and length of the bytes that sections inside the image need."""
-        stride = self.shape[1] * self._stored.itemsize
-        return [(self._offset + y0 * stride, (y1 - y0) * stride) for y0, y1, _, _ in sections]
+        return [(self._offset + y0 * self._stride, (y1 - y0) * self._stride) for y0, y1, _, _ in sections]
 
     def bytes_needed(self, section: Section) -> int:
         """Return how many bytes must be read for a section inside the image."""
-        return (section[1] - section[0]) * self.shape[1] * self._stored.itemsize
+        return (section[1] - section[0]) * self._stride
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         """Return rows ``y0:y1``, columns ``x0:x1`` of the image; only these rows are read."""
@@ -57,6 +45,5 @@ class PlainImage:
         if pixels is not None:
             # Copy first, then convert: converting strided rows directly is 1.5 times slower.
             return self._convert(pixels[y0:y1, x0:x1].copy())
-        stride = self.shape[1] * self._stored.itemsize
-        raw = self._source.read(self._offset + y0 * stride, (y1 - y0) * stride)
+        raw = self._source.read(self._offset + y0 * self._stride, (y1 - y0) * self._stride)
         return self._convert(np.frombuffer(raw, self._stored).reshape(y1 - y0, self.shape[1])[:, x0:x1])

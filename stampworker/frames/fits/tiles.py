@@ -17,15 +17,15 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from astropy.io.fits.hdu.compressed import _compression
 from isal import isal_zlib
 
 from stampworker.errors import FrameCorrupt, FrameRefused
-from stampworker.frames.fits.gunzip import INFLATE_ERRORS
+from stampworker.frames.fits.gunzip import InflateError
 from stampworker.frames.fits.header import Cards, Hdu, bitpix_of, parse_text
 from stampworker.frames.fits.scaling import STORED, converter
 
@@ -39,51 +39,30 @@ if TYPE_CHECKING:
 _TFORM = re.compile(r"(\d*)([LXBIJKAEDCMPQ])")
 _WIDTH = {"L": 1, "B": 1, "I": 2, "J": 4, "K": 8, "A": 1, "E": 4, "D": 8, "C": 8, "M": 16, "P": 8, "Q": 16}
 _NUMBER = {"B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8"}
-_HEAPS = ("COMPRESSED_DATA", "GZIP_COMPRESSED_DATA", "UNCOMPRESSED_DATA")
+_NUMBERS = ("ZSCALE", "ZZERO", "ZBLANK")
 _DITHERS = {"": 0, "NONE": 0, "NO_DITHER": 0, "SUBTRACTIVE_DITHER_1": 1, "SUBTRACTIVE_DITHER_2": 2}
 _MAX_TILE_BYTES = 1 << 30  # the codecs count bytes in C ints
 _LARGE = 32 << 20  # bytes; malloc keeps such blocks outside of its heap, so copying them would save nothing
 # The RICE decoder reads beyond the stream: up to the next byte that is not 0, and one block more.
 _PAD = b"\xff" * 4096
 
-_DECODE_ERRORS = (ValueError, _compression.CfitsioException, *INFLATE_ERRORS)
+_DECODE_ERRORS = (ValueError, _compression.CfitsioException, InflateError)
 
 Decode = Callable[["NDArray[np.uint8]", tuple[int, int]], "NDArray[Any]"]
 
 
-@dataclass(frozen=True)
-class _Heap:
-    """One column of tiles: first byte in the file and number of bytes of each, and the type of its numbers."""
+class _Heap(NamedTuple):
+    """One column of tiles: first byte in the file and number of bytes of each tile."""
 
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    dtype: np.dtype[Any]
 
 
 class TiledImage:
-    """Pixels of a tile-compressed image.
+    """Pixels of a tile-compressed 2-D image.
 
-    Parameters
-    ----------
-    source : Source
-        The file.
-    hdu : Hdu
-        A tile-compressed image; its ``plane`` is not None.
-    url : str
-        Name for messages.
-    mask : bool
-        See `stampworker.frames.fits.scaling.converter`.
-    budget : CacheBudget
-        Limits the decoded tiles that are kept.
-    limit : int
-        Largest tile, decoded bytes.
-
-    Raises
-    ------
-    FrameCorrupt
-        The table does not describe the image, or points outside of its heap.
-    FrameRefused
-        A tile is larger than ``limit``.
+    ``budget`` limits the decoded tiles that are kept. Raises `FrameCorrupt` if the table does not describe the image or
+    points outside of its heap, and `FrameRefused` if a decoded tile has more than ``limit`` bytes.
     """
 
     def __init__(self, source: Source, hdu: Hdu, url: str, *, mask: bool, budget: CacheBudget, limit: int) -> None:
@@ -93,19 +72,19 @@ class TiledImage:
         self.shape = hdu.plane
         self._source, self._url, self._hdu, self._budget = source, url, str(hdu), budget
         self._bitpix = bitpix_of(cards, "ZBITPIX")
+        self._native = STORED[self._bitpix].newbyteorder("=")
         self._tile = _tile_shape(cards, hdu)
         self._across = -(-self.shape[1] // self._tile[1])
         tiles = self._across * -(-self.shape[0] // self._tile[0])
         size = self._tile[0] * self._tile[1] * 8
         if size > min(limit, _MAX_TILE_BYTES):
             raise FrameRefused(url, f"{hdu}: tiles of {self._tile} pixels, above max_decompressed_bytes ({limit})")
-        self._heaps, columns = _read_table(source, hdu, cards, tiles)
-        _add_keywords(columns, cards, tiles)
-        self._scale, self._zero, self._blanks = (columns.get(name) for name in ("ZSCALE", "ZZERO", "ZBLANK"))
-        self._quantised = self._bitpix < 0 and self._scale is not None
+        self._heaps, self._numbers = _read_table(source, hdu, cards, tiles)
+        self._quantised = self._bitpix < 0 and "ZSCALE" in self._numbers
+        if self._quantised and "ZZERO" not in self._numbers:
+            raise cards.corrupt("ZSCALE without ZZERO")
         self._dither, self._seed = _dither(cards) if self._quantised else (0, 1)
-        self._codec = _codec(cards, self._bitpix, lossless=not self._quantised)
-        self._gunzip = _gunzip(self._bitpix, shuffled=False, lossless=True)
+        self._codec = _codec(cards, self._bitpix, "i" if self._quantised or self._bitpix > 0 else "f")
         self.dtype, self._convert = converter(cards, self._bitpix, mask=mask)
         self._lock = threading.Lock()
         self._decoded: dict[int, NDArray[Any]] = {}
@@ -118,64 +97,57 @@ class TiledImage:
             self._decoded, self.nbytes = {}, 0
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        """Return rows ``y0:y1``, columns ``x0:x1`` of the image.
-
-        Raises
-        ------
-        FrameCorrupt
-            A tile cannot be decoded.
-        """
+        """Return rows ``y0:y1``, columns ``x0:x1`` of the image; raise `FrameCorrupt` if a tile cannot be decoded."""
         values = np.empty((y1 - y0, x1 - x0), self.dtype)
-        if not values.size:
-            return values
         height, width = self._tile
-        rows, columns = self._tiles_of((y0, y1, x0, x1))
-        tiles = iter(self._tiles([row * self._across + column for row in rows for column in columns]))
-        for row in rows:
-            top = row * height
-            a, b = max(y0, top), min(y1, top + height)
-            for column in columns:
-                left = column * width
-                c, d = max(x0, left), min(x1, left + width)
-                values[a - y0 : b - y0, c - x0 : d - x0] = next(tiles)[a - top : b - top, c - left : d - left]
+        for index, tile in self._tiles(self._touched((y0, y1, x0, x1))).items():
+            row, column = divmod(index, self._across)
+            y, x = row * height - y0, column * width - x0  # of the tile's first pixel in the section
+            part = tile[max(-y, 0) : y1 - y0 - y, max(-x, 0) : x1 - x0 - x]
+            values[max(y, 0) : y + height, max(x, 0) : x + width] = part
         return values
 
     def byte_ranges(self, sections: Iterable[Section]) -> list[tuple[int, int]]:
         """Return offset and length of the tiles that sections inside the image need."""
-        heap = self._heaps["COMPRESSED_DATA"]
-        tiles = {
-            row * self._across + column
-            for rows, columns in map(self._tiles_of, sections)
-            for row in rows
-            for column in columns
-        }
-        return [(int(heap.offsets[index]), int(heap.lengths[index])) for index in sorted(tiles)]
+        offsets, lengths = self._heaps["COMPRESSED_DATA"]
+        tiles = sorted({index for section in sections for index in self._touched(section)})
+        return [(int(offsets[index]), int(lengths[index])) for index in tiles]
 
     def bytes_needed(self, section: Section) -> int:
         """Return the bytes of the tiles that a section inside the image needs, compressed and decoded."""
-        rows, columns = self._tiles_of(section)
+        rows, columns = self._rows_columns(section)
         packed = 0
         for heap in self._heaps.values():
             lengths = heap.lengths.reshape(-1, self._across)
             packed += int(lengths[rows.start : rows.stop, columns.start : columns.stop].sum())
         return packed + len(rows) * len(columns) * self._tile[0] * self._tile[1] * self.dtype.itemsize
 
-    def _tiles_of(self, section: Section) -> tuple[range, range]:
+    def _rows_columns(self, section: Section) -> tuple[range, range]:
         """Return the rows and columns of tiles that a section touches."""
-        y0, y1, x0, x1 = section
-        height, width = self._tile
-        return range(y0 // height, (y1 - 1) // height + 1), range(x0 // width, (x1 - 1) // width + 1)
+        (y0, y1, x0, x1), (height, width) = section, self._tile
+        return range(y0 // height, -(-y1 // height)), range(x0 // width, -(-x1 // width))
 
-    def _tiles(self, indices: list[int]) -> list[NDArray[Any]]:
+    def _touched(self, section: Section) -> list[int]:
+        """Return the indices of the tiles that a section touches."""
+        rows, columns = self._rows_columns(section)
+        return [row * self._across + column for row in rows for column in columns]
+
+    def _section_of(self, index: int) -> Section:
+        """Return the section that a tile holds."""
+        row, column = divmod(index, self._across)
+        (ny, nx), (height, width) = self.shape, self._tile
+        y, x = row * height, column * width
+        return y, min(y + height, ny), x, min(x + width, nx)
+
+    def _tiles(self, indices: list[int]) -> dict[int, NDArray[Any]]:
         self.last_used = self._budget.clock()
-        kept = self._decoded
-        found = [kept.get(index) for index in indices]
-        missing = [index for index, tile in zip(indices, found, strict=True) if tile is None]
-        if missing:
-            fresh = dict(zip(missing, self._decode(missing), strict=True))
-            found = [fresh[index] if tile is None else tile for index, tile in zip(indices, found, strict=True)]
-            self._keep(fresh)
-        return [tile for tile in found if tile is not None]
+        kept = self._decoded  # `release` replaces it
+        missing = [index for index in indices if index not in kept]
+        if not missing:
+            return {index: kept[index] for index in indices}
+        fresh = dict(zip(missing, self._decode(missing), strict=True))
+        self._keep(fresh)
+        return {index: fresh[index] if index in fresh else kept[index] for index in indices}
 
     def _keep(self, fresh: dict[int, NDArray[Any]]) -> None:
         size = sum(tile.nbytes for tile in fresh.values())
@@ -193,89 +165,64 @@ class TiledImage:
 
     def _decode(self, indices: list[int]) -> list[NDArray[Any]]:
         """Decode tiles, with one read if they are close together in the file."""
-        heap = self._heaps["COMPRESSED_DATA"]
-        start = int(heap.offsets[indices].min())
-        length = int((heap.offsets[indices] + heap.lengths[indices]).max()) - start
-        together = length <= 2 * int(heap.lengths[indices].sum()) + (1 << 16)
-        block = np.frombuffer(self._source.read(start, length) + _PAD, np.uint8) if together else None
+        offsets, lengths = (column[indices] for column in self._heaps["COMPRESSED_DATA"])
+        start = int(offsets.min())
+        length = int((offsets + lengths).max()) - start
+        together = length <= 2 * int(lengths.sum()) + (1 << 16)
+        block = self._bytes(start, length) if together else None
         decoded = []
-        for index in indices:
-            offset, size = int(heap.offsets[index]), int(heap.lengths[index])
+        for index, offset, size in zip(indices, offsets.tolist(), lengths.tolist(), strict=True):
             if size == 0:
                 tile = self._fallback(index)
             else:
-                if block is None:
-                    stream = np.frombuffer(self._source.read(offset, size) + _PAD, np.uint8)[:size]
-                else:
-                    stream = block[offset - start : offset - start + size]
-                tile = self._values(index, self._run(self._codec, stream, index), stream)
+                stream = self._bytes(offset, size)[:size] if block is None else block[offset - start :][:size]
+                tile = self._values(index, self._run(self._codec, stream, index))
             decoded.append(self._convert(tile))
         return decoded
 
+    def _bytes(self, offset: int, length: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._source.read(offset, length) + _PAD, np.uint8)
+
     def _run(self, codec: Decode, stream: NDArray[np.uint8], index: int) -> NDArray[Any]:
+        top, bottom, left, right = self._section_of(index)
         try:
-            return codec(stream, self._shape_of(index))
+            return codec(stream, (bottom - top, right - left))
         except _DECODE_ERRORS as exc:
-            raise FrameCorrupt(self._url, f"{self._hdu}: {self._describe(index)}: {exc}") from exc
+            raise self._corrupt(index, f": {exc}") from exc
 
-    def _values(self, index: int, stored: NDArray[Any], stream: NDArray[np.uint8]) -> NDArray[Any]:
+    def _corrupt(self, index: int, problem: str) -> FrameCorrupt:
+        top, bottom, left, right = self._section_of(index)
+        tile = f"tile {index} (rows {top}:{bottom}, columns {left}:{right})"
+        return FrameCorrupt(self._url, f"{self._hdu}: {tile}{problem}")
+
+    def _values(self, index: int, stored: NDArray[Any]) -> NDArray[Any]:
         """Return a tile's numbers before BSCALE: integers, or the floats that the quantised integers stand for."""
-        blank = None if self._blanks is None else int(self._blanks[index])
         if not self._quantised:
-            if self._bitpix < 0:
-                return stored
-            return stored.astype(STORED[self._bitpix].newbyteorder("="), copy=False)
-        if self._scale is None or self._zero is None:
-            raise FrameCorrupt(self._url, f"{self._hdu}: ZSCALE without ZZERO")
-        scale, zero = float(self._scale[index]), float(self._zero[index])
-        if self._dither:
-            return self._undither(index, stored, scale, zero, blank)
-        values = stored * scale
-        values += zero
-        if blank is not None:
-            values[stored == blank] = np.nan
-        return values.astype("f4" if self._bitpix == -32 else "f8", copy=False)
-
-    def _undither(self, index: int, stored: NDArray[Any], scale: float, zero: float, blank: int | None) -> NDArray[Any]:
+            return stored if self._bitpix < 0 else stored.astype(self._native, copy=False)
+        scale, zero = (float(self._numbers[name][index]) for name in ("ZSCALE", "ZZERO"))
+        blank = int(self._numbers["ZBLANK"][index]) if "ZBLANK" in self._numbers else None
+        if not self._dither:
+            values = stored * scale
+            values += zero
+            if blank is not None:
+                values[stored == blank] = np.nan
+            return values.astype(self._native, copy=False)
         undo = _compression.unquantize_float_c if self._bitpix == -32 else _compression.unquantize_double_c
         numbers = np.ascontiguousarray(stored, stored.dtype.newbyteorder("="))
         info = np.iinfo(numbers.dtype)
-        check = blank is not None and info.min <= blank <= info.max
-        values = undo(
-            numbers.tobytes(),
-            index + self._seed,
-            numbers.size,
-            scale,
-            zero,
-            self._dither,
-            int(check),
-            blank if check else 0,
-            math.nan,
-            numbers.dtype.itemsize,
-        )
-        return np.frombuffer(values, "f4" if self._bitpix == -32 else "f8").reshape(numbers.shape)
+        checked = (1, blank) if blank is not None and info.min <= blank <= info.max else (0, 0)
+        quantisation = scale, zero, self._dither, *checked, math.nan, numbers.itemsize
+        floats = undo(numbers.tobytes(), index + self._seed, numbers.size, *quantisation)
+        return np.frombuffer(floats, self._native).reshape(numbers.shape)
 
     def _fallback(self, index: int) -> NDArray[Any]:
         """Decode a tile that was stored without loss in another column, because quantising it would lose too much."""
-        for name in _HEAPS[1:]:
+        for name, codec in _LOSSLESS.items():
             heap = self._heaps.get(name)
-            if heap is None or heap.lengths[index] == 0:
-                continue
-            raw = np.frombuffer(self._source.read(int(heap.offsets[index]), int(heap.lengths[index])), np.uint8)
-            codec = self._gunzip if name.startswith("GZIP") else _uncompressed(heap.dtype)
-            return self._run(codec, raw, index)
-        raise FrameCorrupt(self._url, f"{self._hdu}: {self._describe(index)} has no data")
-
-    def _shape_of(self, index: int) -> tuple[int, int]:
-        row, column = divmod(index, self._across)
-        height, width = self._tile
-        return min(height, self.shape[0] - row * height), min(width, self.shape[1] - column * width)
-
-    def _describe(self, index: int) -> str:
-        row, column = divmod(index, self._across)
-        (height, width), (h, w) = self._tile, self._shape_of(index)
-        y, x = row * height, column * width
-        return f"tile {index} (rows {y}:{y + h}, columns {x}:{x + w})"
+            if heap is not None and heap.lengths[index]:
+                raw = np.frombuffer(self._source.read(int(heap.offsets[index]), int(heap.lengths[index])), np.uint8)
+                return self._run(partial(codec, kind="i" if self._bitpix > 0 else "f"), raw, index)
+        raise self._corrupt(index, " has no data")
 
 
 def _in_one_piece(tiles: dict[int, NDArray[Any]]) -> dict[int, NDArray[Any]]:
@@ -304,7 +251,7 @@ def _tile_shape(cards: Cards, hdu: Hdu) -> tuple[int, int]:
 
 
 def _read_table(source: Source, hdu: Hdu, cards: Cards, tiles: int) -> tuple[dict[str, _Heap], dict[str, NDArray[Any]]]:
-    """Return the checked columns of tiles, and the columns of numbers."""
+    """Return the checked columns of tiles, and the numbers of each tile by their column or keyword."""
     width, rows = cards.integer("NAXIS1"), cards.integer("NAXIS2")
     if rows < tiles:
         raise cards.corrupt(f"{rows} tiles, wanted {tiles} for an image of shape {hdu.axes}")
@@ -316,13 +263,18 @@ def _read_table(source: Source, hdu: Hdu, cards: Cards, tiles: int) -> tuple[dic
     heaps: dict[str, _Heap] = {}
     numbers: dict[str, NDArray[Any]] = {}
     for name, (start, code, item) in columns.items():
-        if name in _HEAPS:
+        if name == "COMPRESSED_DATA" or name in _LOSSLESS:
             heap = _heap(table, start, code, item, hdu, cards, heap_start)
             if heap.lengths.any() or name == "COMPRESSED_DATA":  # empty columns would cost memory for each open frame
                 heaps[name] = heap
-        elif name in ("ZSCALE", "ZZERO", "ZBLANK") and code in _NUMBER:
+        elif name in _NUMBERS and code in _NUMBER:
             raw = np.ascontiguousarray(table[:, start : start + _WIDTH[code]])
             numbers[name] = raw.view(_NUMBER[code])[:, 0]
+    for name in _NUMBERS:  # a keyword gives the same number for every tile
+        keyword = "BLANK" if name == "ZBLANK" and name not in cards.values else name
+        if name not in numbers and keyword in cards.values:
+            number = cards.integer(keyword, low=None) if name == "ZBLANK" else cards.real(keyword, 0.0)
+            numbers[name] = np.broadcast_to(number, tiles)
     return heaps, numbers
 
 
@@ -350,25 +302,16 @@ def _heap(table: NDArray[np.uint8], start: int, code: str, item: str, hdu: Hdu, 
         raise cards.corrupt(f"the tiles are in a column of type {code}{item}, wanted P or Q of numbers")
     pointer = ">i4" if code == "P" else ">i8"
     pairs = np.ascontiguousarray(table[:, start : start + _WIDTH[code]]).view(pointer).astype(np.int64)
-    dtype = np.dtype(_NUMBER[item])
+    itemsize = _WIDTH[item]
     counts, offsets = pairs[:, 0], pairs[:, 1]
     heap_size = hdu.size - heap_start
-    bad = (counts < 0) | (offsets < 0) | (offsets > heap_size) | (counts > (heap_size - offsets) // dtype.itemsize)
+    bad = (counts < 0) | (offsets < 0) | (offsets > heap_size) | (counts > (heap_size - offsets) // itemsize)
     bad &= counts != 0
     if heap_size < 0 or bad.any():
         tile = int(np.argmax(bad))
         wanted = f"wanted within {max(heap_size, 0)} bytes"
         raise cards.corrupt(f"tile {tile} has {counts[tile]} numbers from byte {offsets[tile]} on, {wanted}")
-    return _Heap(np.where(counts == 0, 0, offsets) + hdu.offset + heap_start, counts * dtype.itemsize, dtype)
-
-
-def _add_keywords(columns: dict[str, NDArray[Any]], cards: Cards, tiles: int) -> None:
-    """Add the columns that are missing and have a keyword instead: the same number for every tile."""
-    for name, keywords in {"ZSCALE": ("ZSCALE",), "ZZERO": ("ZZERO",), "ZBLANK": ("ZBLANK", "BLANK")}.items():
-        keyword = next((keyword for keyword in keywords if keyword in cards.values), None)
-        if name not in columns and keyword is not None:
-            number = cards.integer(keyword, low=None) if name == "ZBLANK" else cards.real(keyword, 0.0)
-            columns[name] = np.broadcast_to(number, tiles)
+    return _Heap(np.where(counts == 0, 0, offsets) + hdu.offset + heap_start, counts * itemsize)
 
 
 def _dither(cards: Cards) -> tuple[int, int]:
@@ -392,38 +335,34 @@ def _settings(cards: Cards) -> dict[str, int]:
     return settings
 
 
-def _codec(cards: Cards, bitpix: int, *, lossless: bool) -> Decode:
+def _codec(cards: Cards, bitpix: int, kind: str) -> Decode:
+    """Return the function that decodes a tile's stream to integers (kind i) or, without loss, to floats (f)."""
     name = cards.text("ZCMPTYPE").strip().upper()
     if name in ("GZIP_1", "GZIP_2"):
-        return _gunzip(bitpix, shuffled=name == "GZIP_2", lossless=lossless)
+        return partial(_gunzip, kind=kind, shuffled=name == "GZIP_2")
     if name == "NOCOMPRESS":
-        return lambda stream, shape: _as_numbers(stream, shape, bitpix, lossless=lossless)
-    if bitpix < 0 and lossless:
+        return partial(_as_numbers, kind=kind)
+    if kind == "f":
         raise cards.corrupt(f"floats in {name} without ZSCALE")
     settings = _settings(cards)
     if name in ("RICE_1", "RICE_ONE"):
-        return _rice(cards, settings)
+        block, width = settings.get("BLOCKSIZE", 32), settings.get("BYTEPIX", 4)
+        if not 1 <= block <= 256 or width not in (1, 2, 4):
+            raise cards.corrupt(f"RICE blocks of {block} numbers of {width} bytes, wanted 16 or 32 of 1, 2 or 4")
+        return partial(_rice, block=block, width=width)
     if name == "PLIO_1":
         return _plio
     if name == "HCOMPRESS_1":
-        return _hcompress(settings)
+        return partial(_hcompress, scale=settings.get("SCALE", 0), smooth=settings.get("SMOOTH", 0))
     raise cards.corrupt(f"ZCMPTYPE is {name!r}, wanted RICE_1, GZIP_1, GZIP_2, PLIO_1, HCOMPRESS_1 or NOCOMPRESS")
 
 
-def _rice(cards: Cards, settings: dict[str, int]) -> Decode:
-    block, width = settings.get("BLOCKSIZE", 32), settings.get("BYTEPIX", 4)
-    if not 1 <= block <= 256 or width not in (1, 2, 4):
-        raise cards.corrupt(f"RICE blocks of {block} numbers of {width} bytes, wanted 16 or 32 of 1, 2 or 4")
-    dtype = np.dtype({1: "u1", 2: "i2", 4: "i4"}[width])
-    start_bits = {1: 3, 2: 4, 4: 5}[width]
-
-    def decode(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
-        n = shape[0] * shape[1]
-        if stream.size < width or n > (stream.size * 8 // start_bits + 1) * block:
-            raise ValueError(f"{stream.size} bytes of RICE cannot hold {n} pixels")
-        return np.frombuffer(_compression.decompress_rice_1_c(stream, block, width, n), dtype, n).reshape(shape)
-
-    return decode
+def _rice(stream: NDArray[np.uint8], shape: tuple[int, int], block: int, width: int) -> NDArray[Any]:
+    n, start_bits = shape[0] * shape[1], {1: 3, 2: 4, 4: 5}[width]
+    if stream.size < width or n > (stream.size * 8 // start_bits + 1) * block:
+        raise ValueError(f"{stream.size} bytes of RICE cannot hold {n} pixels")
+    pixels = _compression.decompress_rice_1_c(stream, block, width, n)
+    return np.frombuffer(pixels, {1: "u1", 2: "i2", 4: "i4"}[width], n).reshape(shape)
 
 
 def _plio(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
@@ -444,57 +383,40 @@ def _plio(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
     return np.frombuffer(_compression.decompress_plio_1_c(padded.tobytes(), n), "i4", n).reshape(shape)
 
 
-def _hcompress(settings: dict[str, int]) -> Decode:
-    scale, smooth = settings.get("SCALE", 0), settings.get("SMOOTH", 0)
-
-    def decode(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
-        if stream.size < 25 or bytes(stream[:2]) != b"\xdd\x99":
-            raise ValueError("not an HCOMPRESS stream")
-        found = struct.unpack(">ii", stream[2:10].tobytes())
-        planes = stream[22:25].tolist()
-        if found != shape or min(shape) < 4 or max(planes) > 64:
-            raise ValueError(f"an HCOMPRESS stream of {found} pixels in {planes} bit planes, wanted {shape}")
-        # The decoder reads beyond a stream that ends early: in each quadrant (the second number of planes is for two of
-        # them) at most 2 bits per pixel and plane, then a sign per pixel.
-        n = shape[0] * shape[1]
-        padded = stream.tobytes() + bytes(n * (planes[0] + 2 * planes[1] + planes[2] + 2) // 16 + 4096)
-        pixels = _compression.decompress_hcompress_1_c(padded, *shape, scale, smooth, 8)
-        return np.frombuffer(pixels, "i4", n).reshape(shape)
-
-    return decode
+def _hcompress(stream: NDArray[np.uint8], shape: tuple[int, int], scale: int, smooth: int) -> NDArray[Any]:
+    if stream.size < 25 or bytes(stream[:2]) != b"\xdd\x99":
+        raise ValueError("not an HCOMPRESS stream")
+    found = struct.unpack(">ii", stream[2:10].tobytes())
+    planes = stream[22:25].tolist()
+    if found != shape or min(shape) < 4 or max(planes) > 64:
+        raise ValueError(f"an HCOMPRESS stream of {found} pixels in {planes} bit planes, wanted {shape}")
+    # The decoder reads beyond a stream that ends early: in each quadrant (the second number of planes is for two of
+    # them) at most 2 bits per pixel and plane, then a sign per pixel.
+    n = shape[0] * shape[1]
+    padded = stream.tobytes() + bytes(n * (planes[0] + 2 * planes[1] + planes[2] + 2) // 16 + 4096)
+    pixels = _compression.decompress_hcompress_1_c(padded, *shape, scale, smooth, 8)
+    return np.frombuffer(pixels, "i4", n).reshape(shape)
 
 
-def _gunzip(bitpix: int, *, shuffled: bool, lossless: bool) -> Decode:
-    def decode(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
-        limit = shape[0] * shape[1] * 8
-        stage = isal_zlib.decompressobj(wbits=31)
-        raw = np.frombuffer(stage.decompress(stream.tobytes(), limit + 1), np.uint8)
-        if raw.size > limit or not stage.eof:
-            raise ValueError(
-                f"a gzip stream of {'over' if raw.size > limit else 'only'} {raw.size} bytes for {shape} pixels"
-            )
-        if shuffled:
-            n = shape[0] * shape[1]
-            raw = raw[: raw.size // n * n].reshape(raw.size // n, n).T.ravel()
-        return _as_numbers(raw, shape, bitpix, lossless=lossless)
-
-    return decode
+def _gunzip(stream: NDArray[np.uint8], shape: tuple[int, int], kind: str, shuffled: bool = False) -> NDArray[Any]:
+    n = shape[0] * shape[1]
+    stage = isal_zlib.decompressobj(wbits=31)
+    raw = np.frombuffer(stage.decompress(stream.tobytes(), 8 * n + 1), np.uint8)
+    if raw.size > 8 * n or not stage.eof:
+        found = "over" if raw.size > 8 * n else "only"
+        raise ValueError(f"a gzip stream of {found} {raw.size} bytes for {shape} pixels")
+    if shuffled:
+        raw = raw[: raw.size // n * n].reshape(raw.size // n, n).T.ravel()
+    return _as_numbers(raw, shape, kind)
 
 
-def _uncompressed(dtype: np.dtype[Any]) -> Decode:
-    def decode(stream: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
-        if stream.size != shape[0] * shape[1] * dtype.itemsize:
-            raise ValueError(f"{stream.size} bytes for {shape} pixels of {dtype.itemsize}")
-        return stream.view(dtype).reshape(shape)
-
-    return decode
-
-
-def _as_numbers(raw: NDArray[np.uint8], shape: tuple[int, int], bitpix: int, *, lossless: bool) -> NDArray[Any]:
+def _as_numbers(raw: NDArray[np.uint8], shape: tuple[int, int], kind: str) -> NDArray[Any]:
     """Return bytes as big-endian numbers; their number per pixel gives the type, which may differ from BITPIX."""
     n = shape[0] * shape[1]
-    kind = "f" if bitpix < 0 and lossless else "i"
     types = {n: "u1", 2 * n: ">i2", 4 * n: f">{kind}4", 8 * n: f">{kind}8"}
     if raw.size not in types:
         raise ValueError(f"{raw.size} bytes for {shape} pixels")
     return raw.view(types[raw.size]).reshape(shape)
+
+
+_LOSSLESS: dict[str, Callable[..., NDArray[Any]]] = {"GZIP_COMPRESSED_DATA": _gunzip, "UNCOMPRESSED_DATA": _as_numbers}

@@ -193,6 +193,26 @@ def test_no_cache_at_all(tmp_path: Path, pixels: np.ndarray) -> None:
         assert store.cached_bytes == 0
 
 
+@pytest.mark.parametrize(("bitpix", "code"), [(8, "B"), (16, "I"), (32, "J"), (-32, "E"), (-64, "D")])
+def test_tiles_that_were_not_compressed(tmp_path: Path, store: FrameStore, bitpix: int, code: str) -> None:
+    """Tiles in the column of uncompressed ones have the image's numbers as they are."""
+    data = np.random.default_rng(8).integers(0, 99, (6, 9)).astype(fits.column.FITS2NUMPY[code])
+    packed = fits.Column("COMPRESSED_DATA", "1PB()", array=[np.zeros(0, "u1")] * 6)
+    hdu = fits.BinTableHDU.from_columns([packed, fits.Column("UNCOMPRESSED_DATA", f"1P{code}()", array=list(data))])
+    image = {"ZIMAGE": True, "ZCMPTYPE": "GZIP_1", "ZBITPIX": bitpix, "ZNAXIS": 2, "ZNAXIS1": 9, "ZNAXIS2": 6}
+    hdu.header.update(image)
+    hdu.writeto(tmp_path / "a.fits")
+    np.testing.assert_array_equal(store.open("a.fits#1")[0:6, 2:9], data[:, 2:])
+
+
+def test_a_scale_without_a_zero_is_an_error(tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
+    """Quantised floats need both numbers; a file with one of them is not opened."""
+    path = pack(tmp_path / "a.fits.fz", pixels, dither_seed=1)
+    path.write_bytes(path.read_bytes().replace(b"'ZZERO   '", b"'OTHER   '"))
+    with pytest.raises(FrameCorrupt, match=r"a\.fits\.fz: HDU 1 .*: ZSCALE without ZZERO"):
+        store.open(str(path))
+
+
 def test_only_touched_tiles_are_read(tmp_path: Path, store: FrameStore, pixels: np.ndarray) -> None:
     """A damaged tile is an error only for sections that touch it, and the message names it."""
     path = pack(tmp_path / "a.fits.fz", pixels, compression_type="GZIP_1", quantize_level=0)
