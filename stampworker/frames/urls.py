@@ -29,6 +29,7 @@ Origin = tuple[str, str, int]
 """Scheme, host and port."""
 
 _SCHEME = re.compile(rf"({'|'.join(REMOTE)}|file)(?=:)|[A-Z][A-Z0-9+.:-]*(?=://)", re.IGNORECASE)
+_UNREADABLE = "<unreadable URL>"  # not its text, where a piece might be a password
 _HIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\ud800-\udfff]")
 _PARAMETER = re.compile(r";[^/]*")
 _VALUE = re.compile(r"(?<==)[^&]+|(?:^|(?<=&))[^&=]+(?=&|$)")  # after its name, or without one
@@ -38,31 +39,15 @@ _SAFE = "/%:=&?~+!$,;'@()*[]"  # as in the URL already: whoever wrote it has dec
 
 @dataclass(frozen=True)
 class FrameURL:
-    """A remote URL, taken apart.
+    """A remote URL, taken apart."""
 
-    Attributes
-    ----------
-    scheme, host : str
-        In lower case; a bucket is a host. That of ``memory:`` is empty.
-    port : int
-        The scheme's own where the URL names none.
-    folders : tuple of str
-        The path's segments, decoded (those of buckets and of memory as they are: a key is not encoded).
-    target : str
-        Path and query as they are asked for; the key.
-    authorization : str or None
-        Value of the header, from a name and password in the URL.
-    display_url : str
-        The URL as messages and packets show it: see `without_credentials`.
-    """
-
-    scheme: str
-    host: str
-    port: int
-    folders: tuple[str, ...]
-    target: str
-    authorization: str | None
-    display_url: str
+    scheme: str  # in lower case
+    host: str  # in lower case; the bucket; empty for memory:
+    port: int  # the scheme's own where the URL names none
+    folders: tuple[str, ...]  # the path's segments, decoded except those of a key
+    target: str  # path and query as they are asked for; the key
+    authorization: str | None  # value of the header, from a name and password in the URL
+    display_url: str  # as messages and packets show it: see `without_credentials`
 
     @property
     def origin(self) -> Origin:
@@ -87,27 +72,15 @@ def scheme_of(url: str) -> str | None:
 
 
 def parse(url: str) -> FrameURL:
-    """Take a remote URL without fragment apart.
+    """Take a URL apart that has no fragment and whose scheme is one of `REMOTE`.
 
-    Parameters
-    ----------
-    url : str
-        Its scheme is one of `REMOTE`.
-
-    Returns
-    -------
-    frame_url : FrameURL
-
-    Raises
-    ------
-    FrameRefused
-        It is not a URL, or its path could be read as leaving its folder.
+    `FrameRefused` where it is not a URL, or its path could be read as leaving its folder.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise _unreadable() from None
+        raise FrameRefused(_UNREADABLE, "not a URL") from None
     display_url = redact(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if _HIDDEN.search(url if scheme in WEB else url.replace(" ", "")) or "\\" in url:
@@ -118,21 +91,13 @@ def parse(url: str) -> FrameURL:
         raise FrameRefused(ascii(display_url), "a host in other letters than ASCII's, wanted its xn-- form")
     if not host:
         raise FrameRefused(display_url, "no host, wanted scheme://host/path")
-    if port is None:
-        port = WEB[scheme]
-    segments = parts.path.removeprefix("/").split("/")
-    for segment in segments:
-        _check(segment, display_url)
-    target = quote("/" + parts.path.removeprefix("/"), safe=_SAFE)
-    if parts.query:
-        target += "?" + quote(parts.query, safe=_SAFE)
-    return FrameURL(
-        scheme, host, port, tuple(map(unquote, segments)), target, _authorization(url), without_credentials(url)
-    )
-
-
-def _unreadable() -> FrameRefused:
-    return FrameRefused("<unreadable URL>", "not a URL")  # which might show a piece of a password
+    path = parts.path.removeprefix("/")
+    folders = tuple(map(unquote, _checked(path, display_url)))
+    target = "/" + quote(path, safe=_SAFE) + ("?" + quote(parts.query, safe=_SAFE) if parts.query else "")
+    user, at, _ = parts.netloc.rpartition("@")
+    authorization = "Basic " + b64encode(unquote(user).encode()).decode() if at else None
+    port = WEB[scheme] if port is None else port
+    return FrameURL(scheme, host, port, folders, target, authorization, without_credentials(url))
 
 
 def _keyed(url: str, scheme: str, host: str, port: int | None) -> FrameURL:
@@ -145,49 +110,32 @@ def _keyed(url: str, scheme: str, host: str, port: int | None) -> FrameURL:
         bucket, _, key = key.partition("/")
         wanted = f"wanted {scheme}://bucket/folder/name"
         if "@" in bucket:
-            raise FrameRefused(
-                display_url, f"an @ before the path, {wanted}: account and credentials are set by the operator"
-            )
+            problem = f"an @ before the path, {wanted}: account and credentials are set by the operator"
+            raise FrameRefused(display_url, problem)
         if not host or not host.isascii() or port is not None:
             raise FrameRefused(ascii(display_url), f"no bucket, {wanted}")
-    segments = key.split("/")
-    if "" in segments[:-1]:
+    if "" in key.split("/")[:-1]:
         raise FrameRefused(display_url, "an empty folder in the key")
-    for segment in segments:
-        _check(segment, display_url)
-    return FrameURL(scheme, host, 0, tuple(segments), key, None, without_credentials(url))
+    return FrameURL(scheme, host, 0, tuple(_checked(key, display_url)), key, None, without_credentials(url))
 
 
 def parse_root(root: str) -> FrameURL:
-    """Take a root apart.
+    """Take a root apart, a URL prefix: ``https://host/path/``, ``s3://bucket/prefix/``, ``memory://prefix/``.
 
-    Parameters
-    ----------
-    root : str
-        A URL prefix: ``https://host/path/``, ``s3://bucket/prefix/``, ``memory://prefix/``.
-
-    Returns
-    -------
-    root : FrameURL
-
-    Raises
-    ------
-    ConfigError
-        It is of an unknown scheme, no URL, or holds credentials, a query or a fragment.
+    `ConfigError` where it is of an unknown scheme, no URL, or holds credentials, a query or a fragment.
     """
     display_url = redact(root)
     if scheme_of(root) not in REMOTE:
-        raise ConfigError(
-            f"frames.frame_roots: found {display_url!r}, wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
-        )
-    parts = urlsplit(root)
+        wanted = f"wanted a folder or a URL: file:, {':, '.join(REMOTE)}:"
+        raise ConfigError(f"frames.frame_roots: found {display_url!r}, {wanted}")
+    try:
+        found, parts = parse(root), urlsplit(root)
+    except FrameRefused as exc:
+        raise ConfigError(f"frames.frame_roots: {exc}") from exc
     if "@" in parts.netloc or parts.query or parts.fragment:
         problem = "has credentials, a query or a fragment, wanted a prefix only"
         raise ConfigError(f"frames.frame_roots: {display_url!r} {problem}")
-    try:
-        return parse(root)
-    except FrameRefused as exc:
-        raise ConfigError(f"frames.frame_roots: {exc}") from exc
+    return found
 
 
 def join(base: str, reference: str) -> str:
@@ -195,7 +143,7 @@ def join(base: str, reference: str) -> str:
     try:
         return urljoin(base, reference)
     except ValueError:
-        raise _unreadable() from None
+        raise FrameRefused(_UNREADABLE, "not a URL") from None
 
 
 def without_credentials(url: str) -> str:
@@ -203,7 +151,7 @@ def without_credentials(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
-        return "<unreadable URL>"
+        return _UNREADABLE
     if parts.scheme.lower() == "memory":  # whose names are neither secret nor split at a question mark
         return url
     query = _VALUE.sub("***", parts.query)
@@ -220,23 +168,22 @@ def redact(url: str) -> str:
     return _BEFORE_HOST.sub(r"\1***@", without_credentials(url))
 
 
-def _check(segment: str, display_url: str) -> None:
-    """Refuse a path segment that leaves its folder, however often it is decoded."""
-    decoded, named = segment, segment.rpartition("@")[2].partition(";")[0]
-    for _ in range(4):
-        if decoded.split(";")[0] in (".", ".."):
-            raise FrameRefused(display_url, f"{named!r} in the path, wanted one that does not leave its folder")
-        if "/" in decoded or "\\" in decoded or "\0" in decoded:
-            raise FrameRefused(display_url, f"an encoded slash, backslash or NUL in {named!r}")
-        decoded, before = unquote(decoded), decoded
-        if decoded == before:
-            return
-    raise FrameRefused(display_url, f"{named!r} is percent-encoded again and again")
-
-
-def _authorization(url: str) -> str | None:
-    user, at, _ = urlsplit(url).netloc.rpartition("@")
-    return "Basic " + b64encode(unquote(user).encode()).decode() if at else None
+def _checked(path: str, display_url: str) -> list[str]:
+    """Return the segments of a path; refuse one that leaves its folder, however often it is decoded."""
+    segments = path.split("/")
+    for segment in segments:
+        decoded, named = segment, segment.rpartition("@")[2].partition(";")[0]
+        for _ in range(4):
+            if decoded.split(";")[0] in (".", ".."):
+                raise FrameRefused(display_url, f"{named!r} in the path, wanted one that does not leave its folder")
+            if "/" in decoded or "\\" in decoded or "\0" in decoded:
+                raise FrameRefused(display_url, f"an encoded slash, backslash or NUL in {named!r}")
+            decoded, before = unquote(decoded), decoded
+            if decoded == before:
+                break
+        else:
+            raise FrameRefused(display_url, f"{named!r} is percent-encoded again and again")
+    return segments
 
 
 def file_url(path: str | Path) -> str:

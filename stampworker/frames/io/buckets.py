@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -30,75 +30,40 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-# An operator who forgot the credentials is to be told where they come from. obstore asks a cloud machine's metadata
-# service for them, elsewhere nobody answers, and only the message shows that it was this that failed.
+# The message for missing credentials says where they come from. Without any, obstore asks a cloud machine's metadata
+# service; elsewhere nobody answers, and only the text of the error shows that this request failed.
 _NO_CREDENTIALS = re.compile(r"//169\.254\.|/latest/(?:api/token|meta-data/)|performing token request")
-# A server that cannot be connected to is not asked for other frames (frames.failure_ttl_s). That it was the connection
-# that failed, obstore says only in what it appends for debugging.
+# A server that cannot be connected to is not asked for other frames (frames.failure_ttl_s). obstore says only in what
+# it appends for debugging that the connection failed.
 _DOWN = re.compile(r"ConnectError\(|kind: Connect\b")
 _ENDPOINT = re.compile(r"https?://[^?#@\s]+")
-
-
-@dataclass(frozen=True)
-class _Vendor:
-    """What differs between vendors: obstore's class and name of the endpoint, and where an operator looks."""
-
-    store: str
-    endpoint: str
-    environment: tuple[str, ...]
-    credentials: str
-    location: str
-
-
-_VENDORS = {
-    "s3": _Vendor(
-        "S3Store",
-        "endpoint",
-        ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role",
-        "frames.s3_endpoint and frames.s3_region",
-    ),
-    "gs": _Vendor(
-        "GCSStore",
-        "base_url",
-        ("GOOGLE_BASE_URL",),
-        "GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account",
-        "frames.gs_endpoint",
-    ),
-    "abfs": _Vendor(
-        "AzureStore",
-        "endpoint",
-        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+# obstore's class, its name of the endpoint, and the environment's names of it.
+_STORES = {
+    "s3": ("S3Store", "endpoint", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GCSStore", "base_url", "GOOGLE_BASE_URL"),
+    "abfs": ("AzureStore", "endpoint", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+# Where an operator looks when a bucket does not open: for credentials, and for its location.
+_HINTS = {
+    "s3": ("AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a role", "frames.s3_endpoint and frames.s3_region"),
+    "gs": ("GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, a machine's account", "frames.gs_endpoint"),
+    "abfs": (
         "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, an identity",
         "frames.abfs_account and frames.abfs_endpoint",
     ),
 }
+_OTHER_OBJECT = "the object is another one than when it was opened"
 
 
 class _Changed(FrameUnavailable):
-    """The object is another one than when it was opened."""
-
-
-class _BeyondEnd(FrameUnavailable):
-    """The object has no byte of the range."""
+    """The object is another one than when it was opened, or has no byte of the range."""
 
 
 class BucketClient:
-    """The buckets of the roots.
+    """The buckets of the roots; roots of other schemes than `BUCKETS` are passed over.
 
-    Parameters
-    ----------
-    settings : FrameSettings
-        Endpoints, timeouts and limits.
-    roots : sequence of FrameURL
-        Roots of other schemes than `BUCKETS` are passed over.
-    failures : FailureCache
-        Where failures are remembered.
-
-    Raises
-    ------
-    ConfigError
-        obstore is not installed, an endpoint is no address, an account is missing, credentials cannot be read.
+    `ConfigError` where obstore is not installed, an endpoint is no URL, an account is missing, or credentials cannot be
+    read.
     """
 
     def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL], failures: FailureCache) -> None:
@@ -115,7 +80,7 @@ class BucketClient:
         FrameRefused
             More than ``limit`` bytes.
         FrameUnavailable
-            Any other failure; `_Changed` where ``if_match`` does not, `_BeyondEnd` where the range does not.
+            Any other failure; `_Changed` where ``if_match`` or the range does not fit the object.
         """
         import obstore
 
@@ -135,33 +100,22 @@ class BucketClient:
         except Exception as exc:
             raise self._failure(frame_url, exc, since) from exc
 
-    def size(self, frame_url: FrameURL) -> int:
-        """Return the size of an object; errors as of `get`."""
-        import obstore
-
-        since = time.monotonic()
-        try:
-            return obstore.head(self._buckets[frame_url.origin], frame_url.target)["size"]
-        except Exception as exc:
-            raise self._failure(frame_url, exc, since) from exc
-
     def _open(self, root: FrameURL) -> ObjectStore:
         try:
             import obstore.store
         except ImportError as exc:
-            raise ConfigError(
-                f"frames.frame_roots: {root.display_url} needs obstore, which is not installed: "
-                f"pip install 'stampworker[{root.scheme}]'"
-            ) from exc
-        vendor, endpoint = _VENDORS[root.scheme], self._endpoint(root.scheme)
+            problem = f"needs obstore, which is not installed: pip install 'stampworker[{root.scheme}]'"
+            raise ConfigError(f"frames.frame_roots: {root.display_url} {problem}") from exc
+        store, option, *names = _STORES[root.scheme]
+        endpoint = self._endpoint(root.scheme, names)
         config: dict[str, Any] = {
-            vendor.endpoint: endpoint,
+            option: endpoint,
             "region": self.settings.s3_region if root.scheme == "s3" else None,
             "account_name": self.settings.abfs_account if root.scheme == "abfs" else None,
             "skip_signature": getattr(self.settings, f"{root.scheme}_anonymous") or None,
         }
         try:
-            opened: ObjectStore = getattr(obstore.store, vendor.store)(
+            opened: ObjectStore = getattr(obstore.store, store)(
                 root.host,
                 **{name: value for name, value in config.items() if value is not None},
                 client_options={
@@ -177,8 +131,7 @@ class BucketClient:
             raise ConfigError(f"frames.frame_roots: {root.display_url}: {_first_words(exc)}; {_hint(root)}") from exc
         return opened
 
-    def _endpoint(self, scheme: str) -> str | None:
-        names = _VENDORS[scheme].environment
+    def _endpoint(self, scheme: str, names: list[str]) -> str | None:
         given: str | None = getattr(self.settings, f"{scheme}_endpoint")
         endpoint = given or next(filter(None, map(os.environ.get, names)), None)
         if endpoint and not _ENDPOINT.fullmatch(endpoint):
@@ -190,42 +143,28 @@ class BucketClient:
         from obstore import exceptions as problems
 
         said, waited = _first_words(exc), time.monotonic() - since
+        url, key, origin, note = frame_url.display_url, frame_url.key, frame_url.origin, self.failures.note
         if isinstance(exc, FileNotFoundError):
-            missing = FrameMissing(frame_url.display_url, "no such bucket or key")
-            self.failures.note_answer(frame_url.origin)
-            self.failures.note(frame_url.key, missing)
-            return missing
+            self.failures.note_answer(origin)
+            return note(key, FrameMissing(url, "no such bucket or key"))
         if isinstance(exc, problems.PreconditionError):
-            return _Changed(frame_url.display_url, "the object is another one than when it was opened")
+            return _Changed(url, _OTHER_OBJECT)
         no_credentials = _NO_CREDENTIALS.search(said) is not None
         if no_credentials or isinstance(exc, problems.PermissionDeniedError | problems.UnauthenticatedError):
             problem = f"access denied ({said}); {_hint(frame_url)}"
-            log.error("%s: %s", frame_url.display_url, problem)
-            error = FrameUnavailable(frame_url.display_url, problem)
-            self.failures.note(frame_url.origin if no_credentials else frame_url.key, error)
-            return error
+            log.error("%s: %s", url, problem)
+            return note(origin if no_credentials else key, FrameUnavailable(url, problem))
         if "status code: 416" in said:
-            return _BeyondEnd(frame_url.display_url, f"no byte of the range: {said}")
+            return _Changed(url, f"no byte of the range: {said}")
         if waited < min(self.settings.connect_s, self.settings.read_s, self.settings.total_s):
-            error = FrameUnavailable(frame_url.display_url, said)
-            self.failures.note(frame_url.origin if _DOWN.search(str(exc)) else frame_url.key, error)
-            return error
+            return note(origin if _DOWN.search(str(exc)) else key, FrameUnavailable(url, said))
         # obstore has one exception for a wait in vain and for an answer that says no. The clock tells them apart.
-        error = FrameUnavailable(frame_url.display_url, f"not answered in {waited:.1f} s: {said}")
-        self.failures.note_late(frame_url.origin, frame_url.key, error, since)
-        return error
+        error = FrameUnavailable(url, f"not answered in {waited:.1f} s: {said}")
+        return self.failures.note_late(origin, key, error, since)
 
 
 class BucketFile:
-    """One object of a bucket.
-
-    Parameters
-    ----------
-    client : BucketClient
-        The buckets.
-    frame_url : FrameURL
-        Beneath a root.
-    """
+    """One object of a bucket; its URL is beneath a root."""
 
     def __init__(self, client: BucketClient, frame_url: FrameURL) -> None:
         self.changed = False
@@ -237,10 +176,10 @@ class BucketFile:
         """Ask for the first bytes."""
         try:
             data, self._size, self._tag = self._client.get(self._frame_url, {"range": (0, FIRST_BYTES)}, FIRST_BYTES)
-        except _BeyondEnd:
-            if self._client.size(self._frame_url) > 0:
-                raise
-            return FirstRead(bytearray(), 0)
+        except _Changed as exc:  # no byte of the range
+            data, self._size, _ = self._client.get(self._frame_url, {"head": True}, sys.maxsize)
+            if self._size > 0:
+                raise FrameUnavailable(exc.url, exc.problem) from exc
         return FirstRead(data, self._size)
 
     def read_range(self, offset: int, length: int) -> bytes:
@@ -252,31 +191,26 @@ class BucketFile:
         return self._same({}, self._size)
 
     def _same(self, options: dict[str, Any], length: int) -> bytearray:
-        limit = self._client.settings.max_download_bytes
-        check_length(self._frame_url.display_url, length, limit)
+        url, limit = self._frame_url.display_url, self._client.settings.max_download_bytes
+        check_length(url, length, limit)
         if self._tag is not None:
             options["if_match"] = self._tag
         try:
             data, size, tag = self._client.get(self._frame_url, options, limit)
-        except (_Changed, _BeyondEnd):
+            if self._tag and tag and tag != self._tag:  # a server that ignores the condition
+                raise _Changed(url, _OTHER_OBJECT)
+            if size != self._size or len(data) != length:
+                found = f"{len(data)} of {size} bytes, wanted {length} of {self._size}, as when it was opened"
+                raise _Changed(url, found)
+        except _Changed as exc:
             self.changed = True
-            raise
-        if self._tag and tag and tag != self._tag:  # a server that ignores the condition
-            self.changed = True
-            raise _Changed(self._frame_url.display_url, "the object is another one than when it was opened")
-        if size != self._size or len(data) != length:
-            self.changed = True
-            raise FrameUnavailable(
-                self._frame_url.display_url,
-                f"{len(data)} of {size} bytes, wanted {length} of {self._size}, as when it was opened",
-            )
+            raise FrameUnavailable(url, exc.problem) from exc
         return data
 
 
 def _hint(frame_url: FrameURL) -> str:
-    """Return where an operator looks when a bucket does not open."""
-    vendor = _VENDORS[frame_url.scheme]
-    return f"credentials come from the environment ({vendor.credentials}), the bucket's location from {vendor.location}"
+    credentials, location = _HINTS[frame_url.scheme]
+    return f"credentials come from the environment ({credentials}), the bucket's location from {location}"
 
 
 def _first_words(exc: Exception) -> str:

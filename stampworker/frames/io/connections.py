@@ -152,30 +152,22 @@ class _TlsPool(urllib3.HTTPSConnectionPool):
 
 
 class Connections:
-    """Connections to the servers of frames.
+    """Connections to the servers of the roots; ``proxies`` are those of each server, None where there is none.
 
-    Parameters
-    ----------
-    settings : FrameSettings
-        Timeouts and limits.
-    roots : sequence of FrameURL
-        The URLs beneath which frames are asked for.
-
-    Raises
-    ------
-    ConfigError
-        A proxy of the environment is not one that can be used.
+    `ConfigError` where a proxy of the environment cannot be used.
     """
 
     def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL]) -> None:
-        origins = {root.origin for root in roots}
-        self._options = {
+        self._options: dict[str, Any] = {
             "maxsize": _IDLE_CONNECTIONS,
             "timeout": urllib3.Timeout(connect=settings.connect_s, read=settings.read_s),
-            "ssl_context": _tls_context() if any(scheme == "https" for scheme, _, _ in origins) else None,
         }
-        proxies = {scheme: _proxy(scheme) for scheme in WEB} if origins else {}
-        self._proxies = {root.origin: None if proxy_bypass(netloc(root)) else proxies[root.scheme] for root in roots}
+        if any(root.scheme == "https" for root in roots):
+            context = ssl.create_default_context()  # with the system's certificates (SSL_CERT_FILE, SSL_CERT_DIR)
+            context.sslsocket_class = _TlsSocket
+            self._options["ssl_context"] = context
+        proxies = {scheme: _proxy(scheme) for scheme in WEB} if roots else {}
+        self.proxies = {root.origin: None if proxy_bypass(netloc(root)) else proxies[root.scheme] for root in roots}
         self._pools = self._make_pools()
 
     def close(self) -> None:
@@ -185,20 +177,16 @@ class Connections:
             pool.close()
 
     def _make_pools(self) -> dict[Origin, urllib3.HTTPConnectionPool]:
-        managers = {proxy: _manager(proxy, self._options) for proxy in self._proxies.values()}
+        managers = {proxy: _manager(proxy, self._options) for proxy in self.proxies.values()}
         return {
-            origin: managers[proxy].connection_from_host(origin[1], origin[2], origin[0])
-            for origin, proxy in self._proxies.items()
+            (scheme, host, port): managers[proxy].connection_from_host(host, port, scheme)
+            for (scheme, host, port), proxy in self.proxies.items()
         }
-
-    def proxy(self, url: FrameURL) -> FrameURL | None:
-        """Return the proxy through which a URL is asked for, if any."""
-        return self._proxies[url.origin]
 
     def send(self, url: FrameURL, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         """Send a GET and return the answer, its body unread; errors are those of `_Connection` and of urllib3."""
         pool, target = self._pools[url.origin], url.target
-        if self.proxy(url) is not None and url.scheme == "http":
+        if self.proxies[url.origin] is not None and url.scheme == "http":
             target = f"http://{netloc(url).removesuffix(':80')}{target}"
         while True:
             try:
@@ -281,20 +269,12 @@ def _proxy(scheme: str) -> FrameURL | None:
 
 
 def _manager(proxy: FrameURL | None, options: dict[str, Any]) -> urllib3.PoolManager:
-    if proxy is None:
-        manager = urllib3.PoolManager(**options)
-    else:
+    manager = urllib3.PoolManager(**options)
+    if proxy is not None:
         headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
         manager = urllib3.ProxyManager(f"http://{netloc(proxy)}", proxy_headers=headers, **options)
     manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
     return manager
-
-
-def _tls_context() -> ssl.SSLContext:
-    """Return a context with the system's certificates (SSL_CERT_FILE, SSL_CERT_DIR)."""
-    context = ssl.create_default_context()
-    context.sslsocket_class = _TlsSocket
-    return context
 
 
 def _left(seconds: float) -> float:

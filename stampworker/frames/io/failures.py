@@ -6,8 +6,11 @@ import math
 import threading
 import time
 from collections.abc import Hashable
+from typing import TypeVar
 
-from stampworker.errors import FrameError, FrameMissing, FrameRefused, FrameUnavailable
+from stampworker.errors import FrameError
+
+E = TypeVar("E", bound=FrameError)
 
 _MOST_REMEMBERED = 10_000
 # A server, not only one of its files, is slow after this many waits in vain without an answer in between.
@@ -17,10 +20,7 @@ _SLOW_FILES = 3
 class FailureCache:
     """Failures that are not asked about again for a while, so that a burst of alerts asks once.
 
-    Parameters
-    ----------
-    seconds : float
-        How long a failure is remembered, unless the server asks for longer.
+    They are remembered for ``seconds``, unless the server asks for longer.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -31,10 +31,8 @@ class FailureCache:
         self._late: dict[Hashable, set[Hashable]] = {}
         self._answered: dict[Hashable, float] = {}
 
-    def note(
-        self, key: Hashable, error: FrameMissing | FrameUnavailable | FrameRefused, seconds: float | None = None
-    ) -> None:
-        """Remember a failure of a URL or of a whole server, for ``seconds`` at least."""
+    def note(self, key: Hashable, error: E, seconds: float | None = None) -> E:
+        """Remember a failure of a URL or of a whole server, for ``seconds`` at least, and return it."""
         now = time.monotonic()
         until = now + max(seconds or 0.0, self._seconds)
         with self._lock:
@@ -42,22 +40,22 @@ class FailureCache:
             if len(self._known) >= _MOST_REMEMBERED:
                 del self._known[next(iter(self._known))]
             self._known[key] = now, until, type(error), error.problem
+        return error
 
-    def note_late(self, server: Hashable, key: Hashable, error: FrameUnavailable, since: float) -> None:
+    def note_late(self, server: Hashable, key: Hashable, error: E, since: float) -> E:
         """Remember that no answer came in time: of a URL, and of its server after `_SLOW_FILES` of them in succession.
 
-        ``since`` is when the question was asked, on the monotonic clock.
+        ``since`` is when the question was asked, on the monotonic clock. The error is returned.
         """
         self.note(key, error)
         with self._lock:
             if self._answered.get(server, -math.inf) >= since:
-                return
+                return error
             late = self._late.setdefault(server, set())
             if len(late) < _SLOW_FILES:
                 late.add(key)
             is_slow = len(late) >= _SLOW_FILES
-        if is_slow:
-            self.note(server, error)
+        return self.note(server, error) if is_slow else error
 
     def note_answer(self, server: Hashable) -> None:
         """Remember that a server gave an answer in time."""

@@ -44,42 +44,19 @@ _CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.I
 
 
 class WebClient:
-    """Servers of frames.
+    """The servers of the roots. Redirects may lead beneath ``roots``; ``failures`` are those of all frames.
 
-    Parameters
-    ----------
-    settings : FrameSettings
-        Timeouts and limits.
-    roots : sequence of FrameURL
-        Where redirects may lead.
-    failures : FailureCache
-        Where failures are remembered.
-
-    Raises
-    ------
-    ConfigError
-        A proxy of the environment is not one that can be used.
+    `ConfigError` where a proxy of the environment cannot be used.
     """
 
     def __init__(self, settings: FrameSettings, roots: Sequence[FrameURL], failures: FailureCache) -> None:
         self.settings, self.roots, self.failures = settings, roots, failures
         self.connections = Connections(settings, [root for root in roots if root.scheme in WEB])
-
-    def close(self) -> None:
-        """Close the connections that are kept."""
-        self.connections.close()
+        self.close = self.connections.close
 
 
 class WebFile:
-    """One file of a server.
-
-    Parameters
-    ----------
-    client : WebClient
-        The connections.
-    url : FrameURL
-        Beneath a root.
-    """
+    """One file of a server; its URL is beneath a root."""
 
     def __init__(self, client: WebClient, url: FrameURL) -> None:
         self._client, self._settings, self._failures = client, client.settings, client.failures
@@ -156,17 +133,14 @@ class WebFile:
             headers = headers | {"Authorization": credentials}
         since = time.monotonic()
         if since >= end_within(math.inf):  # the server is not to blame
-            problem = f"no time is left of total_s ({self._settings.total_s:g} s)"
-            raise FrameUnavailable(self._display_url, problem)
+            raise FrameUnavailable(self._display_url, f"no time is left of total_s ({self._settings.total_s:g} s)")
         try:
             return self._client.connections.send(url, headers)
         except NotConnected as exc:
             raise self._unconnected(url, str(exc), exc.__cause__) from exc.__cause__
         except AddressRefused as exc:
-            problem = (
-                f"{exc}: only a root in frames.frame_roots, and a URL, that name it instead of the host lead there"
-            )
-            raise FrameRefused(self._display_url, problem) from exc
+            allowed = "only a root in frames.frame_roots, and a URL, that name it instead of the host lead there"
+            raise FrameRefused(self._display_url, f"{exc}: {allowed}") from exc
         except ReadTimeoutError:
             raise self._late("no answer", url.origin, since) from None
         except (OSError, http.client.HTTPException, HTTPError) as exc:
@@ -183,9 +157,7 @@ class WebFile:
                 raise FrameRefused(redact(target), "outside the frame roots (frames.frame_roots)")
             return found
         except FrameRefused as exc:
-            error = FrameRefused(self._display_url, f"redirects to {exc}")
-            self._failures.note(self._url.key, error)
-            raise error from exc
+            raise self._failures.note(self._url.key, FrameRefused(self._display_url, f"redirects to {exc}")) from exc
 
     def _check_status(self, response: urllib3.BaseHTTPResponse, server: Origin) -> None:
         """Raise the error for a status other than 200, 206 and 416."""
@@ -194,10 +166,8 @@ class WebFile:
         if status in (200, 206, 416):
             return
         if status in (404, 410):
-            error = FrameMissing(self._display_url, said)
             self._failures.note_answer(server)
-            self._failures.note(self._url.key, error)
-            raise error
+            raise self._failures.note(self._url.key, FrameMissing(self._display_url, said))
         if status in (401, 403, 407):
             source = f"the netrc file (~/.netrc, or where NETRC points), machine {self._url.host}"
             said += f"; credentials come from {source if status != 407 else 'the URL in HTTP_PROXY'}"
@@ -214,11 +184,9 @@ class WebFile:
         since, length, limit = time.monotonic(), response.length_remaining, self._settings.max_download_bytes
         if wanted is not None and length not in (None, wanted):
             raise self._failed(f"an answer of {length} bytes, wanted {wanted}")
-        if length is not None and length > limit:
-            problem = f"{length} bytes, above the {limit} allowed (frames.max_download_bytes)"
-            raise FrameRefused(self._display_url, problem)
+        check_length(self._display_url, length or 0, limit)
         expected = length if wanted is None else wanted
-        # Of a body in chunks read1 returns what has come. read would believe a chunk's size, below zero, too.
+        # read1 returns what has come of a body in chunks. read would believe any size of a chunk, one below zero, too.
         read = response.read1 if length is None else response.read
         try:
             data = collect(iter(partial(read, _CHUNK), b""), limit if wanted is None else wanted, self._display_url)
@@ -251,9 +219,7 @@ class WebFile:
 
     def _failed(self, problem: str, *, server: Origin | None = None, wait: float | None = None) -> FrameUnavailable:
         """Return the error for a failure that may pass, and remember it: of the file, or of a whole server."""
-        error = FrameUnavailable(self._display_url, problem)
-        self._failures.note(server or self._url.key, error, wait)
-        return error
+        return self._failures.note(server or self._url.key, FrameUnavailable(self._display_url, problem), wait)
 
     def _late(self, missing: str, server: Origin, since: float) -> FrameUnavailable:
         """Return the error for what did not come in time, and remember it; see `FailureCache.note_late`."""
@@ -261,12 +227,11 @@ class WebFile:
         total, read = self._settings.total_s, self._settings.read_s
         limit = f"within total_s ({total:g} s)" if is_over else f"for read_s ({read:g} s)"
         error = FrameUnavailable(self._display_url, f"{missing} {limit}")
-        self._failures.note_late(server, self._url.key, error, since)
-        return error
+        return self._failures.note_late(server, self._url.key, error, since)
 
     def _unconnected(self, url: FrameURL, what: str, problem: BaseException | None) -> FrameUnavailable:
         """Return the error for a failed connection, and remember it: of the server, unless its time was cut short."""
-        proxy = self._client.connections.proxy(url)
+        proxy = self._client.connections.proxies[url.origin]
         via = f" through the proxy {netloc(proxy)}" if proxy is not None else ""
         what = what or f"no connection to {netloc(url)}{via}"
         if isinstance(problem, ssl.SSLCertVerificationError):
@@ -301,9 +266,7 @@ def _from_netrc(host: str) -> str | None:
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as exc:
         log.error("%s cannot be used: %s", path, exc)
         return None
-    if found is None:
-        return None
-    return "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+    return None if found is None else "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode()
 
 
 def _said(exc: BaseException | None) -> str:

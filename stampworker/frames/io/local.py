@@ -27,35 +27,18 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 class LocalRoots:
     """What may be read of the local file system.
 
-    Parameters
-    ----------
-    roots : iterable of str
-        Folders, as paths or ``file:`` URLs.
-    allowed : iterable of str
-        Files, as paths or ``file:`` URLs, that may be read wherever they are.
-    base : Path or None
-        Where relative paths start; by default at the first root.
-
-    Raises
-    ------
-    ConfigError
-        A root is not a folder that exists.
+    ``roots`` are folders, ``allowed`` files that may be read wherever they are: paths or ``file:`` URLs. Relative paths
+    start at ``base``, by default the first root. `ConfigError` where a root is not a folder that exists.
     """
 
     def __init__(self, roots: Iterable[str], allowed: Iterable[str], base: Path | None) -> None:
         self._roots = [_root(root) for root in roots]
         self._allowed = {os.path.realpath(_local(url)) for url in allowed}
-        start = base if base is not None else (self._roots[0] if self._roots else None)
+        start = base or next(iter(self._roots), None)
         self._base = None if start is None else Path(start).absolute()
 
     def path(self, given: str, url: str) -> Path:
-        """Return the absolute path, as named, of a URL or path without fragment.
-
-        Raises
-        ------
-        FrameRefused
-            It is neither a path nor a ``file:`` URL of this host.
-        """
+        """Return the absolute path of a URL or path without fragment; `FrameRefused` for another host or scheme."""
         scheme = scheme_of(given)
         if scheme == "file":
             try:
@@ -63,8 +46,8 @@ class LocalRoots:
             except ValueError as exc:
                 raise FrameRefused(redact(url), str(exc)) from None
         elif scheme is not None:
-            problem = f"scheme {scheme!r}, wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
-            raise FrameRefused(redact(url), problem)
+            wanted = f"wanted a path or a URL: file:, {':, '.join(REMOTE)}:"
+            raise FrameRefused(redact(url), f"scheme {scheme!r}, {wanted}")
         elif given.startswith("//"):
             raise FrameRefused(redact(url), "a host without a scheme, wanted a path or a URL")
         if "\0" in given or not given:
@@ -89,16 +72,7 @@ class LocalRoots:
 
 
 def open_local(path: str, roots: LocalRoots, url: str) -> Source:
-    """Return a source over a local file.
-
-    Parameters
-    ----------
-    path : str
-        See `LocalRoots.resolve`.
-    roots : LocalRoots
-        The opened file must be beneath one of them.
-    url : str
-        Name for messages.
+    """Return a source over a local file; ``path`` is what `LocalRoots.resolve` returns, ``url`` names it in messages.
 
     Raises
     ------

@@ -17,22 +17,13 @@ def open_memory() -> Any:
     try:
         from fsspec.implementations.memory import MemoryFileSystem
     except ImportError as exc:
-        raise ConfigError(
-            "memory: frames need fsspec, which is not installed: pip install 'stampworker[memory]'"
-        ) from exc
+        problem = "frames need fsspec, which is not installed: pip install 'stampworker[memory]'"
+        raise ConfigError(f"memory: {problem}") from exc
     return MemoryFileSystem()
 
 
 class MemoryFile:
-    """One file of the memory filesystem.
-
-    Parameters
-    ----------
-    files : MemoryFileSystem
-        See `open_memory`.
-    frame_url : FrameURL
-        Beneath a root.
-    """
+    """One file of the memory filesystem that `open_memory` returns; its URL is beneath a root."""
 
     def __init__(self, files: Any, frame_url: FrameURL) -> None:
         self._files, self._path, self._display_url = files, "/" + frame_url.target, frame_url.display_url
@@ -46,8 +37,7 @@ class MemoryFile:
     def open(self) -> FirstRead:
         """Return the first bytes."""
         self._opened = self._written()
-        data = self._read(0, FIRST_BYTES)
-        return FirstRead(bytearray(data), self._files.size(self._path))
+        return FirstRead(bytearray(self._read(0, FIRST_BYTES)), self._files.size(self._path))
 
     def read_range(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""

@@ -10,17 +10,13 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stampworker.errors import FrameCorrupt, FrameRefused
 from stampworker.frames.io.sources import GZIP_MAGIC, CachedBytes, FetchTask, Source
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from stampworker.frames.cache import CacheBudget
 
 FIRST_BYTES = 1 << 16
@@ -28,21 +24,14 @@ FIRST_BYTES = 1 << 16
 
 # Ranges are widened to blocks; 63 rows of 3072 float32 are 47 of these, so the widening costs at most 4 %.
 _BLOCK = 1 << 14
-# Blocks. Ranges this near are fetched with what is between them: cheaper than a second request.
-_GAP = 4
-_RUN = 256  # blocks, 4 MiB: longer runs are fetched in pieces, at the same time
+_GAP = 4  # blocks; ranges this near are fetched with what is between them: cheaper than a second request
+_RUN = 256  # blocks, 4 MiB; longer runs are fetched in pieces, at the same time
 
 
-@dataclass(frozen=True)
-class FirstRead:
-    """The first answer about a file.
+class FirstRead(NamedTuple):
+    """The first answer about a file of ``size`` bytes.
 
-    Attributes
-    ----------
-    data : bytearray
-        The first `FIRST_BYTES` bytes, or the whole file if it is shorter or the server serves no ranges.
-    size : int
-        Bytes of the whole file.
+    ``data`` are the first `FIRST_BYTES` bytes, or the whole file if it is shorter or the server serves no ranges.
     """
 
     data: bytearray
@@ -55,37 +44,22 @@ class Remote(Protocol):
     @property
     def changed(self) -> bool:
         """Whether the file was seen to be another one than when it was opened."""
-        ...
 
     def open(self) -> FirstRead:
         """Ask for the first `FIRST_BYTES` bytes."""
-        ...
 
     def read_range(self, offset: int, length: int) -> bytes:
         """Return bytes of the file that was opened; `FrameUnavailable` if it is another one now."""
-        ...
 
     def read_all(self) -> bytearray:
         """Return all bytes of the file that was opened; `FrameUnavailable` if it is another one now."""
-        ...
 
 
-class RangedFile:
-    """A remote file read by ranges.
-
-    Parameters
-    ----------
-    remote : Remote
-        The file, by its protocol.
-    first_read : FirstRead
-        What `Remote.open` returned.
-    budget : CacheBudget
-        Bounds the blocks that are kept.
-    """
+class RangedFile(Source):
+    """A remote file read by ranges; ``budget`` bounds the blocks that are kept."""
 
     def __init__(self, remote: Remote, first_read: FirstRead, budget: CacheBudget) -> None:
         self.size = first_read.size
-        self.bytes_upfront = 0
         self.nbytes = 0
         self.last_used = budget.clock()
         self._remote, self._budget = remote, budget
@@ -96,35 +70,23 @@ class RangedFile:
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on, with at most one request."""
         self.last_used = self._budget.clock()
-        wanted = range(offset // _BLOCK, -(-(offset + length) // _BLOCK))
-        kept = self._blocks
-        blocks = {index: kept.get(index) for index in wanted}
-        missing = [index for index, block in blocks.items() if block is None]
-        if missing:
-            blocks |= self._fetch(missing[0], missing[-1])
-        joined = b"".join(block for block in blocks.values() if block is not None)
+        wanted = _block_range(offset, length)
+        kept = self._blocks  # blocks are added to it, never taken out
+        missing = [index for index in wanted if index not in kept]
+        fetched = self._fetch(missing[0], missing[-1]) if missing else {}
+        joined = b"".join(fetched[index] if index in fetched else kept[index] for index in wanted)
         start = offset - wanted.start * _BLOCK
         return joined[start : start + length]
 
     def fetch_tasks(self, spans: Iterable[tuple[int, int]]) -> list[FetchTask]:
-        """Return the tasks that fetch spans of bytes before they are read.
+        """Return one task for each request that fetches spans of bytes (offset and length) before they are read.
 
-        Parameters
-        ----------
-        spans : iterable of (int, int)
-            Offset and length.
-
-        Returns
-        -------
-        tasks : list of FetchTask
-            One a request; none if there is no room to keep the bytes.
+        None if there is no room to keep the bytes.
         """
         self.last_used = self._budget.clock()  # the blocks that are kept already must stay, too
-        kept = self._blocks
-        spans = [span for span in spans if span[1]]
-        blocks = {i for start, length in spans for i in range(start // _BLOCK, -(-(start + length) // _BLOCK))}
+        blocks = {index for offset, length in spans if length for index in _block_range(offset, length)}
         runs: list[list[int]] = []
-        for index in sorted(blocks.difference(kept)):
+        for index in sorted(blocks.difference(self._blocks)):
             if runs and index - runs[-1][1] <= _GAP and index - runs[-1][0] < _RUN:
                 runs[-1][1] = index
             else:
@@ -133,12 +95,6 @@ class RangedFile:
         if not self._budget.fits(self, sum(sizes)):
             return []
         return [FetchTask(size, partial(self._fetch, *run)) for size, run in zip(sizes, runs, strict=True)]
-
-    def pixels(
-        self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
-    ) -> NDArray[Any] | None:
-        """Return None: the bytes are not in memory."""
-        return None
 
     def release(self) -> None:
         """Forget the blocks."""
@@ -163,6 +119,10 @@ class RangedFile:
             self._budget.evict(self)
 
 
+def _block_range(offset: int, length: int) -> range:
+    return range(offset // _BLOCK, -(-(offset + length) // _BLOCK))
+
+
 def _split(data: bytes) -> Iterator[bytes]:
     return (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
 
@@ -170,25 +130,8 @@ def _split(data: bytes) -> Iterator[bytes]:
 def open_remote(remote: Remote, url: str, budget: CacheBudget, limit: int) -> Source:
     """Return a source over a remote file: by ranges, or whole if it is small, gzip, or the server has no ranges.
 
-    Parameters
-    ----------
-    remote : Remote
-        The file, by its protocol.
-    url : str
-        Name for messages.
-    budget : CacheBudget
-        Bounds what is kept.
-    limit : int
-        Largest gzip file that is read, bytes: what one alert may cost.
-
-    Returns
-    -------
-    source : Source
-
-    Raises
-    ------
-    FrameError
-        See `stampworker.frames.FrameStore.open`.
+    ``url`` names it in messages, ``limit`` is the size in bytes of the largest gzip file that is read: what one alert
+    may cost.
     """
     first_read = remote.open()
     if first_read.size == 0:
@@ -197,10 +140,8 @@ def open_remote(remote: Remote, url: str, budget: CacheBudget, limit: int) -> So
         return CachedBytes(remote.read_all, url, budget, first_read.data)
     if first_read.data[:2] == GZIP_MAGIC:
         if first_read.size > limit:
-            raise FrameRefused(
-                url,
-                f"gzip of {first_read.size} bytes, above the {limit} that one alert may cost (frames.max_alert_bytes)",
-            )
+            problem = f"above the {limit} that one alert may cost (frames.max_alert_bytes)"
+            raise FrameRefused(url, f"gzip of {first_read.size} bytes, {problem}")
         return CachedBytes(remote.read_all, url, budget)
     return RangedFile(remote, first_read, budget)
 

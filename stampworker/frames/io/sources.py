@@ -1,7 +1,6 @@
 """Sources of bytes below the FITS reading: a mapped file, a file read by position, bytes made once and kept.
 
-A source has ``size``, ``bytes_upfront``, ``read(offset, length)`` and, where its bytes are in memory, ``pixels(...)``:
-an array over them without a copy. Remote files read by ranges are in `stampworker.frames.io.ranges`.
+Remote files read by ranges are in `stampworker.frames.io.ranges`.
 
 Why files are mapped: a 63 × 63 stamp from a mapped frame takes 4 µs, 63 positioned reads 40 µs, one read of its rows
 60 µs and more. What speaks against a map is SIGBUS, which kills the process when a mapped page cannot be read. Hence,
@@ -17,9 +16,9 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,64 +34,46 @@ _CHUNK = 1 << 16
 _MADV_POPULATE_READ = 22  # absent from the mmap module
 
 
-@dataclass(frozen=True)
-class FetchTask:
-    """A task that is done before bytes are read.
-
-    Attributes
-    ----------
-    size : int
-        Bytes that the task brings into memory.
-    run : callable
-        Does the task; its result is not used. Several may run at the same time.
-    """
+class FetchTask(NamedTuple):
+    """A task that brings ``size`` bytes into memory before they are read; tasks may run at the same time."""
 
     size: int
     run: Callable[[], object]
 
 
 class Source(Protocol):
-    """Bytes that can be read anywhere.
+    """Bytes that can be read anywhere: ``size`` of them.
 
-    Attributes
-    ----------
-    size : int
-        How many bytes there are.
-    bytes_upfront : int
-        Bytes that had to be downloaded or decompressed before any could be read.
+    ``bytes_upfront`` of a file had to be downloaded or decompressed before any could be read.
     """
 
     size: int
-    bytes_upfront: int
+    bytes_upfront: int = 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset`` on; the caller stays within ``size``."""
-        ...
+        """Return ``length`` bytes from ``offset`` on; the caller stays within ``size``.
+
+        Raises
+        ------
+        FrameUnavailable
+            The file is another one than when it was opened, or cannot be read.
+        """
 
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
     ) -> NDArray[Any] | None:
-        """Return an array over the image at ``offset`` whose rows ``first:last`` may be touched, or None."""
-        ...
+        """Return an array over the image at ``offset`` whose rows ``first:last`` may be touched, without a copy.
+
+        None where the bytes are not in memory.
+        """
+        return None
 
 
-class MappedFile:
-    """A local file in the address space.
+class MappedFile(Source):
+    """A local file in the address space; ``url`` names it in messages, ``fd`` is still the caller's to close.
 
-    Parameters
-    ----------
-    fd : int
-        Open descriptor; still the caller's to close.
-    url : str
-        Name for messages.
-
-    Raises
-    ------
-    OSError
-        The file cannot be mapped, or not without the risk of SIGBUS.
+    `OSError` where it cannot be mapped, or not without the risk of SIGBUS.
     """
-
-    bytes_upfront = 0
 
     def __init__(self, fd: int, url: str) -> None:
         self.size = os.fstat(fd).st_size
@@ -104,20 +85,14 @@ class MappedFile:
         self._populate(0, 1)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset`` on.
-
-        Raises
-        ------
-        FrameUnavailable
-            The file shrank since it was opened, or cannot be read.
-        """
+        """Return ``length`` bytes from ``offset`` on."""
         self._touch(offset, offset + length)
         return self._map[offset : offset + length]
 
     def pixels(
         self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
     ) -> NDArray[Any] | None:
-        """Return the image at ``offset`` as an array over the map; only rows ``first:last`` may be touched."""
+        """Return the image at ``offset`` as an array over the map."""
         image = self._images.get(offset)
         if image is None:
             image = np.frombuffer(self._map, dtype, shape[0] * shape[1], offset).reshape(shape)
@@ -141,53 +116,26 @@ class MappedFile:
         self._seen[first:last] = b"\1" * (last - first)
 
 
-class PositionedFile:
-    """A local file read by position, where it cannot be mapped safely.
-
-    Parameters
-    ----------
-    fd : int
-        Open descriptor; a duplicate is kept, the caller's is the caller's to close.
-    url : str
-        Name for messages.
-    """
-
-    bytes_upfront = 0
+class PositionedFile(Source):
+    """A local file read by position, where it cannot be mapped safely; a duplicate of ``fd`` is kept."""
 
     def __init__(self, fd: int, url: str) -> None:
-        self._file = os.fdopen(os.dup(fd), "rb", buffering=0)
-        self.size = os.fstat(fd).st_size
-        self._url = url
+        self.size, self._url, self._fd = os.fstat(fd).st_size, url, os.dup(fd)
+        weakref.finalize(self, os.close, self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset`` on.
-
-        Raises
-        ------
-        FrameUnavailable
-            The file shrank since it was opened, or cannot be read.
-        """
+        """Return ``length`` bytes from ``offset`` on."""
         parts: list[bytes] = []
         while length > 0:
             try:
-                part = os.pread(self._file.fileno(), length, offset)
+                part = os.pread(self._fd, length, offset)
             except OSError as exc:
                 raise FrameUnavailable(self._url, f"bytes {offset}:{offset + length}: {exc.strerror}") from exc
             if not part:
                 raise FrameUnavailable(self._url, f"the file shrank from {self.size} to {offset} bytes while open")
             parts.append(part)
             offset, length = offset + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def pixels(
-        self, offset: int, shape: tuple[int, int], dtype: np.dtype[Any], first: int, last: int
-    ) -> NDArray[Any] | None:
-        """Return None: the bytes are not in memory."""
-        return None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+        return b"".join(parts)
 
 
 def open_file(fd: int, url: str) -> Source:
@@ -198,23 +146,11 @@ def open_file(fd: int, url: str) -> Source:
         return PositionedFile(fd, url)
 
 
-class CachedBytes:
+class CachedBytes(Source):
     """Bytes that are made as a whole, a gzip file decompressed or a body downloaded, and kept within a budget.
 
-    They are made again when they were dropped.
-
-    Parameters
-    ----------
-    make : callable
-        Returns the bytes; its errors are raised as they are.
-    url : str
-        Name for messages.
-    budget : CacheBudget
-        Where the bytes are accounted.
-    data : bytearray, optional
-        The bytes, if they have been made already.
-    packed : int, optional
-        Bytes that they are made from, if those were read whole, too.
+    ``make`` is called again when they were dropped; ``data`` are the bytes if they have been made already. ``packed``
+    is the number of bytes that they are made from, if those were read whole, too.
     """
 
     def __init__(
@@ -227,13 +163,11 @@ class CachedBytes:
     ) -> None:
         self._make, self._url, self._budget = make, url, budget
         self._lock = threading.Lock()
-        self._data = data
-        self.nbytes = 0 if data is None else len(data)
-        self.last_used = budget.clock()
-        if data is not None:
-            budget.evict(self)
-        self.size = len(self._content() if data is None else data)
+        self._data: bytearray | None = make() if data is None else data
+        self.size = self.nbytes = len(self._data)
         self.bytes_upfront = packed + self.size
+        self.last_used = budget.clock()
+        budget.evict(self)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on."""
@@ -256,14 +190,12 @@ class CachedBytes:
 
     def _content(self) -> bytearray:
         self.last_used = self._budget.clock()
-        data = self._data
-        if data is None:
-            with self._lock:
-                data = self._data
-                if data is None:
-                    data = self._make()
-                    if len(data) != getattr(self, "size", len(data)):
-                        raise FrameUnavailable(self._url, f"{len(data)} bytes, {self.size} when it was opened")
-                    self._data, self.nbytes = data, len(data)
-                    self._budget.evict(self)
+        with self._lock:
+            data = self._data
+            if data is None:
+                data = self._make()
+                if len(data) != self.size:
+                    raise FrameUnavailable(self._url, f"{len(data)} bytes, {self.size} when it was opened")
+                self._data, self.nbytes = data, len(data)
+                self._budget.evict(self)
         return data

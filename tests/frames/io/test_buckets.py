@@ -48,7 +48,7 @@ ENVIRON: dict[str, tuple[str, dict[str, str], str]] = {
 
 @pytest.fixture(params=["s3", "gs", "abfs"])
 def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Choose the vendor, of whom the environment says nothing."""
+    """Choose a vendor, about whom the environment says nothing."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
             monkeypatch.delenv(name)
@@ -318,8 +318,9 @@ def test_range_that_cannot_be(server: WebServer, open_store: Open, tmp_path: Pat
     server.files[KEY] = (tmp_path / "b.fits").read_bytes()
     frame = store.open("a.fits")
     server.files[KEY] = server.files[KEY][:100_000]
-    with pytest.raises(FrameUnavailable, match="no byte of the range"):
+    with pytest.raises(FrameUnavailable, match="no byte of the range") as caught:
         frame[300:320, 5:9]
+    assert type(caught.value) is FrameUnavailable  # an error that rejects name and callers can import
 
 
 @pytest.mark.parametrize("checks", [True, False])

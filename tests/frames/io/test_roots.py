@@ -87,6 +87,7 @@ def test_other_hosts(server: WebServer, open_store: Open, url: str) -> None:
         "https://u:hunter2@host/",
         "https://host/?key=hunter2",
         "https://",
+        "https://u:hunter2@[::1/",
         "http://h/../x",
     ],
 )
