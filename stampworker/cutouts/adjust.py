@@ -21,8 +21,9 @@ from math import ceil, floor, inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter
+from scipy.ndimage import convolve, maximum_filter
 from scipy.special import chdtrc
 
 from stampworker.cutouts.search import Minimum, QuadraticForm, bspline_weights, global_minimum, reach_of
@@ -153,6 +154,21 @@ def adjust_cutout(
 
     The method is that of ``adjust_cutout`` in STDPipe (S. Karpov, https://github.com/karpov-sv/stdpipe); splines:
     Unser, Aldroubi & Eden 1993, IEEE Trans. Signal Process. 41, 821.
+
+    Examples
+    --------
+    A star on the image that is moved and 5 % brighter than on the template:
+
+    >>> import numpy as np
+    >>> y, x = np.mgrid[-15:16, -15:16]
+    >>> template = 1000 * np.exp(-(x**2 + y**2) / 8)
+    >>> image = 1050 * np.exp(-((x - 0.3) ** 2 + (y + 0.2) ** 2) / 8)
+    >>> cutout = {"image": image, "convolved": template, "err": np.full(image.shape, 10.0)}
+    >>> adjust_cutout(cutout)
+    True
+    >>> meta = cutout["meta"]
+    >>> print(f"{meta['adjust_dx']:.2f} {meta['adjust_dy']:.2f} {meta['adjust_scale']:.2f}")
+    0.30 -0.20 1.05
     """
     image, template, err, mask = planes_of(cutout)
     check_arguments(max_shift, max_scale, inner)
@@ -279,28 +295,13 @@ def fit_numpy(
     normalize: bool,
     adjusted: Plane,
 ) -> Fit:
-    """Fit, and fill ``adjusted``: the specification of the core.
+    """Fit, and fill ``adjusted``: the specification of a core.
 
-    Parameters
-    ----------
-    image, template, err : ndarray, shape (ny, nx), float32 or float64, native and contiguous
-    mask : ndarray of uint8, shape (ny, nx), or None
-        0 is good.
-    inner : float
-        Width of the fitted box, pixels; 0 for the whole stamp.
-    max_shift, max_scale, fit_bg, normalize
-        As in ``adjust_cutout``.
-    adjusted : ndarray, shape (ny, nx), float32 or float64
-        Overwritten where there is a fit.
-
-    Returns
-    -------
-    Fit
+    The planes have one shape (ny, nx) and are contiguous; those of numbers are native float32 or float64. The mask is 0
+    where a pixel is good. ``inner`` is 0 for the whole stamp; the other arguments are those of ``adjust_cutout``.
     """
     reach = reach_of(max_shift)
     image, template, err = (plane.astype(np.float64, copy=False) for plane in (image, template, err))
-    if mask is not None and not np.count_nonzero(mask):
-        mask = None
     good_image, good_template = _good(image, mask), _good(template, mask)
     box, root = _root_weights(err, good_image, good_template, inner, reach)
     npix = int(np.count_nonzero(root))
@@ -309,28 +310,24 @@ def fit_numpy(
     if _flat(template, good_template, box, reach):
         return Fit(NO_SIGNAL, npix)
     bg, tbg = _background(image, good_image), _background(template, good_template)
-    undefined = (
-        None if good_image is None and good_template is None else ~(np.abs(image) < HUGE) | ~(np.abs(template) < HUGE)
-    )
-    residual = image - bg if good_image is None else np.where(np.abs(image) < HUGE, image - bg, 0.0)
-    template = template - tbg if good_template is None else _filled(template, good_template, tbg) - tbg
+    undefined = ~(np.abs(image) < HUGE) | ~(np.abs(template) < HUGE)
+    residual = np.where(undefined, 0.0, image - bg)
+    template = _filled(template, good_template, tbg) - tbg
     padded = _prefilter(image.shape[0], reach) @ template @ _prefilter(image.shape[1], reach).T
     weighted = residual[box] * root
     form = _quadratic_form(padded, weighted, root, box, reach, fit_bg)
     best = global_minimum(form, max_shift, max_scale)
-    template_sums = form.template_sums(best.u, best.v) if fit_bg else (0.0, 0.0, 0.0)
+    template_sums = form.template_sums(best.u, best.v)
     bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
-    after = (residual - bg_offset if fit_bg else residual) - _moved(padded, best.u, best.v, reach, best.scale)
+    after = residual - bg_offset - best.scale * _moved(padded, best.u, best.v, reach)
     chi2_0, chi2 = _square(weighted - template[box] * root), _square(after[box] * root)
-    at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
-    errors = _errors(form, best, at_bound, template_sums if fit_bg else None)
     if normalize:
         np.divide(after, err, out=after, where=_usable(err))
         after[~_usable(err)] = np.nan
-    if undefined is not None:
-        after[undefined] = np.nan
+    after[undefined] = np.nan
     adjusted[:] = after
-    return Fit("", npix, at_bound, bg + bg_offset, tbg, 0.0 - best.u, 0.0 - best.v, best.scale, chi2_0, chi2, *errors)
+    sums = (form.weight_sum, form.template_mean, template_sums)
+    return _fit_of(max_shift, fit_bg, npix, bg, bg_offset, tbg, chi2_0, chi2, best, *sums)
 
 
 def fitted_pixels(
@@ -342,18 +339,14 @@ def fitted_pixels(
     return box, root * root
 
 
-def _good(plane: Floats, mask: NDArray[np.uint8] | None) -> NDArray[np.bool_] | None:
-    """Return where a plane has a usable value; None for everywhere."""
-    if mask is None and _square(plane) < HUGE:
-        return None
+def _good(plane: Floats, mask: NDArray[np.uint8] | None) -> NDArray[np.bool_]:
+    """Return where a plane has a usable value."""
     good: NDArray[np.bool_] = np.abs(plane) < HUGE
-    if mask is not None:
-        good &= mask == 0
-    return None if good.all() else good
+    return good if mask is None else good & (mask == 0)
 
 
 def _square(plane: Floats) -> float:
-    """Sum of squares: NaN or infinite where a value is, and of any size without a warning."""
+    """Sum of squares, of any size without a warning."""
     return float(np.vdot(plane, plane))
 
 
@@ -362,23 +355,14 @@ def _usable(err: Floats) -> NDArray[np.bool_]:
 
 
 def _root_weights(
-    err: Floats,
-    good_image: NDArray[np.bool_] | None,
-    good_template: NDArray[np.bool_] | None,
-    inner: float,
-    reach: int,
+    err: Floats, good_image: NDArray[np.bool_], good_template: NDArray[np.bool_], inner: float, reach: int
 ) -> tuple[tuple[slice, slice], Floats]:
     """Return the box as slices (y, x), and 1 / err in it, 0 for pixels that leave the fit."""
     box = (_span(err.shape[0], inner), _span(err.shape[1], inner))
-    err = err[box]
-    if good_image is None and good_template is None and err.size and err.min() > 1 / HUGE and err.max() < HUGE:
-        return box, 1 / err
-    use = _usable(err)
-    if good_image is not None:
-        use &= good_image[box]
-    if good_template is not None:
-        use &= ~maximum_filter(~good_template, 2 * reach + 1, mode="constant")[box]
-    return box, 1 / np.where(use, err, np.inf)
+    use = _usable(err) & good_image
+    if not good_template.all():
+        use &= ~maximum_filter(~good_template, 2 * reach + 1, mode="constant")
+    return box, 1 / np.where(use, err, np.inf)[box]
 
 
 def _span(size: int, inner: float) -> slice:
@@ -388,37 +372,25 @@ def _span(size: int, inner: float) -> slice:
     return slice(ceil((size - 1 - inner) / 2), floor((size - 1 + inner) / 2) + 1)
 
 
-def _background(plane: Floats, good: NDArray[np.bool_] | None) -> float:
+def _background(plane: Floats, good: NDArray[np.bool_]) -> float:
     """SExtractor's estimate of the mode (Bertin & Arnouts 1996, A&AS 117, 393)."""
-    values = plane.ravel() if good is None else plane[good]
-    half = values.size // 2
-    if values.size % 2:
-        median = np.partition(values, half)[half]
-    else:
-        median = np.partition(values, (half - 1, half))[half - 1 : half + 1].mean()
-    return float(2.5 * median - 1.5 * values.sum() / values.size)
+    values = plane[good]
+    return float(2.5 * np.median(values) - 1.5 * values.mean())
 
 
-def _flat(template: Floats, good: NDArray[np.bool_] | None, box: tuple[slice, slice], reach: int) -> bool:
+def _flat(template: Floats, good: NDArray[np.bool_], box: tuple[slice, slice], reach: int) -> bool:
     """Return True if the template is constant wherever the fit reads it."""
     reached = tuple(slice(max(s.start - reach, 0), s.stop + reach) for s in box)
-    values = template[reached] if good is None else template[reached][good[reached]]
-    first, last = values.item(0), values.item(-1)
-    if abs(last - first) > 2 * FLAT * abs(first):  # mostly two pixels show it
-        return False
+    values = template[reached][good[reached]]
     low, high = values.min(), values.max()
     return bool(high - low <= FLAT * max(abs(low), abs(high)))
 
 
 def _filled(template: Floats, good: NDArray[np.bool_], value: float) -> Floats:
     """Fill bad pixels from their neighbours, ring by ring, and beyond a few rings with ``value``."""
-    ny, nx = template.shape
-    planes = np.zeros((2, ny + 2, nx + 2))
-    values, known = planes[:, 1:-1, 1:-1]
-    values[good], known[good] = template[good], 1.0
-    for _ in range(FILL_LAYERS):
-        rows = planes[:, :-2] + planes[:, 1:-1] + planes[:, 2:]
-        total, count = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+    values, known, window = np.where(good, template, 0.0), good.astype(float), np.ones((3, 3))
+    for _ in range(0 if good.all() else FILL_LAYERS):
+        total, count = (convolve(plane, window, mode="constant") for plane in (values, known))
         new = (known == 0) & (count > 0)
         values[new] = total[new] / count[new]
         known[new] = 1.0
@@ -455,23 +427,19 @@ def _quadratic_form(
         image_mean = float(np.vdot(weighted, root)) / weight_sum
         template_mean = float(np.vdot(unmoved * root, root)) / weight_sum
         weighted, padded = weighted - image_mean * root, padded - template_mean
-    # sliding_window_view makes the same views, in the time of a third of the form of a small box.
-    first_pixel = box[0].start * padded.strides[0] + box[1].start * padded.strides[1]
-    views = np.ndarray((size, size, ny, nx), np.float64, padded, first_pixel, padded.strides + padded.strides)
+    views = sliding_window_view(padded[box[0].start :, box[1].start :], (ny, nx))[:size, :size]
     count = size * size
     rows = ceil(ny / ceil(8 * (count + 1) * ny * nx / BLOCK))
     memory = np.empty((count + 1, rows, nx))
-    totals, sums = [], np.zeros(count + 1)
+    total, sums = np.zeros((count + 1, count + 1)), np.zeros(count + 1)
     for first in range(0, ny, rows):
         some = root[first : first + rows]
         block = memory[:, : len(some)]
         np.multiply(views[:, :, first : first + rows], some, out=block[:-1].reshape(size, size, *some.shape))
         block[-1] = weighted[first : first + rows]
         flat = block.reshape(count + 1, -1)
-        totals.append(flat @ flat.T)
-        if fit_bg:
-            sums += flat @ some.ravel()
-    total = sum(totals[1:], totals[0])
+        total += flat @ flat.T
+        sums += flat @ some.ravel()
     if fit_bg:  # what remains after the best offset
         total -= np.outer(sums, sums / weight_sum)
     return QuadraticForm(
@@ -487,8 +455,31 @@ def _quadratic_form(
     )
 
 
+def _fit_of(
+    max_shift: float,
+    fit_bg: bool,
+    npix: int,
+    bg: float,
+    bg_offset: float,
+    tbg: float,
+    chi2_0: float,
+    chi2: float,
+    best: Minimum,
+    *sums: Any,
+) -> Fit:
+    """Return what a core has found, with bounds and errors; ``sums`` are those of ``_errors``."""
+    at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
+    errors = _errors(best, at_bound, fit_bg, *sums)
+    return Fit("", npix, at_bound, bg + bg_offset, tbg, 0.0 - best.u, 0.0 - best.v, best.scale, chi2_0, chi2, *errors)
+
+
 def _errors(
-    form: QuadraticForm, best: Minimum, at_bound: int, template_sums: tuple[float, float, float] | None
+    best: Minimum,
+    at_bound: int,
+    fit_bg: bool,
+    weight_sum: float,
+    template_mean: float,
+    template_sums: tuple[float, float, float],
 ) -> tuple[float, float, float, float]:
     """One sigma of dx, dy, scale and bg from the curvature of chi2; NaN at a bound or where it is not positive.
 
@@ -498,18 +489,16 @@ def _errors(
     free_u, free_v, free_scale = not at_bound & 1, not at_bound & 2, not at_bound & 4
     size = max(map(abs, best.hessian))
     huu, huv, hvv = [curvature / size for curvature in best.hessian] if 0 < size < inf else (0.0, 0.0, 0.0)
-    determinant = huu * hvv - huv * huv
-    cuu = cuv = cvv = 0.0
     if (free_u and not huu > 0) or (free_v and not hvv > 0):
         return nan, nan, nan, nan
-    if free_u and free_v:
-        if not determinant > 1e-12 * huu * hvv:
-            return nan, nan, nan, nan
-        cuu, cuv, cvv = [2 * entry / determinant / size for entry in (hvv, -huv, huu)]
-    elif free_u:
-        cuu = 2 / huu / size
-    elif free_v:
-        cvv = 2 / hvv / size
+    if not (free_u and free_v):
+        huv = 0.0
+    determinant = huu * hvv - huv * huv
+    if free_u and free_v and not determinant > 1e-12 * huu * hvv:
+        return nan, nan, nan, nan
+    cuu = 2 * (hvv / determinant if free_v else 1 / huu) / size if free_u else 0.0
+    cvv = 2 * (huu / determinant if free_u else 1 / hvv) / size if free_v else 0.0
+    cuv = -2 * huv / determinant / size if huv else 0.0
 
     def carried(by_u: float, by_v: float) -> float:
         return by_u * by_u * cuu + 2 * by_u * by_v * cuv + by_v * by_v * cvv
@@ -517,35 +506,34 @@ def _errors(
     own = 1 / best.square if free_scale else 0.0
     scale_err = sqrt(own + carried(*best.scale_slope)) if free_scale else nan
     bg_err = nan
-    if template_sums is not None:
-        by_scale = -form.template_mean - template_sums[0] / form.weight_sum
+    if fit_bg:
+        by_scale = -template_mean - template_sums[0] / weight_sum
         by_u, by_v = (
-            by_scale * slope - best.scale * total / form.weight_sum
+            by_scale * slope - best.scale * total / weight_sum
             for slope, total in zip(best.scale_slope, template_sums[1:], strict=True)
         )
-        bg_err = sqrt(1 / form.weight_sum + by_scale * by_scale * own + carried(by_u, by_v))
+        bg_err = sqrt(1 / weight_sum + by_scale * by_scale * own + carried(by_u, by_v))
     return sqrt(cuu) if free_u else nan, sqrt(cvv) if free_v else nan, scale_err, bg_err
 
 
-def _moved(padded: Floats, u: float, v: float, reach: int, scale: float) -> Floats:
-    """Move the spline by -u in x and -v in y: four rows, then four columns; times the scale, shape (ny, nx)."""
+def _moved(padded: Floats, u: float, v: float, reach: int) -> Floats:
+    """Move the spline by -u in x and -v in y, shape (ny, nx)."""
     row, along = bspline_weights(v, reach)
-    along *= scale
     column, across = bspline_weights(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
-    rows = padded[row : row + ny] * along[0, 0]
-    for i in range(1, 4):
-        rows += padded[row + i : row + i + ny] * along[0, i]
-    # A sum that runs on from row to row is faster; the columns where it does so are not used.
-    flat = np.correlate(rows.ravel(), across[0])
-    return np.ndarray((ny, nx), np.float64, flat, column * flat.itemsize, rows.strides)
+    rows = sum(weight * padded[row + i : row + i + ny] for i, weight in enumerate(along[0]))
+    return np.asarray(sum(weight * rows[:, column + i : column + i + nx] for i, weight in enumerate(across[0])))
 
 
 def fit_compiled(*args: Any) -> Fit:
     """Fit as ``fit_numpy`` does, in C: the same arguments, the same answer to rounding, and errors to 1e-5 of them."""
     if _compiled is None:
         raise ImportError("stampworker.cutouts._adjust was not compiled")
-    return Fit(*_compiled(*args))
+    failure, npix, *found = _compiled(*args)
+    if failure:
+        return Fit(failure, npix)
+    *numbers, best, weight_sum, template_mean, template_sums = found
+    return _fit_of(args[5], args[7], npix, *numbers, Minimum(*best), weight_sum, template_mean, template_sums)
 
 
 core: Callable[..., Fit] = fit_compiled if _compiled else fit_numpy

@@ -23,7 +23,7 @@ from astropy.wcs import WCS
 
 from stampworker.cutouts.keywords import PIXEL_AXIS, SIP_COEFFICIENT, is_lookup, wcs_version
 
-_MODES = ("sum", "mean", "and", "or")
+_MODES: dict[str, Any] = {"sum": np.sum, "mean": np.mean, "and": np.bitwise_and.reduce, "or": np.bitwise_or.reduce}
 
 
 def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fits.Header | None = None) -> Any:
@@ -87,14 +87,13 @@ def crop_image(data: Any, x1: int, y1: int, width: int, height: int, header: fit
     ny, nx = data.shape
     xa, xb = max(x1, 0), min(x1 + width, nx)
     ya, yb = max(y1, 0), min(y1 + height, ny)
-    if xb - xa == width and yb - ya == height:
-        cropped = np.array(data[ya:yb, xa:xb], order="C")
-    elif xa < xb and ya < yb:
-        inside = data[ya:yb, xa:xb]
-        cropped = _blank(height, width, inside.dtype)
-        cropped[ya - y1 : yb - y1, xa - x1 : xb - x1] = inside
+    inside = data[ya:yb, xa:xb] if xa < xb and ya < yb else np.empty((0, 0), data.dtype)
+    if inside.shape == (height, width):
+        cropped = np.array(inside, order="C")
     else:
-        cropped = _blank(height, width, np.dtype(data.dtype))
+        cropped = np.full((height, width), np.nan if inside.dtype.kind in "fc" else 0, inside.dtype)
+        if inside.size:
+            cropped[ya - y1 : yb - y1, xa - x1 : xb - x1] = inside
     if header is None:
         return cropped
     return cropped, _crop_header(header, x1, y1, width, height)
@@ -253,11 +252,7 @@ def downscale_image(image: Any, scale: int = 1, mode: str = "sum", header: fits.
     scale = int(scale)
     ny, nx = data.shape[0] // scale, data.shape[1] // scale
     blocks = np.asarray(data[: ny * scale, : nx * scale]).reshape(ny, scale, nx, scale)
-    if mode in ("and", "or"):
-        join = np.bitwise_and if mode == "and" else np.bitwise_or
-        downscaled = join.reduce(join.reduce(blocks, axis=3), axis=1)
-    else:
-        downscaled = blocks.sum(axis=(1, 3)) if mode == "sum" else blocks.mean(axis=(1, 3))
+    downscaled = _MODES[mode](blocks, axis=(1, 3))
     if header is None:
         return downscaled
     return downscaled, _downscale_header(header, scale, nx, ny)
@@ -271,10 +266,6 @@ def has_wcs(header: fits.Header) -> bool:
 def _shape(data: Any) -> tuple[int, ...]:
     # A section of a FITS HDU has a shape but no ndim; numpy would read all of it to find out.
     return tuple(data.shape) if hasattr(data, "shape") else np.shape(data)
-
-
-def _blank(height: int, width: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    return np.full((height, width), np.nan if dtype.kind in "fc" else 0, dtype=dtype)
 
 
 def _square(x0: Any, y0: Any, r0: float) -> tuple[int, int, int]:
@@ -305,10 +296,9 @@ def _crop_header(header: fits.Header, x1: int, y1: int, width: int, height: int)
     _refuse_lookup_tables(header)
     cropped = header.copy()
     cropped["NAXIS1"], cropped["NAXIS2"] = width, height
-    for version in _versions(header):
-        for axis, start in (("1", x1), ("2", y1)):
-            # A WCS without CRPIX has it at 0.
-            _change(cropped, f"CRPIX{axis}{version}", 0.0, 1, -start)
+    for version in _versions(header):  # a WCS without CRPIX has it at 0
+        _change(cropped, f"CRPIX1{version}", 0.0, 1, -x1)
+        _change(cropped, f"CRPIX2{version}", 0.0, 1, -y1)
     cropped["CROP_X1"], cropped["CROP_X2"] = x1, x1 + width
     cropped["CROP_Y1"], cropped["CROP_Y2"] = y1, y1 + height
     return cropped
@@ -368,15 +358,14 @@ def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits
     out = header.copy()
     out["NAXIS1"], out["NAXIS2"] = nx, ny
     for version in _versions(header):
-        for name in (f"CRPIX1{version}", f"CRPIX2{version}"):
-            _change(out, name, 0.0, 1 / scale, 0.5 - 0.5 / scale)
+        _change(out, f"CRPIX1{version}", 0.0, 1 / scale, 0.5 - 0.5 / scale)
+        _change(out, f"CRPIX2{version}", 0.0, 1 / scale, 0.5 - 0.5 / scale)
         # CD or CDELT has the size of a pixel; if a header has both, CD counts.
         sizes = [name for name in header if re.fullmatch(rf"CD\d+_[12]{version}", name)]
         for name in dict.fromkeys(sizes or (f"CDELT1{version}", f"CDELT2{version}")):
             _change(out, name, 1.0, scale)
     for name in dict.fromkeys(header):
-        powers = SIP_COEFFICIENT.fullmatch(name)
-        if powers:
+        if powers := SIP_COEFFICIENT.fullmatch(name):
             _change(out, name, 0.0, float(scale) ** (int(powers[1]) + int(powers[2]) - 1))
     return out
 
@@ -399,13 +388,7 @@ def _is_known(value: Any) -> bool:
 
 
 def j2000_name(ra: float, dec: float) -> str:
-    """Return the designation of a sky position, ``JHHMMSS.ss±DDMMSS.s``, rounded as STDPipe rounds it.
-
-    Parameters
-    ----------
-    ra, dec : float
-        Degrees, ICRS.
-    """
+    """Return the designation ``JHHMMSS.ss±DDMMSS.s`` of an ICRS position in degrees, rounded as STDPipe rounds it."""
     hours = Longitude(ra, "deg").to_string(unit="hour", sep="", precision=2, pad=True)
     degrees = Latitude(dec, "deg").to_string(unit="deg", sep="", precision=1, pad=True, alwayssign=True)
     return f"J{hours}{degrees}"

@@ -74,8 +74,7 @@ def write_cutout(cutout: Mapping[str, Any], filename: str | Path) -> None:
         raise ValueError(f"cutout: found the planes {', '.join(planes)}, wanted names that differ in more than case")
     meta = cutout.get("meta", {})
     primary = fits.PrimaryHDU()
-    for card in _cards(meta).values():
-        primary.header.append(card, end=True)
+    primary.header.extend((card for _, card in _cards(meta).values()), end=True)
     primary.header[_MARK] = (_VERSION, "stampworker's; adjust_dx is along x")
     primary.header[_META] = _to_json(meta, {name: plane.dtype.str for name, plane in planes.items()})
     header = _plane_header(cutout)
@@ -160,18 +159,15 @@ def _restore(name: str, plane: np.ndarray[Any, Any], dtypes: Mapping[str, np.dty
 # Metadata: the cards, for people and STDPipe
 
 
-def _cards(meta: Mapping[str, Any]) -> dict[str, fits.Card]:
-    """Return a card for each value that a card can show, by name; if names differ in case only, for the first."""
-    cards: dict[str, fits.Card] = {}
-    keywords = set()
+def _cards(meta: Mapping[str, Any]) -> dict[str, tuple[str, fits.Card]]:
+    """Return, by keyword, name and card of each value that a card can show; of names that differ in case, the first."""
+    cards: dict[str, tuple[str, fits.Card]] = {}
     for name, value in meta.items():
         if not isinstance(name, str):
             raise ValueError(f"meta: found the name {name!r}, wanted a string")
         keyword = name.upper()
-        card = _card(keyword, _plain(keyword, value)) if keyword not in keywords else None
-        if card is not None:
-            cards[name] = card
-            keywords.add(keyword)
+        if keyword not in cards and (card := _card(keyword, _plain(keyword, value))) is not None:
+            cards[keyword] = name, card
     return cards
 
 
@@ -226,9 +222,7 @@ def _without_unit(value: Any) -> Any:
 def _plain_number(value: float) -> Any:
     if isinstance(value, int):  # astropy cuts off the digits that a card has no room for
         return value if abs(value) < 10**20 else _NO_CARD
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    return value if math.isfinite(value) else {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}[str(value)]
 
 
 def _plain_time(time: Time) -> Any:
@@ -264,25 +258,22 @@ def _plain_array(value: Any) -> Any:
 def _literal(item: Any) -> str:
     if isinstance(item, list):
         return f"[{', '.join(map(_literal, item))}]"
-    if isinstance(item, float) and not math.isfinite(item):
-        return "np.nan" if math.isnan(item) else "np.inf" if item > 0 else "-np.inf"
-    return repr(item)
+    text = repr(item)
+    return text.replace("inf", "np.inf").replace("nan", "np.nan") if isinstance(item, float) else text
 
 
 def _load_meta(head: fits.Header, kept: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata: from the JSON, and from the cards that STDPipe wrote or someone edited."""
-    written = {}
-    for name, card in _cards(kept).items():
-        written[card.keyword.upper()] = name, _from_plain(fits.Card.fromstring(str(card)))
+    written = _cards(kept)
     meta, foreign = dict(kept), set()
     for card in head.cards:
         keyword = card.keyword.upper()
         if _is_reserved(keyword):
             continue
-        name, value_written = written.get(keyword, (keyword.lower(), _NO_CARD))
+        name, kept_card = written.get(keyword, (keyword.lower(), None))
         value = _from_plain(card)
         # Compare texts, because NaN is not equal to NaN, and True is equal to 1.
-        if repr(value) != repr(value_written):
+        if kept_card is None or repr(value) != repr(_from_plain(fits.Card.fromstring(str(kept_card)))):
             meta[name] = value
             foreign.add(name)
     if {"adjust_dx", "adjust_dy"} <= foreign:

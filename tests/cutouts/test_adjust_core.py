@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cutouts.random_stamps import field, trail
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_stamps import field, trail
 from scipy.ndimage import shift, spline_filter
 from scipy.optimize import minimize
 

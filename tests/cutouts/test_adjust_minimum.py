@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_stamps import field, trail
+from cutouts.random_stamps import field, trail
 from reference import proven_minimum
 
 from stampworker.cutouts import adjust

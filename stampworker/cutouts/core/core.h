@@ -37,7 +37,6 @@ enum { LARGEST_SHIFT = 16, LARGEST_SCALE = 1000, FILL_LAYERS = 3 };
 enum { LANES = 8, BLOCK = 24 }; /* BLOCK columns of a product and its weights almost fit the first-level cache */
 enum { MAX_REACH = LARGEST_SHIFT + 1, MAX_PLANES = (2 * MAX_REACH + LANES) / LANES * LANES }; /* whole lanes */
 enum { FITTED, NO_SIGNAL, TOO_FEW_PIXELS, NO_MEMORY };
-enum { DX_AT_BOUND = 1, DY_AT_BOUND = 2, SCALE_AT_BOUND = 4 };
 
 /* chi2 as a quadratic form in the weights of the moved planes, and the bounds; see search.py. */
 typedef struct {
@@ -70,9 +69,10 @@ typedef struct {
 } Work;
 
 typedef struct {
-    int failure, at_bound;
+    int failure;
     Index npix;
-    double bg, tbg, dx, dy, scale, chi2_0, chi2, errors[4];
+    double bg, offset, tbg, chi2_0, chi2, template_sums[3];
+    Minimum best;
 } Result;
 
 static inline double smaller(double a, double b) { return a < b ? a : b; }

@@ -42,28 +42,10 @@ TARGET static void NAME(correlate, WIDTH)(const double *weight, Index wide, cons
             const double *p = plane + (j * stride + k) * LANES;
             double *o = out + j * out_stride + k;
             count = nk - k > 10 ? 7 : nk - k > 7 ? (nk - k) / 2 : nk - k;
-#define LINE(n) NAME(line, WIDTH)(n, weight, wide, p, stride, rows, width, o)
-            switch (count) { /* the compiler makes one of each */
-            case 7:
-                LINE(7);
-                break;
-            case 6:
-                LINE(6);
-                break;
-            case 5:
-                LINE(5);
-                break;
-            case 4:
-                LINE(4);
-                break;
-            case 3:
-                LINE(3);
-                break;
-            default:
-                LINE(2);
-                break;
-            }
-#undef LINE
+#pragma GCC unroll 6
+            for (int n = 2; n <= 7; n++) /* unrolled: the compiler makes one of each */
+                if (n == count)
+                    NAME(line, WIDTH)(n, weight, wide, p, stride, rows, width, o);
         }
 }
 

@@ -80,41 +80,6 @@ HOT static void sum_squares(const Work *s, double bg, Result *result)
     }
 }
 
-/* One sigma of dx, dy, scale and bg from the curvature; NaN where there is none. See _errors() in adjust.py. */
-static void find_errors(const Work *s, const Minimum *best, const double sums[3], Result *result)
-{
-    const QuadraticForm *form = &s->form;
-    const int free_u = !(result->at_bound & DX_AT_BOUND), free_v = !(result->at_bound & DY_AT_BOUND);
-    const int free_scale = !(result->at_bound & SCALE_AT_BOUND);
-    const double size = larger(larger(fabs(best->huu), fabs(best->huv)), fabs(best->hvv));
-    const double huu = best->huu / size, huv = best->huv / size, hvv = best->hvv / size;
-    const double determinant = huu * hvv - huv * huv;
-    double cuu = 0, cuv = 0, cvv = 0, *errors = result->errors;
-    errors[0] = errors[1] = errors[2] = errors[3] = NAN;
-    if ((free_u && !(huu > 0)) || (free_v && !(hvv > 0)) || (free_u && free_v && !(determinant > 1e-12 * huu * hvv)))
-        return;
-    if (free_u && free_v)
-        cuu = 2 * hvv / determinant / size, cuv = -2 * huv / determinant / size, cvv = 2 * huu / determinant / size;
-    else if (free_u)
-        cuu = 2 / huu / size;
-    else if (free_v)
-        cvv = 2 / hvv / size;
-    const double own = free_scale ? 1 / best->square : 0, su = best->scale_u, sv = best->scale_v;
-    if (free_u)
-        errors[0] = sqrt(cuu);
-    if (free_v)
-        errors[1] = sqrt(cvv);
-    if (free_scale)
-        errors[2] = sqrt(own + su * su * cuu + 2 * su * sv * cuv + sv * sv * cvv);
-    if (s->fit_bg) {
-        const double weight = form->weight_sum, by_scale = -form->template_mean - sums[0] / weight;
-        const double by_u = by_scale * su - best->scale * sums[1] / weight;
-        const double by_v = by_scale * sv - best->scale * sums[2] / weight;
-        errors[3] = sqrt(1 / weight + by_scale * by_scale * own + by_u * by_u * cuu + 2 * by_u * by_v * cuv +
-                         by_v * by_v * cvv);
-    }
-}
-
 /* Divide by err, blank what is undefined, and write. */
 HOT static void finish(const Work *s, const unsigned char *undefined, void *adjusted, Index item)
 {
@@ -138,22 +103,17 @@ HOT static void finish(const Work *s, const unsigned char *undefined, void *adju
 static void minimize(Work *s, const unsigned char *undefined, void *adjusted, Index item, Result *result)
 {
     const QuadraticForm *form = &s->form;
-    double sums[3] = {0}, offset = 0;
     make_coefficients(s, result->tbg);
     make_form(s, result->bg);
     const Minimum best = global_minimum(form);
     if (s->fit_bg) {
-        template_sums(form, &best, sums);
-        offset = form->image_mean - best.scale * form->template_mean +
-                 (form->image_sum - best.scale * sums[0]) / form->weight_sum;
+        template_sums(form, &best, result->template_sums);
+        result->offset = form->image_mean - best.scale * form->template_mean +
+                         (form->image_sum - best.scale * result->template_sums[0]) / form->weight_sum;
     }
-    subtract_moved(s, &best, result->bg + offset + best.scale * form->template_mean);
+    subtract_moved(s, &best, result->bg + result->offset + best.scale * form->template_mean);
     sum_squares(s, result->bg, result);
-    result->at_bound = (fabs(best.u) >= form->max_shift ? DX_AT_BOUND : 0) |
-                       (fabs(best.v) >= form->max_shift ? DY_AT_BOUND : 0) | (best.scale_at_bound ? SCALE_AT_BOUND : 0);
-    find_errors(s, &best, sums, result);
-    result->bg += offset;
-    result->dx = 0 - best.u, result->dy = 0 - best.v, result->scale = best.scale;
+    result->best = best;
     finish(s, undefined, adjusted, item);
 }
 

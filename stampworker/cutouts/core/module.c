@@ -99,8 +99,11 @@ static PyObject *adjust_fit(PyObject *module, PyObject *args)
         else if (r.failure != FITTED)
             answer = Py_BuildValue("(sn)", failures[r.failure], (Py_ssize_t)r.npix);
         else
-            answer = Py_BuildValue("(sniddddddddddd)", "", (Py_ssize_t)r.npix, r.at_bound, r.bg, r.tbg, r.dx, r.dy,
-                                   r.scale, r.chi2_0, r.chi2, r.errors[0], r.errors[1], r.errors[2], r.errors[3]);
+            answer = Py_BuildValue("(snddddd(ddddi(dd)(ddd)d(dd))dd(ddd))", "", (Py_ssize_t)r.npix, r.bg, r.offset,
+                                   r.tbg, r.chi2_0, r.chi2, r.best.u, r.best.v, r.best.chi2, r.best.scale,
+                                   r.best.scale_at_bound, r.best.gu, r.best.gv, r.best.huu, r.best.huv, r.best.hvv,
+                                   r.best.square, r.best.scale_u, r.best.scale_v, work.form.weight_sum,
+                                   work.form.template_mean, r.template_sums[0], r.template_sums[1], r.template_sums[2]);
     }
     for (int i = 0; i < BUFFERS; i++)
         if (views[i].obj)
@@ -111,7 +114,7 @@ static PyObject *adjust_fit(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"fit", adjust_fit, METH_VARARGS,
      "fit(image, template, err, mask, inner, max_shift, max_scale, fit_bg, normalize, adjusted)\n--\n\n"
-     "The fields of adjust.Fit, as fit_numpy returns them; fills `adjusted`."},
+     "The arguments of adjust.fit_of, or why there is no fit, and the pixels; fills `adjusted`."},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_adjust", .m_size = 0, .m_methods = methods};

@@ -1,16 +1,13 @@
-/* The search: two grids of shifts, and Newton's method from the local minima of the fine one; see search.py. */
+/* The search: a grid of shifts, and Newton's method from its local minima; see search.py. */
 #include "core.h"
 
-/* The constants of search.py; PAIRS of four planes with themselves and each other. */
-enum { COARSE = 4, FINER = 4, MAX_STEPS = 200, PAIRS = 10 };
-static const double CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9, ROUNDING = 1e-13, SLACK = 0.5;
+#include <float.h>
+
+/* The constants of search.py. */
+enum { FINE = LANES, MAX_STEPS = 200 };
+static const double CLOSE = 1e-5, LONGEST_STEP = 0.5, SHORTEST_STEP = 1e-9, ROUNDING = 1e-13;
 
 typedef double Lanes __attribute__((vector_size(64), aligned(8), may_alias)); /* LANES of them */
-
-/* Intervals of the coarse grid. */
-typedef struct {
-    Index left, right, bottom, top;
-} Rectangle;
 
 /* Set the chi2 and derivatives of a minimum from those of the square of the moved template, `tt`, and of its product
  * with the image, `p`: value, u, v, uu, uv, vv. */
@@ -142,156 +139,107 @@ static Minimum descend(const QuadraticForm *form, double u, double v)
     return here;
 }
 
-/* A shift of a grid along an axis: the first of its four planes, their weights, and products of two weights. */
-typedef struct {
-    double at, weights[4], pairs[PAIRS];
-    int first;
-} Point;
+/* Points on a side of the grid: FINE in each cell of the spline, and a margin of one cell where chi2 is infinite. */
+static Index grid_side(const QuadraticForm *form) { return 2 * form->reach * FINE; }
 
-/* chi2[(j + 1) * stride + i + 1] is chi2 at u[i] and v[j]; it is infinite around the grid. */
-typedef struct {
-    Index columns, rows, stride;
-    Point *u, *v;
-    double *chi2;
-} Grid;
+/* Doubles that the grid needs. */
+Index grid_size(const QuadraticForm *form) { return grid_side(form) * grid_side(form); }
 
-static Index intervals(const QuadraticForm *form) { return 2 * (Index)ceil(form->max_shift * COARSE); }
-
-/* Doubles that the finest grid needs. */
-Index grid_size(const QuadraticForm *form)
-{
-    const Index n = intervals(form) * FINER + 1;
-    return 2 * n * (Index)(sizeof(Point) / sizeof(double)) + (n + 2) * (n + 2);
-}
-
-/* Make the points from `from` to `to` of an axis whose coarse intervals are divided by `parts`. */
-static void lay_out(const QuadraticForm *form, Index parts, Index from, Index to, Point *points)
-{
-    const Index half = intervals(form) / 2 * parts;
-    for (Index i = from; i <= to; i++, points++) {
-        double weights[3][4];
-        points->at = form->max_shift * ((double)(i - half) / (double)half);
-        points->first = bspline_weights(points->at, form->reach, weights);
-        memcpy(points->weights, weights[0], sizeof points->weights);
-        for (int k = 0, pair = 0; k < 4; k++)
-            for (int l = k; l < 4; l++)
-                points->pairs[pair++] = weights[0][k] * weights[0][l];
-    }
-}
-
-/* chi2 at one shift v and all u of a grid. */
-HOT static void fill_line(const QuadraticForm *form, const Grid *grid, const Point *v, double *restrict chi2)
+/* chi2 at a v and at all u of the grid, from the first cell on. X are the weights of the planes at a cell's points. */
+HOT static void fill_line(const QuadraticForm *form, const Lanes X[4], double v, double *restrict chi2)
 {
     const double low = 1 / form->max_scale, high = form->max_scale;
-    double squares[4][MAX_PLANES], products[MAX_PLANES] = {0}; /* contracted in v, by lag of columns */
-    for (int j = 0; j < 4; j++)
+    double Y[3][4], squares[4][MAX_PLANES], products[MAX_PLANES] = {0}; /* contracted in v, by lag of columns */
+    const int row = bspline_weights(v, form->reach, Y);
+    for (int t = 0; t < 4; t++)
         for (int k = 0; k < form->count; k++)
-            products[k] += v->weights[j] * form->projection[(v->first + j) * form->count + k];
+            products[k] += Y[0][t] * form->projection[(row + t) * form->count + k];
     for (int b = 0; b < 4; b++)
         for (int k = 0; k < form->stride; k += LANES) {
             Lanes sum = {0};
-            for (int j = 0, pair = 0; j < 4; j++)
-                for (int a = 0; a < 4 - j; a++, pair++)
-                    sum += (a ? 2 : 1) * v->pairs[pair] * *(const Lanes *)gram_at(form, a, b, v->first + j, k);
+            for (int a = 0; a < 4; a++)
+                for (int t = 0; t + a < 4; t++)
+                    sum += (a ? 2 : 1) * Y[0][t] * Y[0][t + a] * *(const Lanes *)gram_at(form, a, b, row + t, k);
             *(Lanes *)(squares[b] + k) = sum;
         }
-    for (Index i = 0; i < grid->columns; i++) {
-        const Point *u = grid->u + i;
-        double square = 0, product = 0;
+    for (int column = 0; column + 2 < form->count; column++, chi2 += FINE) { /* planes beyond the last one are 0 */
+        Lanes square = {0}, product = {0};
 #pragma GCC unroll 4
-        for (int k = 0, pair = 0; k < 4; k++) {
-            product += u->weights[k] * products[u->first + k];
+        for (int i = 0; i < 4; i++) {
+            product += X[i] * products[column + i];
 #pragma GCC unroll 4
-            for (int b = 0; k + b < 4; b++)
-                square += u->pairs[pair++] * squares[b][u->first + k];
+            for (int b = 0; i + b < 4; b++)
+                square += X[i] * X[i + b] * squares[b][column + i];
         }
-        const double scale = clip(square > 0 ? product / square : high, low, high);
-        chi2[i] = form->image_square - scale * (2 * product - scale * square);
+        for (int i = 0; i < FINE; i++) {
+            const double scale = clip(product[i] / larger(square[i], DBL_MIN), low, high);
+            chi2[i] = form->image_square - scale * (2 * product[i] - scale * square[i]);
+        }
     }
 }
 
-/* Evaluate chi2 on a rectangle of the coarse grid, whose intervals are divided by `parts`. Return where it is lowest.
- */
-static double *fill_grid(const QuadraticForm *form, Index parts, const Rectangle *part, Grid *grid)
+/* Evaluate chi2 at the points -half to half of both axes. Return the lowest. */
+static double fill_grid(const QuadraticForm *form, Index half, double *middle)
 {
-    const Index columns = (part->right - part->left) * parts + 1, rows = (part->top - part->bottom) * parts + 1;
-    *grid = (Grid){.columns = columns, .rows = rows, .stride = columns + 2, .u = (Point *)form->grid};
-    grid->v = grid->u + columns, grid->chi2 = (double *)(grid->v + rows);
-    lay_out(form, parts, part->left * parts, part->right * parts, grid->u);
-    lay_out(form, parts, part->bottom * parts, part->top * parts, grid->v);
-    for (Index i = 0; i < (rows + 2) * grid->stride; i++)
-        grid->chi2[i] = INFINITY;
-    double *lowest = grid->chi2 + grid->stride + 1;
-    for (Index j = 0; j < rows; j++) {
-        double *line = grid->chi2 + (j + 1) * grid->stride + 1;
-        fill_line(form, grid, grid->v + j, line);
-        for (Index i = 0; i < columns; i++)
-            if (line[i] < *lowest)
-                lowest = line + i;
+    Lanes X[4];
+    double lowest = INFINITY;
+    for (int i = 0; i < FINE; i++) {
+        double weights[3][4];
+        bspline_weights((double)i / FINE, 2, weights);
+        for (int k = 0; k < 4; k++)
+            X[k][i] = weights[0][k];
+    }
+    for (Index i = 0; i < grid_size(form); i++)
+        form->grid[i] = INFINITY;
+    for (Index j = -half; j <= half; j++) {
+        double *line = middle + j * grid_side(form);
+        fill_line(form, X, (double)j / FINE, line - (form->reach - 1) * FINE);
+        line[-half - 1] = line[half + 1] = INFINITY;
+        for (Index i = -half; i <= half; i++)
+            lowest = smaller(lowest, line[i]);
     }
     return lowest;
 }
 
-/* Newton's method from a point of a grid. */
-static Minimum descend_from(const QuadraticForm *form, const Grid *grid, const double *point)
+/* How low chi2 can be near a local minimum of the grid: lower by the largest rise to a neighbour. Infinite where a
+ * neighbour on an axis is lower, except for the inner neighbour of a point on an edge. */
+static double least_around(const double *at, Index side)
 {
-    const Index at = point - grid->chi2;
-    return descend(form, grid->u[at % grid->stride - 1].at, grid->v[at / grid->stride - 1].at);
-}
-
-/* The rectangle around the cells of the coarse grid where chi2 can be below a limit: those whose lowest corner is above
- * it by at most half the difference of their corners. */
-static Rectangle find_rectangle(const Grid *grid, double limit)
-{
-    const Index stride = grid->stride;
-    Rectangle part = {.left = grid->columns, .bottom = grid->rows};
-    for (Index j = 0; j + 1 < grid->rows; j++)
-        for (Index i = 0; i + 1 < grid->columns; i++) {
-            const double *a = grid->chi2 + (j + 1) * stride + i + 1, *b = a + stride;
-            const double low = smaller(smaller(a[0], a[1]), smaller(b[0], b[1]));
-            const double high = larger(larger(a[0], a[1]), larger(b[0], b[1]));
-            if (low - SLACK * (high - low) > limit)
-                continue;
-            part.left = i < part.left ? i : part.left, part.right = i + 1 > part.right ? i + 1 : part.right;
-            part.bottom = j < part.bottom ? j : part.bottom, part.top = j + 1;
-        }
-    return part;
-}
-
-/* Return the largest rise from a point of a grid to a neighbour along an axis, or -1 where one is lower. */
-static double rise_around(const double *at, Index stride)
-{
-    const double around[4] = {at[-1], at[1], at[-stride], at[stride]};
     double rise = 0;
-    for (int i = 0; i < 4; i++) {
-        if (around[i] < *at)
-            return -1;
-        rise = around[i] < INFINITY ? larger(rise, around[i] - *at) : rise;
+    for (Index step = 1; step <= side; step += side - 1) {
+        const double low = smaller(at[-step], at[step]), high = larger(at[-step], at[step]);
+        if (low < *at && high < INFINITY)
+            return INFINITY;
+        rise = larger(rise, (high < INFINITY ? high : low) - *at);
     }
-    return rise;
+    return *at - rise;
 }
 
-/* The lowest minimum that Newton's method finds from the local minima of the fine grid. One that is higher than the
- * best by more than its rise to a neighbour can not be lower. */
+/* Where Newton's method starts for a point of an axis: an end of the grid stands for the bound. */
+static double start(Index i, Index half, double bound)
+{
+    return i <= -half ? -bound : i >= half ? bound : (double)i / FINE;
+}
+
+/* The lowest minimum that Newton's method finds from both sides of those local minima of the grid that can compete. */
 Minimum global_minimum(const QuadraticForm *form)
 {
-    if (!form->max_shift)
-        return evaluate(form, 0, 0);
-    const Index n = intervals(form);
-    const double rounding = ROUNDING * form->image_square;
-    Grid grid;
-    const double *lowest = fill_grid(form, 1, &(Rectangle){0, n, 0, n}, &grid);
-    const Rectangle part = find_rectangle(&grid, *lowest);
-    lowest = fill_grid(form, FINER, &part, &grid);
-    Minimum best = descend_from(form, &grid, lowest);
-    for (Index j = 0; j < grid.rows; j++)
-        for (Index i = 0; i < grid.columns; i++) {
-            const double *at = grid.chi2 + (j + 1) * grid.stride + i + 1, rise = rise_around(at, grid.stride);
-            if (rise < 0 || at == lowest || !(*at - rise < best.chi2 - rounding))
+    const double bound = form->max_shift, rounding = ROUNDING * form->image_square;
+    const Index half = (Index)(bound * FINE), side = grid_side(form);
+    double *middle = form->grid + side / 2 * (side + 1), limit = fill_grid(form, half, middle);
+    Minimum best = {.chi2 = INFINITY};
+    for (Index j = -half; j <= half; j++)
+        for (Index i = -half; i <= half; i++) {
+            const double *at = middle + j * side + i;
+            if (!(least_around(at, side) <= limit))
                 continue;
-            const Minimum found = descend_from(form, &grid, at);
-            if (found.chi2 < best.chi2)
-                best = found;
+            const int x = smaller(at[-1], at[1]) < smaller(at[-side], at[side]), y = !x; /* the axis that rises less */
+            for (int step = -1; step <= 1; step += 2) {
+                const Minimum found = descend(form, start(i + x * step, half, bound), start(j + y * step, half, bound));
+                if (found.chi2 < best.chi2)
+                    best = found;
+                limit = smaller(limit, found.chi2 - rounding);
+            }
         }
     return best;
 }
