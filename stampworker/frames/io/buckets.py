@@ -71,16 +71,9 @@ class BucketClient:
         self._buckets = {root.origin: self._open(root) for root in roots if root.scheme in BUCKETS}
 
     def get(self, frame_url: FrameURL, options: dict[str, Any], limit: int) -> tuple[bytearray, int, str | None]:
-        """Return what is asked for of an object, the object's size and its ETag.
+        """Return the bytes of an object that are asked for, at most ``limit``, the object's size and its ETag.
 
-        Raises
-        ------
-        FrameMissing
-            No such bucket or key.
-        FrameRefused
-            More than ``limit`` bytes.
-        FrameUnavailable
-            Any other failure; `_Changed` where ``if_match`` or the range does not fit the object.
+        `_Changed` where ``if_match`` or the range does not fit the object.
         """
         import obstore
 

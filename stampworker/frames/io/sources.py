@@ -53,10 +53,7 @@ class Source(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset`` on; the caller stays within ``size``.
 
-        Raises
-        ------
-        FrameUnavailable
-            The file is another one than when it was opened, or cannot be read.
+        `FrameUnavailable` where the file is another one than when it was opened, or cannot be read.
         """
 
     def pixels(
