@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import compress
 from math import ceil, floor, inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
@@ -45,20 +46,18 @@ FLAT = 1e-6  # a template that varies by less than this part of its values is co
 FILL_LAYERS = 3  # rings of pixels around good ones that are filled; an error falls to 0.27 of it a pixel, 0.27³ = 2 %
 BLOCK = 1 << 21  # bytes of weighted planes at a time: few enough to stay in a cache, enough for few calls
 
-NO_SIGNAL, TOO_FEW_PIXELS = "no_signal", "too_few_pixels"
-PARAMETERS = ("dx", "dy", "scale", "bg")
+PARAMETERS = ("dx", "dy", "scale")
 
 
 class Fit(NamedTuple):
     """What a core returns: numbers in the planes' units, pixels and chi2.
 
-    ``failure`` is empty for a fit. Errors are NaN where there are none; ``at_bound`` is a sum of bits: 1 dx, 2 dy, 4
-    scale.
+    ``failure`` is empty for a fit. Errors are NaN where there are none; ``at_bound`` names parameters.
     """
 
     failure: str
     npix: int = 0
-    at_bound: int = 0
+    at_bound: str = ""
     bg: float = 0.0
     tbg: float = 0.0
     dx: float = 0.0
@@ -255,7 +254,6 @@ def _parameters(max_shift: float, max_scale: float, fit_bg: bool) -> int:
 
 
 def _report(meta: dict[str, Any], fit: Fit, df: int) -> None:
-    bound = ",".join([p for i, p in enumerate(PARAMETERS) if fit.at_bound >> i & 1]) if fit.at_bound else None
     meta.update(
         adjust_chi2_0=fit.chi2_0,
         adjust_chi2=fit.chi2,
@@ -271,7 +269,7 @@ def _report(meta: dict[str, Any], fit: Fit, df: int) -> None:
         adjust_scale_err=fit.scale_err if isfinite(fit.scale_err) else None,
         adjust_bg_err=fit.bg_err if isfinite(fit.bg_err) else None,
         adjust_status="at_bound" if fit.at_bound else "ok",
-        adjust_bound=bound,
+        adjust_bound=fit.at_bound or None,
     )
 
 
@@ -306,9 +304,9 @@ def fit_numpy(
     box, root = _root_weights(err, good_image, good_template, inner, reach)
     npix = int(np.count_nonzero(root))
     if npix <= _parameters(max_shift, max_scale, fit_bg):
-        return Fit(TOO_FEW_PIXELS, npix)
+        return Fit("too_few_pixels", npix)
     if _flat(template, good_template, box, reach):
-        return Fit(NO_SIGNAL, npix)
+        return Fit("no_signal", npix)
     bg, tbg = _background(image, good_image), _background(template, good_template)
     undefined = ~(np.abs(image) < HUGE) | ~(np.abs(template) < HUGE)
     residual = np.where(undefined, 0.0, image - bg)
@@ -327,7 +325,7 @@ def fit_numpy(
     after[undefined] = np.nan
     adjusted[:] = after
     sums = (form.weight_sum, form.template_mean, template_sums)
-    return _fit_of(max_shift, fit_bg, npix, bg, bg_offset, tbg, chi2_0, chi2, best, *sums)
+    return _fit_of(max_shift, fit_bg, npix, (bg, bg_offset, tbg, chi2_0, chi2), best, sums)
 
 
 def fitted_pixels(
@@ -442,63 +440,47 @@ def _quadratic_form(
         sums += flat @ some.ravel()
     if fit_bg:  # what remains after the best offset
         total -= np.outer(sums, sums / weight_sum)
-    return QuadraticForm(
-        total[:-1, :-1].reshape(size, size, size, size),
-        total[:-1, -1].reshape(size, size),
-        sums[:-1].reshape(size, size),
-        float(total[-1, -1]),
-        float(sums[-1]),
-        weight_sum,
-        image_mean,
-        template_mean,
-        reach,
-    )
+    gram, projection = total[:-1, :-1].reshape(size, size, size, size), total[:-1, -1].reshape(size, size)
+    squares = (float(total[-1, -1]), float(sums[-1]), weight_sum, image_mean, template_mean)
+    return QuadraticForm(gram, projection, sums[:-1].reshape(size, size), *squares, reach)
 
 
 def _fit_of(
-    max_shift: float,
-    fit_bg: bool,
-    npix: int,
-    bg: float,
-    bg_offset: float,
-    tbg: float,
-    chi2_0: float,
-    chi2: float,
-    best: Minimum,
-    *sums: Any,
+    max_shift: float, fit_bg: bool, npix: int, numbers: tuple[float, ...], best: Minimum, sums: tuple[Any, ...]
 ) -> Fit:
     """Return what a core has found, with bounds and errors; ``sums`` are those of ``_errors``."""
-    at_bound = int(abs(best.u) >= max_shift) | int(abs(best.v) >= max_shift) << 1 | int(best.scale_at_bound) << 2
-    errors = _errors(best, at_bound, fit_bg, *sums)
+    bg, bg_offset, tbg, chi2_0, chi2 = numbers
+    shifts = (abs(best.u) >= max_shift, abs(best.v) >= max_shift)
+    at_bound = (
+        ",".join(compress(PARAMETERS, (*shifts, best.scale_at_bound))) if any(shifts) or best.scale_at_bound else ""
+    )
+    errors = _errors(best, [not held for held in (*shifts, best.scale_at_bound)], fit_bg, sums)
     return Fit("", npix, at_bound, bg + bg_offset, tbg, 0.0 - best.u, 0.0 - best.v, best.scale, chi2_0, chi2, *errors)
 
 
 def _errors(
-    best: Minimum,
-    at_bound: int,
-    fit_bg: bool,
-    weight_sum: float,
-    template_mean: float,
-    template_sums: tuple[float, float, float],
+    best: Minimum, free: list[bool], fit_bg: bool, sums: tuple[float, float, tuple[float, float, float]]
 ) -> tuple[float, float, float, float]:
     """One sigma of dx, dy, scale and bg from the curvature of chi2; NaN at a bound or where it is not positive.
 
     The hessian is that of chi2 with scale and offset at their best, so twice its inverse is the covariance of the
-    shifts. Scale and offset add the variance they have at a fixed shift.
+    shifts. Scale and offset add the variance they have at a fixed shift. ``sums`` are those of the weights, of the
+    template's mean and of the moved template.
     """
-    free_u, free_v, free_scale = not at_bound & 1, not at_bound & 2, not at_bound & 4
+    free_u, free_v, free_scale = free
+    weight_sum, template_mean, template_sums = sums
     size = max(map(abs, best.hessian))
-    huu, huv, hvv = [curvature / size for curvature in best.hessian] if 0 < size < inf else (0.0, 0.0, 0.0)
-    if (free_u and not huu > 0) or (free_v and not hvv > 0):
-        return nan, nan, nan, nan
-    if not (free_u and free_v):
-        huv = 0.0
+    size = size if 0 < size < inf else inf
+    huu, hvv = best.hessian[0] / size if free_u else 1.0, best.hessian[2] / size if free_v else 1.0
+    huv = best.hessian[1] / size if free_u and free_v else 0.0
     determinant = huu * hvv - huv * huv
-    if free_u and free_v and not determinant > 1e-12 * huu * hvv:
+    if not (huu > 0 and hvv > 0 and determinant > 1e-12 * huu * hvv):
         return nan, nan, nan, nan
-    cuu = 2 * (hvv / determinant if free_v else 1 / huu) / size if free_u else 0.0
-    cvv = 2 * (huu / determinant if free_u else 1 / hvv) / size if free_v else 0.0
-    cuv = -2 * huv / determinant / size if huv else 0.0
+    cuu, cuv, cvv = (
+        2 * free_u * hvv / determinant / size,
+        -2 * huv / determinant / size,
+        2 * free_v * huu / determinant / size,
+    )
 
     def carried(by_u: float, by_v: float) -> float:
         return by_u * by_u * cuu + 2 * by_u * by_v * cuv + by_v * by_v * cvv
@@ -532,8 +514,8 @@ def fit_compiled(*args: Any) -> Fit:
     failure, npix, *found = _compiled(*args)
     if failure:
         return Fit(failure, npix)
-    *numbers, best, weight_sum, template_mean, template_sums = found
-    return _fit_of(args[5], args[7], npix, *numbers, Minimum(*best), weight_sum, template_mean, template_sums)
+    numbers, best, sums = found
+    return _fit_of(args[5], args[7], npix, numbers, Minimum(*best), sums)
 
 
 core: Callable[..., Fit] = fit_compiled if _compiled else fit_numpy

@@ -293,12 +293,7 @@ def _is_masked(value: Any) -> bool:
 
 
 def _crop_header(header: fits.Header, x1: int, y1: int, width: int, height: int) -> fits.Header:
-    _refuse_lookup_tables(header)
-    cropped = header.copy()
-    cropped["NAXIS1"], cropped["NAXIS2"] = width, height
-    for version in _versions(header):  # a WCS without CRPIX has it at 0
-        _change(cropped, f"CRPIX1{version}", 0.0, 1, -x1)
-        _change(cropped, f"CRPIX2{version}", 0.0, 1, -y1)
+    cropped = _change_pixels(header, width, height, 1, (-x1, -y1))
     cropped["CROP_X1"], cropped["CROP_X2"] = x1, x1 + width
     cropped["CROP_Y1"], cropped["CROP_Y2"] = y1, y1 + height
     return cropped
@@ -321,10 +316,19 @@ def _versions(header: fits.Header) -> list[str]:
     return sorted({match[1] or match[2] or "" for match in map(PIXEL_AXIS.fullmatch, header) if match})
 
 
-def _refuse_lookup_tables(header: fits.Header) -> None:
+def _change_pixels(
+    header: fits.Header, width: int, height: int, factor: float, offsets: tuple[float, float]
+) -> fits.Header:
+    """Return a copy of a header for a plane of another size, whose CRPIX is multiplied and moved."""
     for name in header:
         if is_lookup(name):
             raise ValueError(f"header: found {name}, a lookup-table distortion, which cannot follow a change of pixels")
+    changed = header.copy()
+    changed["NAXIS1"], changed["NAXIS2"] = width, height
+    for version in _versions(header):
+        for axis, offset in enumerate(offsets, 1):
+            _change(changed, f"CRPIX{axis}{version}", 0.0, factor, offset)  # a WCS without CRPIX has it at 0
+    return changed
 
 
 def _shift_wcs(wcs: WCS, x1: int, y1: int, side: int) -> WCS:
@@ -354,12 +358,8 @@ def _replace_wcs(header: fits.Header, wcs: WCS) -> fits.Header:
 
 def _downscale_header(header: fits.Header, scale: int, nx: int, ny: int) -> fits.Header:
     """Return the header for blocks of pixels: CRPIX, pixel size and SIP polynomials in new pixels."""
-    _refuse_lookup_tables(header)
-    out = header.copy()
-    out["NAXIS1"], out["NAXIS2"] = nx, ny
+    out = _change_pixels(header, nx, ny, 1 / scale, (0.5 - 0.5 / scale,) * 2)
     for version in _versions(header):
-        _change(out, f"CRPIX1{version}", 0.0, 1 / scale, 0.5 - 0.5 / scale)
-        _change(out, f"CRPIX2{version}", 0.0, 1 / scale, 0.5 - 0.5 / scale)
         # CD or CDELT has the size of a pixel; if a header has both, CD counts.
         sizes = [name for name in header if re.fullmatch(rf"CD\d+_[12]{version}", name)]
         for name in dict.fromkeys(sizes or (f"CDELT1{version}", f"CDELT2{version}")):

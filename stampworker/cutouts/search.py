@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from math import ceil, floor, inf, sqrt
+from math import ceil, copysign, floor, inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -236,28 +236,12 @@ def newton_step(here: Minimum, max_shift: float) -> tuple[float, float, bool]:
         raised = max(-2 * smallest, 1e-3)
         huu, hvv = huu + raised, hvv + raised
     determinant = huu * hvv - huv * huv
-    du, dv = (huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant
-    du, dv = _stop_at_bounds(here, max_shift, (gu, gv), (huu, huv, hvv), (du, dv))
-    excess = max(abs(du), abs(dv)) / LONGEST_STEP
-    return (du / excess, dv / excess, is_newtons) if excess > 1 else (du, dv, is_newtons)
-
-
-def _stop_at_bounds(
-    here: Minimum,
-    max_shift: float,
-    gradient: tuple[float, float],
-    hessian: tuple[float, float, float],
-    step: tuple[float, float],
-) -> tuple[float, float]:
-    """Bring a step that passes a bound to the lowest place of its parabola within the bounds, on a bound it passes."""
-    (gu, gv), (huu, huv, hvv), (du, dv) = gradient, hessian, step
-    steps = []
-    if abs(here.u + du) > max_shift:
-        held = (max_shift if here.u + du > 0 else -max_shift) - here.u
-        steps.append((held, min(max(-(gv + huv * held) / hvv, -max_shift - here.v), max_shift - here.v)))
-    if abs(here.v + dv) > max_shift:
-        held = (max_shift if here.v + dv > 0 else -max_shift) - here.v
-        steps.append((min(max(-(gu + huv * held) / huu, -max_shift - here.u), max_shift - here.u), held))
-    if not steps:
-        return step
-    return min(steps, key=lambda d: d[0] * (gu + huu * d[0] / 2 + huv * d[1]) + d[1] * (gv + hvv * d[1] / 2))
+    d = [(huv * gv - hvv * gu) / determinant, (huv * gu - huu * gv) / determinant]
+    at, room = here[:2], (copysign(max_shift, d[0]) - here.u, copysign(max_shift, d[1]) - here.v)
+    axis = 0 if abs(d[0] * room[1]) > abs(d[1] * room[0]) else 1  # the bound that it passes first
+    if abs(d[axis]) > abs(room[axis]):  # to the lowest point of the parabola on that bound
+        d[axis], other = room[axis], 1 - axis
+        lowest = -((gu, gv)[other] + huv * d[axis]) / (huu, hvv)[other]
+        d[other] = min(max(lowest, -max_shift - at[other]), max_shift - at[other])
+    excess = max(abs(d[0]), abs(d[1]), LONGEST_STEP) / LONGEST_STEP
+    return d[0] / excess, d[1] / excess, is_newtons

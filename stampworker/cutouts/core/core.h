@@ -1,14 +1,9 @@
-/* The fit of adjust.py in C: the same search for the same minimum, several times faster.
+/* The fit of adjust.py in C: fit_numpy() is the specification, and a test compares the two. What differs:
  *
- * fit_numpy() in adjust.py is the specification, and a test compares the two. Their differences:
- *
- * - The Gram matrix is kept only for pairs of planes that share a cell of the spline, up to three pixels apart, and by
- * lag: gram_at(form, a, b, j, k) is the sum of the entries whose planes have the rows j and j + a, and the columns k
- * and k + b in either order. Such an entry is the correlation of the weights with a product plane, c[y][x] c[y + a][x +
- * b].
+ * - The Gram matrix is kept by lag, only for pairs of planes that share a cell of the spline: gram_at(form, a, b, j, k)
+ *   is the sum of the entries whose planes have the rows j and j + a, and the columns k and k + b in either order.
  * - Sums run in eight lanes in a fixed order, and the compiler may not fuse multiplication and addition
- *   (-ffp-contract=off): every clone, SSE2 to AVX-512, gives the same bits. So the same input gives the same packet on
- *   any x86-64 machine.
+ *   (-ffp-contract=off): every clone, SSE2 to AVX-512, gives the same bits, and every machine the same packets.
  *
  * module.c binds fit() to Python; fit.c fits; pixels.c selects pixels and estimates backgrounds; spline.c interpolates;
  * form.c and correlate.h make the quadratic form; search.c finds its minimum. No state is kept between calls.
@@ -80,7 +75,6 @@ static inline double larger(double a, double b) { return a > b ? a : b; }
 static inline double clip(double at, double low, double high) { return smaller(larger(at, low), high); }
 static inline int usable(double err) { return err > 1 / HUGE_VALUE && err < HUGE_VALUE; }
 
-/* Sums run in eight lanes, so that they are the same whatever the machine's vectors. */
 static inline double total(const double lanes[LANES])
 {
     return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
@@ -97,7 +91,6 @@ Index weigh(Work *s, int any_bad_template);
 int is_flat(const Work *s);
 void fill(Work *s, double value);
 double background(const double *plane, const unsigned char *bad, Index size, double *values, double *copy);
-double sum(const double *a, Index n);
 double dot(const double *a, const double *b, Index n);
 
 /* spline.c */

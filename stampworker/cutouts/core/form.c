@@ -66,7 +66,7 @@ HOT static void prepare_sums(Work *s, double bg)
         for (Index x = 0; x < s->w; x++)
             residual[y * s->w + x] = image[x] - bg;
     }
-    form->weight_sum = sum(weight, size);
+    form->weight_sum = dot(weight, NULL, size);
     if (s->fit_bg) {
         for (Index y = 0; y < s->h; y++)
             template_sum += dot(weight + y * s->w, unmoved + y * s->stride, s->w);
@@ -79,7 +79,7 @@ HOT static void prepare_sums(Work *s, double bg)
     }
     for (Index i = 0; i < size; i++)
         weighted[i] = weight[i] * residual[i];
-    form->image_sum = sum(weighted, size);
+    form->image_sum = dot(weighted, NULL, size);
     form->image_square = dot(weighted, residual, size);
 }
 

@@ -99,7 +99,7 @@ static PyObject *adjust_fit(PyObject *module, PyObject *args)
         else if (r.failure != FITTED)
             answer = Py_BuildValue("(sn)", failures[r.failure], (Py_ssize_t)r.npix);
         else
-            answer = Py_BuildValue("(snddddd(ddddi(dd)(ddd)d(dd))dd(ddd))", "", (Py_ssize_t)r.npix, r.bg, r.offset,
+            answer = Py_BuildValue("(sn(ddddd)(ddddi(dd)(ddd)d(dd))(dd(ddd)))", "", (Py_ssize_t)r.npix, r.bg, r.offset,
                                    r.tbg, r.chi2_0, r.chi2, r.best.u, r.best.v, r.best.chi2, r.best.scale,
                                    r.best.scale_at_bound, r.best.gu, r.best.gv, r.best.huu, r.best.huv, r.best.hvv,
                                    r.best.square, r.best.scale_u, r.best.scale_v, work.form.weight_sum,

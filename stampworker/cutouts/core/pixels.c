@@ -1,28 +1,16 @@
 /* Which pixels are fitted, the fill of bad ones, and backgrounds. */
 #include "core.h"
 
-/* Sum of a[i] b[i]. */
+/* Sum of a[i] b[i], or of a[i] where b is NULL. */
 HOT double dot(const double *restrict a, const double *restrict b, Index n)
 {
     double lanes[LANES] = {0};
     Index i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int lane = 0; lane < LANES; lane++)
-            lanes[lane] += a[i + lane] * b[i + lane];
+            lanes[lane] += b ? a[i + lane] * b[i + lane] : a[i + lane];
     for (; i < n; i++)
-        lanes[i % LANES] += a[i] * b[i];
-    return total(lanes);
-}
-
-HOT double sum(const double *a, Index n)
-{
-    double lanes[LANES] = {0};
-    Index i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++)
-            lanes[lane] += a[i + lane];
-    for (; i < n; i++)
-        lanes[i % LANES] += a[i];
+        lanes[i % LANES] += b ? a[i] * b[i] : a[i];
     return total(lanes);
 }
 
@@ -56,23 +44,18 @@ static double quickselect(double *a, Index n, Index k)
         insertion_sort(sample, SAMPLE);
         const double pivot = sample[k * SAMPLE / n];
         const Index below = count_below(a, n, pivot);
-        Index kept = 0;
-        if (k < below) { /* the loops do not branch on values */
-            for (Index i = 0; i < n; i++) {
-                double value = a[i];
-                a[kept] = value;
-                kept += value < pivot;
-            }
-        } else {
+        const int is_low = k < below;
+        if (!is_low) {
             const Index upto = count_below(a, n, nextafter(pivot, INFINITY));
             if (k < upto)
                 return pivot;
-            for (Index i = 0; i < n; i++) {
-                double value = a[i];
-                a[kept] = value;
-                kept += value > pivot;
-            }
             k -= upto;
+        }
+        Index kept = 0;
+        for (Index i = 0; i < n; i++) { /* without branches on values */
+            double value = a[i];
+            a[kept] = value;
+            kept += is_low ? value < pivot : value > pivot;
         }
         n = kept;
     }
@@ -96,7 +79,7 @@ double background(const double *plane, const unsigned char *bad, Index size, dou
         memcpy(copy, good, (size_t)n * sizeof(double));
         median = (median + quickselect(copy, n, n / 2)) / 2;
     }
-    return 2.5 * median - 1.5 * (sum(good, n) / (double)n);
+    return 2.5 * median - 1.5 * (dot(good, NULL, n) / (double)n);
 }
 
 /* Mark values that cannot be used; return whether there is any. */
@@ -104,12 +87,10 @@ HOT int mark_bad(const double *restrict plane, const unsigned char *restrict mas
                  unsigned char *restrict bad)
 {
     unsigned char any = 0;
-    for (Index i = 0; i < size; i++)
-        bad[i] = !(fabs(plane[i]) < HUGE_VALUE);
-    for (Index i = 0; mask && i < size; i++)
-        bad[i] |= mask[i] != 0;
-    for (Index i = 0; i < size; i++)
+    for (Index i = 0; i < size; i++) {
+        bad[i] = (mask && mask[i]) | !(fabs(plane[i]) < HUGE_VALUE);
         any |= bad[i];
+    }
     return any;
 }
 
@@ -162,16 +143,16 @@ int is_flat(const Work *s)
     return 1;
 }
 
-enum { KNOWN, UNKNOWN, NEW };
+enum { UNKNOWN = FILL_LAYERS + 1 };
 
-/* Set an unknown pixel of the template to the mean of the known ones around it; return whether there was any. */
-static int fill_pixel(Work *s, const unsigned char *state, Index at)
+/* Set a pixel of the template to the mean of those around it that are of lower rings; return whether there was any. */
+static int fill_pixel(Work *s, const unsigned char *ring, Index at, int limit)
 {
     Index y = at / s->nx, x = at % s->nx, count = 0;
     double total = 0;
     for (Index j = y ? y - 1 : 0; j <= y + 1 && j < s->ny; j++)
         for (Index i = x ? x - 1 : 0; i <= x + 1 && i < s->nx; i++)
-            if (state[j * s->nx + i] == KNOWN) {
+            if (ring[j * s->nx + i] < limit) {
                 total += s->template[j * s->nx + i];
                 count++;
             }
@@ -183,18 +164,15 @@ static int fill_pixel(Work *s, const unsigned char *state, Index at)
 /* Fill bad pixels of the template with the mean of the known ones around them, ring by ring, the rest with a value. */
 void fill(Work *s, double value)
 {
-    unsigned char *state = (unsigned char *)s->scratch; /* the marks of bad pixels are needed later */
+    unsigned char *ring = (unsigned char *)s->scratch; /* 0 for good pixels */
     const Index size = s->ny * s->nx;
-    memcpy(state, s->bad_template, (size_t)size);
-    for (int layer = 0; layer < FILL_LAYERS; layer++) {
-        for (Index at = 0; at < size; at++)
-            if (state[at] == UNKNOWN && fill_pixel(s, state, at))
-                state[at] = NEW;
-        for (Index at = 0; at < size; at++)
-            if (state[at] == NEW)
-                state[at] = KNOWN;
-    }
     for (Index at = 0; at < size; at++)
-        if (state[at] != KNOWN)
+        ring[at] = s->bad_template[at] ? UNKNOWN : 0;
+    for (int layer = 1; layer <= FILL_LAYERS; layer++)
+        for (Index at = 0; at < size; at++)
+            if (ring[at] == UNKNOWN && fill_pixel(s, ring, at, layer))
+                ring[at] = (unsigned char)layer;
+    for (Index at = 0; at < size; at++)
+        if (ring[at] == UNKNOWN)
             s->template[at] = value;
 }

@@ -65,25 +65,6 @@ static Minimum evaluate(const QuadraticForm *form, double u, double v)
     return here;
 }
 
-/* Bring a step that passes a bound to the lowest place of its parabola within the bounds, which is on that bound. */
-static void stop_at_bounds(const Minimum *here, double max_shift, const double g[2], const double h[3], double d[2])
-{
-    const double at[2] = {here->u, here->v}, to[2] = {here->u + d[0], here->v + d[1]};
-    double least = INFINITY;
-    for (int axis = 0; axis < 2; axis++) {
-        if (!(fabs(to[axis]) > max_shift))
-            continue;
-        const int other = 1 - axis;
-        double held[2];
-        held[axis] = copysign(max_shift, to[axis]) - at[axis];
-        held[other] =
-            clip(-(g[other] + h[1] * held[axis]) / h[2 * other], -max_shift - at[other], max_shift - at[other]);
-        double chi2 = held[0] * (g[0] + h[0] * held[0] / 2 + h[1] * held[1]) + held[1] * (g[1] + h[2] * held[1] / 2);
-        if (chi2 < least)
-            least = chi2, d[0] = held[0], d[1] = held[1];
-    }
-}
-
 /* Make a step `d` within the bounds; return whether it is Newton's. It only descends where a curvature is negative. */
 static int newton_step(const Minimum *here, double max_shift, double d[2])
 {
@@ -105,10 +86,15 @@ static int newton_step(const Minimum *here, double max_shift, double d[2])
     }
     const double determinant = h[0] * h[2] - h[1] * h[1];
     d[0] = (h[1] * g[1] - h[2] * g[0]) / determinant, d[1] = (h[1] * g[0] - h[0] * g[1]) / determinant;
-    stop_at_bounds(here, max_shift, g, h, d);
-    const double excess = larger(fabs(d[0]), fabs(d[1])) / LONGEST_STEP;
-    if (excess > 1)
-        d[0] /= excess, d[1] /= excess;
+    const double at[2] = {here->u, here->v},
+                 room[2] = {copysign(max_shift, d[0]) - at[0], copysign(max_shift, d[1]) - at[1]};
+    const int axis = fabs(d[0] * room[1]) > fabs(d[1] * room[0]) ? 0 : 1, other = 1 - axis; /* passed first */
+    if (fabs(d[axis]) > fabs(room[axis])) { /* to the lowest point of the parabola on that bound */
+        d[axis] = room[axis];
+        d[other] = clip(-(g[other] + h[1] * d[axis]) / h[2 * other], -max_shift - at[other], max_shift - at[other]);
+    }
+    const double excess = larger(larger(fabs(d[0]), fabs(d[1])) / LONGEST_STEP, 1);
+    d[0] /= excess, d[1] /= excess;
     return is_newtons;
 }
 
