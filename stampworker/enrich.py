@@ -30,7 +30,7 @@ from astropy.table import Table
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from stampworker.config import EnrichSettings, FitSettings, Settings, VerdictSettings
+from stampworker.config import EnrichSettings, FitSettings, Settings
 from stampworker.cutouts import adjust_cutout, compare_point_source, get_cutout, is_artefact
 from stampworker.errors import AlertError, FrameError, FrameMismatch
 from stampworker.formats.alerts import Alert
@@ -116,6 +116,10 @@ class Enricher:
         self._settings, self._store = settings, store
         self._resolver = resolver or load_resolver(settings.resolve)
         self._radius = math.ceil(settings.enrich.radius)
+        self._thresholds = settings.verdict.model_dump()
+        self._adjust_settings = settings.fit.model_dump(exclude={"fwhm"}) | {
+            f"artefact_{name}": value for name, value in self._thresholds.items()
+        }
 
     def packets(self, alerts: Sequence[Alert | AlertError]) -> list[Packet | Reject]:
         """Make a packet, or a reject, of each alert.
@@ -249,10 +253,11 @@ class Enricher:
         if every_flag is not None and settings.enrich.mask_ignore_flags:
             cutout["mask"] = (every_flag.astype("i8") & ~settings.enrich.mask_ignore_flags) != 0
         origins = _derive(cutout, alert.gain or frames.header_gain)
-        fit = _fit_settings(alert, settings.fit, 2 * self._radius + 1)
-        status = _fit(cutout, fit, candidate, frames.science.shape)
+        fwhm = alert.fwhm or settings.fit.fwhm
+        inner = settings.fit.inner or _fit_box(fwhm, 2 * self._radius + 1)
+        status = _fit(cutout, settings.fit, inner, candidate, frames.science.shape)
         is_fitted = status in ("ok", "at_bound")
-        artefact = _verdict(cutout, fit, settings.verdict, alert.fwhm or settings.fit.fwhm) if is_fitted else None
+        artefact = self._verdict(cutout, inner, fwhm) if is_fitted else None
         meta = cutout["meta"]
         return Packet(
             packet_id=alert.packet_id(),
@@ -273,15 +278,23 @@ class Enricher:
             metrics={name: meta[name] for name in METRICS if is_fitted and meta.get(name) is not None},
             adjust_status=status,
             adjust_artefact=artefact,
-            adjust_settings={
-                **fit.model_dump(exclude={"fwhm"}),
-                **{f"artefact_{name}": value for name, value in settings.verdict},
-            },
+            adjust_settings=self._adjust_settings | {"inner": inner},
             convolved_origin=origins.get("convolved"),
             err_origin=origins.get("err"),
             resampled_planes=tuple(sorted(plane for plane, frame in frames.planes.items() if frame.resampled)),
             worker_version=_VERSION,
         )
+
+    def _verdict(self, cutout: dict[str, Any], inner: int, fwhm: float) -> bool:
+        """Return True if a fitted candidate is an artefact; only then does it pay to try a point source, too."""
+        meta, settings = cutout["meta"], self._settings
+        if not is_artefact(meta, **self._thresholds):
+            return False
+        # The template may be scaled as far as an artefact may be, not only as far as the fit. Otherwise a star whose
+        # scale is off by more than the fit allows would look like a point source.
+        max_scale = settings.verdict.max_scale
+        compare_point_source(cutout, fwhm, max_shift=settings.fit.max_shift, max_scale=max_scale, inner=inner)
+        return is_artefact(meta, **self._thresholds)
 
 
 @contextlib.contextmanager
@@ -396,15 +409,13 @@ def _noise(cutout: Mapping[str, Any], gain: float | None) -> tuple[NDArray[Any],
     return np.sqrt(variance).astype(image.dtype, copy=False), "background+poisson"
 
 
-def _fit_settings(alert: Alert, fit: FitSettings, stamp: int) -> FitSettings:
-    """Choose the fitted box for the alert's PSF, at most the whole stamp, unless the settings do."""
-    if fit.inner is not None:
-        return fit
-    side = max(math.ceil(min(2 * (alert.fwhm or fit.fwhm), stamp)), 7)
-    return fit.model_copy(update={"inner": min(side + 1 - side % 2, stamp)})
+def _fit_box(fwhm: float, stamp: int) -> int:
+    """Return the side of the fitted box, pixels: two FWHM, odd, at least 7, at most the stamp."""
+    side = max(math.ceil(min(2 * fwhm, stamp)), 7)
+    return min(side + 1 - side % 2, stamp)
 
 
-def _fit(cutout: dict[str, Any], fit: FitSettings, candidate: _Candidate, shape: tuple[int, int]) -> str:
+def _fit(cutout: dict[str, Any], fit: FitSettings, inner: int, candidate: _Candidate, shape: tuple[int, int]) -> str:
     """Fit the convolved template to a cutout; return the status."""
     ny, nx = cutout["image"].shape
     x1, y1 = candidate.x1, candidate.y1
@@ -412,19 +423,8 @@ def _fit(cutout: dict[str, Any], fit: FitSettings, candidate: _Candidate, shape:
         return "off_frame"
     if "convolved" not in cutout:
         return "no_convolved"
-    adjust_cutout(cutout, max_shift=fit.max_shift, max_scale=fit.max_scale, inner=fit.inner, fit_bg=fit.fit_bg)
+    adjust_cutout(cutout, max_shift=fit.max_shift, max_scale=fit.max_scale, inner=inner, fit_bg=fit.fit_bg)
     return str(cutout["meta"]["adjust_status"])
-
-
-def _verdict(cutout: dict[str, Any], fit: FitSettings, verdict: VerdictSettings, fwhm: float) -> bool:
-    """Return the verdict on a fitted cutout; the point source costs two fits, so only would-be artefacts get it."""
-    thresholds = verdict.model_dump()
-    if not is_artefact(cutout["meta"], **thresholds):
-        return False
-    # The template may be scaled as far as an artefact may be, not only as far as the fit: else a star whose scale is
-    # off by more than the fit allows would leave a point source.
-    compare_point_source(cutout, fwhm, max_shift=fit.max_shift, max_scale=verdict.max_scale, inner=fit.inner)
-    return is_artefact(cutout["meta"], **thresholds)
 
 
 def _stamps(cutout: Mapping[str, Any], frames: _FrameSet, candidate: _Candidate, is_fitted: bool) -> dict[str, Stamp]:
@@ -458,11 +458,11 @@ def enrich_table(
     frames : mapping, optional
         Plane (``science``, ``template``, ``difference``, ``convolved``, ``error``, ``variance``, ``mask``) → FITS file,
         relative to the working directory, or URL (``https:``, ``s3:``, ``memory:``, ...), with an optional ``#HDU``.
-        Those that are not named are the resolver's.
+        The resolver finds the planes that are not named.
     radius : float, optional
         Half-size of a stamp, pixels; by default the settings', which is 31 where nothing else is set.
     columns : mapping, optional
-        Name of ours → name of the column, such as ``{"x": "X_IMAGE", "y": "Y_IMAGE"}``.
+        Name of the alert's field → name of the column, such as ``{"x": "X_IMAGE", "y": "Y_IMAGE"}``.
     pixel_origin : {0, 1}, optional
         What the table calls the first pixel.
     settings : Settings, optional
@@ -483,7 +483,7 @@ def enrich_table(
     ConfigError
         The settings' resolver cannot be loaded.
     FrameError
-        A frame cannot be read, or does not fit the science frame: that is wrong for every row.
+        A frame cannot be read, or does not fit the science frame. The frames serve every row.
     ValueError
         ``radius`` or ``pixel_origin`` is out of range.
 

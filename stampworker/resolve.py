@@ -3,7 +3,8 @@
 A resolver is a function from an alert to a mapping of planes to URLs. A frame that the alert names has priority, plane
 by plane; ``error`` and ``variance`` count as one plane. The setting `frame_roots` still decides what may be read.
 
-Most archives need no code but *templates*, one per plane, in the syntax of `str.format`::
+Most archives need no code: one *template* of a URL per plane (science, difference, ...) is enough, written in the
+syntax of `str.format`::
 
     {root}/{mjd:%Y%m%d}/{visit}-{ccd:02d}_diff.fits.fz#1
 
@@ -27,8 +28,8 @@ The entry point is a function that is called once, at the start, with the `Resol
 
         return resolve
 
-If the resolver raises an exception, the alert is rejected; unless it is an AlertError or a FrameError, the traceback is
-logged. A ConfigError of ``make_resolver`` stops the worker before it reads anything.
+If the resolver raises an exception, the alert is rejected. The traceback is logged too, except for AlertError and
+FrameError. A ConfigError of ``make_resolver`` stops the worker before it reads anything.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def compare_point_source(
 
 
 def _fraction(position: Any) -> float:
-    """How far a position lies from the middle of its pixel, -0.5 to 0.5; 0 where it is not known."""
+    """Return the distance of a position from the middle of its pixel, -0.5 to 0.5; 0 if it is not known."""
     try:
         position = float(position)
     except (TypeError, ValueError):

@@ -260,7 +260,7 @@ class Packet:
         return record | {name: self.metrics.get(name) for name in METRICS}
 
     def to_cutout(self) -> dict[str, Any]:
-        """Return the packet as the dict of `stampworker.cutouts.get_cutout`.
+        """Convert the packet to a dict of the form that `stampworker.cutouts.get_cutout` returns.
 
         Returns
         -------

@@ -167,7 +167,7 @@ def _field_values(table: Table, name: str, column: str, pixel_origin: int, sourc
 
 
 def _scalar(value: Any) -> Any:
-    """Return a table's entry as a Python scalar: None if it is masked or NaN, text if it is neither."""
+    """Return an entry of a table as a Python scalar: None if masked or NaN; a value that is no scalar becomes text."""
     if value is None or np.ma.is_masked(value) or np.all(getattr(value, "mask", False)):
         return None
     value = getattr(value, "value", value)  # the number of a Quantity, the representation of a Time

@@ -226,9 +226,9 @@ class FrameStore:
         ----------
         url : str
             Path or URL (``file:``, ``http:``, ``https:``, ``s3:``, ``gs:``, ``abfs:``, ``memory:``), with an optional
-            fragment: EXTNAME in any case, ``NAME,ver`` or a number. Without one: the first HDU that holds a 2-D image.
+            fragment: EXTNAME in any case, ``NAME,ver`` or a number. Without a fragment, the first HDU with a 2-D image.
         mask : bool
-            The plane is a mask: integers stay integers.
+            True for a mask: its integers are not converted to floats.
 
         Returns
         -------

@@ -48,7 +48,7 @@ class Source:
     pixels: tuple[NDArray[Any], NDArray[Any], Array] | None = None  # of a cosmic ray: x, y, share of the flux
 
     def draw(self, scene: Scene) -> None:
-        """Add a candidate's light to the planes that show it; a cosmic ray has none, see `draw_track`."""
+        """Add the flux of a candidate to the noiseless planes; `draw_track` adds a cosmic ray to the exposure."""
         x, y, flux = self.x, self.y, self.flux
         if self.kind == "dipole":
             sky.add_star(scene.science_only, x, y, flux)

@@ -34,9 +34,9 @@ _STALL_S = 240.0  # a busy machine is slow, but a worker that runs makes progres
 def run(directory: Path, *, candidates: int, seed: int, settings: Settings) -> int:
     """Run the demo and print its result; return 0 if every alert came back as a packet, else 1.
 
-    The folder gets the night, the packets and the picture; the files of an earlier demo are replaced. It is a
-    ConfigError if the folder has files that no demo made or matplotlib is missing, a PublishError if the alerts cannot
-    be published or no packet comes back for 20 s.
+    The folder gets the night, the packets and the picture; the files of an earlier demo are replaced. Raises
+    ConfigError if the folder has files that no demo made, or if matplotlib is not installed, and PublishError if the
+    alerts cannot be published, or if no further packet comes back within a time limit.
     """
     if importlib.util.find_spec("matplotlib") is None:  # checked before the work, not after it
         raise ConfigError("the demo draws a picture with matplotlib: pip install 'stampworker[viewer]'")

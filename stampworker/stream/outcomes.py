@@ -126,7 +126,7 @@ class Item:
     record: Record = field(init=False, repr=False)
 
     def to_record(self, settings: WorkerSettings, run: str | None = None) -> Record:
-        """Return the record that the alert leaves as; a retry and a reject keep key, value and headers byte for byte.
+        """Return the record to publish; a retry and a reject keep key, value and headers of the alert byte for byte.
 
         ``run`` is the name of a replay, for the packets' header.
         """

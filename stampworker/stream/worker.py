@@ -55,14 +55,14 @@ MakePublisher = Callable[[Settings, Consumer, int | None], Publisher]
 
 @dataclass
 class Totals:
-    """What a worker has done; ``alerts = packets + retries + rejects`` at every commit, each attempt being counted.
+    """What a worker has done; at every commit ``alerts = packets + retries + rejects``. Each attempt counts.
 
     Attributes
     ----------
     alerts, packets, retries, rejects : int
-        Alerts that were read, and what they left as.
+        Numbers of alerts read, and of those that became a packet, a retry or a reject.
     batches, aborts : int
-        Batches that were committed, and that were aborted.
+        Numbers of batches committed and aborted.
     """
 
     alerts: int = 0
@@ -254,7 +254,7 @@ class Worker:
             return exc
 
     def _enrich(self, batch: Batch, prefetched: Future[Prefetched]) -> None:
-        """Find out what becomes of each alert of a batch, and the record that it leaves as."""
+        """Make the outcome of each alert of a batch, and the record to publish."""
         started = time.monotonic()
         results = self._enricher.enrich(prefetched.result())
         for item, result in zip(batch.items, results, strict=True):

@@ -49,8 +49,8 @@ _Stretch = Callable[[Floats], Floats]
 def picture(packets: Sequence[Packet], path: str | Path, labels: Sequence[str] | None = None) -> None:
     """Draw the stamps of packets as a PNG, one row per packet, and beside its id its label, such as its true class.
 
-    Many rows are laid out in several blocks side by side, each read downwards. It is a ValueError if there are no
-    packets, too many for a picture of 60 million pixels, or not as many labels, and a ConfigError if matplotlib is not
+    Many rows are laid out in several blocks side by side, each read downwards. Raises ValueError if there are no
+    packets, too many for a picture of 60 million pixels, or not as many labels, and ConfigError if matplotlib is not
     installed.
 
     Black is low, white is high. Science and convolved share a stretch; the template, on its own flux scale, has its

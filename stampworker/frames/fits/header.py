@@ -168,7 +168,7 @@ def split_cards(cards: bytes) -> Iterator[bytes]:
 
 
 def values_of(cards: bytes) -> dict[str, bytes]:
-    """Return keyword to the rest of its card after ``=``; the first card of a keyword counts."""
+    """Return a dict from each keyword to the text after ``=`` on its first card, the comment included."""
     text = cards.decode("latin-1")
     starts = range(len(cards) - CARD, -1, -CARD)  # backwards, so that the first card of a keyword is kept
     return {text[i : i + 8].rstrip(): cards[i + 9 : i + CARD] for i in starts if text[i + 8] == "="}

@@ -180,7 +180,7 @@ class WebFile:
         raise self._failed(said, server=server if is_busy else None, wait=wait)
 
     def _body(self, response: urllib3.BaseHTTPResponse, server: Origin, wanted: int | None = None) -> bytearray:
-        """Return the body, of the length ``wanted`` where that is known."""
+        """Return the body; raise `FrameUnavailable` if it does not have ``wanted`` bytes, where a number is given."""
         since, length, limit = time.monotonic(), response.length_remaining, self._settings.max_download_bytes
         if wanted is not None and length not in (None, wanted):
             raise self._failed(f"an answer of {length} bytes, wanted {wanted}")
@@ -249,7 +249,7 @@ def _version(response: urllib3.BaseHTTPResponse) -> tuple[str | None, str | None
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, at most a few minutes."""
+    """Return the seconds that a Retry-After header asks for, at most 300; None without a valid header."""
     try:
         return min(urllib3.Retry().parse_retry_after(value), _LONGEST_RETRY_AFTER_S) if value else None
     except (InvalidHeader, ValueError, OverflowError):
