@@ -526,10 +526,10 @@ def test_candidates_of_other_parts_of_an_stdweb_task(tmp_path: Path) -> None:
         hdu = fits.CompImageHDU(data.astype("u1"), part) if plane == "mask" else fits.PrimaryHDU(data, part)
         hdu.writeto(tmp_path / f"{name}.fits")  # as STDWeb: the mask is compressed
     ra, dec = (float(v) for v in WCS(header).all_pix2world(*STAR, 0))
-    far = dict(zip(("ra", "dec"), (float(v) for v in WCS(header).all_pix2world(3.0, 30.0, 0)), strict=True))
+    far_ra, far_dec = (float(v) for v in WCS(header).all_pix2world(3.0, 30.0, 0))
     alerts = [
         Alert("this", x=STAR[0] - 30, y=STAR[1], ra=ra, dec=dec),
-        Alert("other", x=20.0, y=30.0, **far),
+        Alert("other", x=20.0, y=30.0, ra=far_ra, dec=far_dec),
         Alert("both", x=STAR[0], y=STAR[1], ra=ra, dec=dec),
         Alert("pixels", x=STAR[0] - 30, y=STAR[1]),
     ]
@@ -605,7 +605,8 @@ def test_real_ztf_alerts_resolve() -> None:
     assert len(paths) == 120
     for path in paths:
         with path.open("rb") as file:
-            candidate = next(fastavro.reader(file))["candidate"]  # type: ignore[call-overload]
+            record: Any = next(fastavro.reader(file))
+        candidate = record["candidate"]
         name = candidate["pdiffimfilename"]
         found = resolver.frames(with_extra(pdiffimfilename=name))
         # rcid counts quadrants from 0, four a CCD.

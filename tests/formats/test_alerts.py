@@ -7,6 +7,8 @@ import math
 import subprocess
 import sys
 import uuid
+from importlib.resources import files
+from typing import Any
 
 import fastavro
 import pytest
@@ -56,9 +58,7 @@ def schema_folder(tmp_path):
 
 
 def schema_path():
-    from stampworker.formats import schema
-
-    return str(schema.files("stampworker").joinpath("schemas", ALERT[0], ALERT[1], f"{ALERT[0]}.avsc"))
+    return str(files("stampworker").joinpath("schemas", ALERT[0], ALERT[1], f"{ALERT[0]}.avsc"))
 
 
 @given(alerts)
@@ -151,7 +151,7 @@ def test_integers_stand_for_doubles():
     assert {type(value) for value in (alert.x, alert.y, alert.gain)} == {float}
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no alertId": ({"alertId": None}, "alertId: found None, wanted a string that is not empty"),
     "empty alertId": ({"alertId": ""}, "alertId: found ''"),
     "number as alertId": ({"alertId": 5}, "alertId: found 5"),

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from typing import IO, Any
 
 import fastavro
 import numpy as np
@@ -66,12 +67,17 @@ def without(text, names):
     return loaded | {"fields": [field for field in loaded["fields"] if field["name"] not in names]}
 
 
+def only_record(file: IO[bytes], reader_schema: Any = None) -> Any:
+    """Return the one record of a container, as fastavro reads it."""
+    (record,) = fastavro.reader(file, reader_schema=reader_schema)
+    return record
+
+
 def resolve(writer, reader, record):
     """Return a record as a reader with another schema sees it."""
     out = io.BytesIO()
     fastavro.writer(out, fastavro.parse_schema(writer), [record])
-    (read,) = fastavro.reader(io.BytesIO(out.getvalue()), reader_schema=fastavro.parse_schema(reader))
-    return read
+    return only_record(io.BytesIO(out.getvalue()), fastavro.parse_schema(reader))
 
 
 def test_every_version_has_a_schema_and_a_sample():
@@ -121,7 +127,7 @@ def test_versions_keep_the_promise(written):
         is_promised = reader >= version if file.stem == "stampworker.alert" else reader[0] == version[0]
         if file.stem == written.stem and is_promised:
             with (written.parent / "sample.avro").open("rb") as sample:
-                (record,) = fastavro.reader(sample, reader_schema=json.loads(file.read_text(encoding="utf-8")))
+                record = only_record(sample, json.loads(file.read_text(encoding="utf-8")))
             assert record["alertId"] == sample_alert()["alertId"]
 
 
@@ -175,7 +181,7 @@ def test_embedded_schema_is_the_file():
 def test_alert_samples_are_one_alert():
     """The sample is the same alert in JSON and in Avro, for fastavro alone and for `decode`."""
     with (ALERT_FOLDER / "sample.avro").open("rb") as file:
-        (record,) = fastavro.reader(file)
+        record = only_record(file)
     plain = json.loads((ALERT_FOLDER / "sample.json").read_text(encoding="utf-8"))
     assert record == plain
     alert = from_record(sample_alert())
@@ -195,7 +201,7 @@ def test_packet_sample_is_what_is_made_today(tmp_path):
         assert repr(kept.stamps[plane].header) == repr(made.stamps[plane].header), plane
     same = {name: value for name, value in kept.metrics.items() if not isinstance(value, str)}
     assert {name: made.metrics[name] for name in same} == pytest.approx(same, rel=1e-6, abs=1e-9)
-    blank = {"stamps": {}, "metrics": {}, "worker_version": ""}
+    blank: dict[str, Any] = {"stamps": {}, "metrics": {}, "worker_version": ""}
     assert dataclasses.replace(kept, **blank) == dataclasses.replace(made, **blank)
     assert kept.adjust_status == "ok"
     assert kept.stamps["science"].data.shape == (11, 11)
@@ -204,7 +210,7 @@ def test_packet_sample_is_what_is_made_today(tmp_path):
 def test_packet_sample_is_read_by_fastavro_alone():
     """Any Avro reader finds every plane, every metric and the verdict."""
     with (PACKET_FOLDER / "sample.avro").open("rb") as file:
-        (record,) = fastavro.reader(file)
+        record = only_record(file)
     assert record["alertId"] == sample_alert()["alertId"]
     assert record["candidate"]["extra"] == sample_alert()["extra"]
     assert all(set(record[name]) == {"fileName", "stampData"} for name in STAMP_FIELDS.values())
@@ -221,7 +227,7 @@ def test_older_readers_and_writers_resolve(file):
     text = file.read_text(encoding="utf-8")
     now = json.loads(text)
     with (file.parent / "sample.avro").open("rb") as sample:
-        (record,) = fastavro.reader(sample)
+        record = only_record(sample)
     optional = {field["name"] for field in now["fields"] if "default" in field} - set(STAMP_FIELDS.values())
     lean = without(text, optional)
     assert len(optional) > 5
@@ -238,7 +244,7 @@ def test_writers_of_later_versions_are_read():
     later = json.loads(text)
     later["fields"].append({"name": "adjust_new", "type": ["null", "double"], "doc": "Later. [none]", "default": None})
     with (PACKET_FOLDER / "sample.avro").open("rb") as sample:
-        (record,) = fastavro.reader(sample)
+        record = only_record(sample)
     out = io.BytesIO()
     fastavro.writer(out, fastavro.parse_schema(later), [record | {"adjust_new": 1.0}])
     assert Packet.read(out.getvalue()) == Packet.read_file(PACKET_FOLDER / "sample.avro")

@@ -111,6 +111,7 @@ def test_odd_columns_go_to_extra_as_text():
     table["place"] = SkyCoord([10] * u.deg, [20] * u.deg)
     table["frames"], table["extra"] = ["f"], ["e"]
     alert = from_table(table, FRAMES)[0]
+    assert isinstance(alert, Alert)
     assert alert.extra["hash"] == "18446744073709551615"
     assert alert.extra["apertures"] == "[1. 2.]"
     assert set(alert.extra) == {"hash", "apertures", "place"}
@@ -176,7 +177,13 @@ def test_masked_column_has_one_type(values, kind):
 def test_tables_of_every_format(tmp_path, name, form):
     """ECSV, VOTable, FITS, CSV and tabs give the same candidates; an empty cell is an absent value."""
     table = Table(
-        {"id": ["p", "q"], "x": [1.5, 2.5], "y": [3.5, 4.5], "n": [1, 2], "fwhm": np.ma.array([2.0, 9], mask=[0, 1])}
+        {
+            "id": ["p", "q"],
+            "x": [1.5, 2.5],
+            "y": [3.5, 4.5],
+            "n": [1, 2],
+            "fwhm": np.ma.array([2.0, 9], mask=[False, True]),
+        }
     )
     table.write(tmp_path / name, format=form)
     assert is_table(tmp_path / name)

@@ -214,7 +214,7 @@ def test_what_cannot_be_opened_ahead_costs_its_alerts_only(server: WebServer) ->
 
 def tried_again(alerts: list[Alert], store: FrameStore, settings: Settings, most: int) -> list[list[Packet | Reject]]:
     """Return the results of attempts; each takes the alerts that are left, after the failures were forgotten."""
-    attempts = []
+    attempts: list[list[Packet | Reject]] = []
     while alerts and len(attempts) < most:
         attempts.append(Enricher(settings, store).packets(alerts))
         alerts = [alert for alert, result in zip(alerts, attempts[-1], strict=True) if isinstance(result, Reject)]

@@ -4,7 +4,7 @@ import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from scipy.ndimage import map_coordinates
 
 from stampworker.config import FrameSettings
 from stampworker.errors import FrameMismatch
-from stampworker.frames import Frame, FrameStore, Regridded, on_grid, regrid
+from stampworker.frames import Frame, FrameStore, PlaneKind, Regridded, on_grid, regrid
 
 ALL = (slice(0, 61), slice(0, 83))
 FLUX = 3000.0
@@ -158,16 +158,16 @@ def test_lookup_tables_are_not_compared(write: Write, store: FrameStore, sky: di
     science, other = (store.open(str(write(f"{n}.fits", data, **tables))) for n in "st")
     plain = store.open(str(write("p.fits", data, **sky)))
     moved = store.open(str(write("m.fits", data, **(tables | {"CRPIX1": 45.0}))))
-    detector = [
+    detector, other_detector = (
         store.open(str(write(f"d{n}.fits", data, **(sky | {"D2IMDIS1": "LOOKUP", "D2IM1.EXTVER": float(n)}))))
         for n in (1, 2)
-    ]
+    )
     assert on_grid(other, science) is other
     for frame in (plain, moved):
         with pytest.raises(FrameMismatch, match=r"cannot be compared with that of .*s\.fits.*CPDIS1: lookup-table"):
             on_grid(frame, science)
     with pytest.raises(FrameMismatch, match="D2IMDIS1: lookup-table"):
-        on_grid(*detector)
+        on_grid(detector, other_detector)
 
 
 def all_sky(projection: str, centre: float) -> tuple[dict[str, Any], np.ndarray]:
@@ -262,9 +262,10 @@ def test_kinds_of_interpolation(write: Write, store: FrameStore, stars: np.ndarr
     cards = sky | {"CRPIX1": sky["CRPIX1"] + 2.3, "CRPIX2": sky["CRPIX2"] - 1.6}
     other = store.open(str(write("t.fits", stars, **cards)))
     y, x = np.mgrid[20:40, 20:60].astype(float)
-    for kind, order in (("image", 3), ("error", 1)):
+    orders: dict[PlaneKind, Literal[1, 3]] = {"image": 3, "error": 1}
+    for kind, order in orders.items():
         want = map_coordinates(stars.astype("f8"), [y - 1.6, x + 2.3], order=order, mode="mirror")
-        np.testing.assert_allclose(on_grid(other, science, kind)[20:40, 20:60], want, rtol=3e-6)  # type: ignore[arg-type]
+        np.testing.assert_allclose(on_grid(other, science, kind)[20:40, 20:60], want, rtol=3e-6)
 
 
 def test_a_hole_does_not_ring(write: Write, store: FrameStore, stars: np.ndarray, sky: dict[str, Any]) -> None:
@@ -282,14 +283,16 @@ def test_a_hole_does_not_ring(write: Write, store: FrameStore, stars: np.ndarray
     assert np.abs(got - whole)[beside].max() < 0.03 * np.ptp(stars[20:40, 30:50])
 
 
-def test_only_the_needed_section_is_read(write: Write, store: FrameStore, sky: dict[str, Any]) -> None:
+def test_only_the_needed_section_is_read(
+    write: Write, store: FrameStore, sky: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stamp reads its own footprint on the other frame, with the spline's margin."""
     science = store.open(str(write("s.fits", np.zeros((61, 83), "f4"), **sky)))
     cards = sky | {"CRPIX1": sky["CRPIX1"] + 500.5, "CRPIX2": sky["CRPIX2"] + 300.5}
     other = store.open(str(write("t.fits", np.zeros((700, 1100), "f4"), **cards)))
     asked: list[tuple[int, int, int, int]] = []
     read: Callable[..., np.ndarray] = other._read
-    other._read = lambda *box: (asked.append(box), read(*box))[1]
+    monkeypatch.setattr(other, "_read", lambda *box: (asked.append(box), read(*box))[1])
     on_grid(other, science)[20:31, 40:51]
     assert asked == [(300 + 20 - 12, 300 + 31 + 13, 500 + 40 - 12, 500 + 51 + 13)]
 

@@ -21,7 +21,7 @@ from stampworker.errors import ConfigError, FrameCorrupt, FrameMissing, FrameRef
 from stampworker.frames import FrameStore
 from stampworker.frames import store as frame_store
 from stampworker.frames.fits import gunzip
-from stampworker.frames.io import local, sources
+from stampworker.frames.io import sources
 
 ALL = (slice(0, 61), slice(0, 83))
 
@@ -113,7 +113,7 @@ def test_a_folder_swapped_for_a_link(
         (tree / "night").symlink_to(tree.parent)
         return opener(*given)
 
-    monkeypatch.setattr(local.os, "open", swap)
+    monkeypatch.setattr(os, "open", swap)
     if not proc:
         monkeypatch.setattr(Path, "readlink", lambda self: (_ for _ in ()).throw(FileNotFoundError(2, "no /proc")))
     with FrameStore(FrameSettings(frame_roots=(str(tree),))) as store:

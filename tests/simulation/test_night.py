@@ -166,7 +166,7 @@ def test_candidates_keep_their_distance(night):
 
 def test_edge_cases(night):
     """There are candidates at half-integer positions, at the edge, over it and off it, each at its stated position."""
-    cases = {}
+    cases: dict[str, list[tuple[float, float]]] = {}
     for row in night.truth[night.truth["class"] == "edge"]:
         cases.setdefault(row["case"], []).append((row["x"], row["y"]))
     assert set(cases) == {"half-integer position", "at the edge", "over the edge", "off the frame"}

@@ -72,8 +72,9 @@ def open_store(server: WebServer, scheme: str) -> Iterator[Open]:
     stores: list[FrameStore] = []
 
     def open_store(**settings: Any) -> FrameStore:
-        given = {"connect_s": 0.5, "read_s": 0.4, "total_s": 0.6, "failure_ttl_s": 0.0, f"{scheme}_anonymous": True}
-        given |= {f"{scheme}_endpoint": server.url.rstrip("/"), "frame_roots": (f"{scheme}://bucket/night/",)}
+        given: dict[str, Any] = {"connect_s": 0.5, "read_s": 0.4, "total_s": 0.6, "failure_ttl_s": 0.0}
+        given |= {f"{scheme}_anonymous": True, f"{scheme}_endpoint": server.url.rstrip("/")}
+        given |= {"frame_roots": (f"{scheme}://bucket/night/",)}
         given |= {"abfs_account": "survey"} if scheme == "abfs" else {}
         stores.append(FrameStore(FrameSettings(**given | settings)))
         return stores[-1]

@@ -108,7 +108,7 @@ def test_prefetch_opens_at_once(server: WebServer, open_store: Open) -> None:
     assert [type(future.exception()) for future in ready.values()] == [type(None)] * 6 + [FrameMissing, FrameRefused]
     assert len(server.requests) == 7
     for name in names:
-        assert store.open(name) is ready[name, False].result()
+        assert store.open(name) is ready[FrameKey(name, False)].result()
     with pytest.raises(FrameMissing, match=r"the server says 404 Not Found \(.* s ago; asked again in"):
         store.open("none.fits")
     assert len(server.requests) == 7
