@@ -71,6 +71,9 @@ class Fit(NamedTuple):
     bg_err: float = np.nan
 
 
+METRICS = tuple(f"adjust_{name}" for name in Fit._fields[3:])
+
+
 def adjust_cutout(
     cutout: dict[str, Any],
     max_shift: float = 2,
@@ -201,7 +204,11 @@ def planes_of(cutout: Mapping[str, Any]) -> tuple[Plane, Plane, Plane, Plane | N
             raise KeyError(f"the cutout has no plane {name!r}")
         plane = np.asarray(cutout[name]) if type(cutout[name]) is np.ndarray else _array(name, cutout[name])
         _check_shape(name, plane, planes[0].shape if planes else None)
-        planes.append(plane if plane.dtype in NATIVE and plane.flags.c_contiguous else _converted(name, plane))
+        if plane.dtype not in NATIVE or not plane.flags.c_contiguous:
+            if plane.dtype.kind not in "fiub":
+                raise ValueError(f"plane {name!r} has dtype {plane.dtype}, wanted real numbers")
+            plane = np.ascontiguousarray(plane, np.float32 if plane.dtype.str[1:] == "f4" else np.float64)
+        planes.append(plane)
     mask = cutout.get("mask")
     if mask is not None:
         mask = mask if type(mask) is np.ndarray else np.ma.filled(mask, 1)
@@ -218,12 +225,6 @@ def _array(name: str, plane: Any) -> Plane:
         return np.asarray(plane)
     except ValueError as exc:  # rows of different lengths
         raise ValueError(f"plane {name!r}: {exc}") from exc
-
-
-def _converted(name: str, plane: Plane) -> Plane:
-    if plane.dtype.kind not in "fiub":
-        raise ValueError(f"plane {name!r} has dtype {plane.dtype}, wanted real numbers")
-    return np.ascontiguousarray(plane, np.float32 if plane.dtype.str[1:] == "f4" else np.float64)
 
 
 def _check_shape(name: str, plane: Plane, wanted: tuple[int, ...] | None) -> None:
@@ -254,23 +255,9 @@ def _parameters(max_shift: float, max_scale: float, fit_bg: bool) -> int:
 
 
 def _report(meta: dict[str, Any], fit: Fit, df: int) -> None:
-    meta.update(
-        adjust_chi2_0=fit.chi2_0,
-        adjust_chi2=fit.chi2,
-        adjust_df=df,
-        adjust_pval=float(chdtrc(df, fit.chi2)),
-        adjust_dx=fit.dx,
-        adjust_dy=fit.dy,
-        adjust_scale=fit.scale,
-        adjust_bg=fit.bg,
-        adjust_tbg=fit.tbg,
-        adjust_dx_err=fit.dx_err if isfinite(fit.dx_err) else None,
-        adjust_dy_err=fit.dy_err if isfinite(fit.dy_err) else None,
-        adjust_scale_err=fit.scale_err if isfinite(fit.scale_err) else None,
-        adjust_bg_err=fit.bg_err if isfinite(fit.bg_err) else None,
-        adjust_status="at_bound" if fit.at_bound else "ok",
-        adjust_bound=fit.at_bound or None,
-    )
+    meta.update(adjust_df=df, adjust_pval=float(chdtrc(df, fit.chi2)))
+    meta.update(zip(METRICS, [value if isfinite(value) else None for value in fit[3:]], strict=True))
+    meta.update(adjust_status="at_bound" if fit.at_bound else "ok", adjust_bound=fit.at_bound or None)
 
 
 def _say(verbose: bool | Callable[..., Any], line: str) -> None:
@@ -450,11 +437,9 @@ def _fit_of(
 ) -> Fit:
     """Return what a core has found, with bounds and errors; ``sums`` are those of ``_errors``."""
     bg, bg_offset, tbg, chi2_0, chi2 = numbers
-    shifts = (abs(best.u) >= max_shift, abs(best.v) >= max_shift)
-    at_bound = (
-        ",".join(compress(PARAMETERS, (*shifts, best.scale_at_bound))) if any(shifts) or best.scale_at_bound else ""
-    )
-    errors = _errors(best, [not held for held in (*shifts, best.scale_at_bound)], fit_bg, sums)
+    held = (abs(best.u) >= max_shift, abs(best.v) >= max_shift, best.scale_at_bound)
+    at_bound = ",".join(compress(PARAMETERS, held))
+    errors = _errors(best, [not bound for bound in held], fit_bg, sums)
     return Fit("", npix, at_bound, bg + bg_offset, tbg, 0.0 - best.u, 0.0 - best.v, best.scale, chi2_0, chi2, *errors)
 
 

@@ -198,7 +198,8 @@ def _plain(keyword: str, value: Any) -> Any:
     if isinstance(value, Time):
         return _plain_time(value)
     if isinstance(value, str):
-        return value if _is_plain_text(value) and (keyword != "TIME" or _is_time(value)) else _NO_CARD
+        is_plain = value.isascii() and value.isprintable() and value not in _NUMBERS and not value.startswith("array(")
+        return value if is_plain and (keyword != "TIME" or _is_time(value)) else _NO_CARD
     if keyword == "TIME":  # STDPipe converts any value of this card to a Time
         return _NO_CARD
     if value is None or value is np.ma.masked:
@@ -229,10 +230,6 @@ def _plain_time(time: Time) -> Any:
     if not time.isscalar or time.mask or time.scale not in _ATOMIC_SCALES:
         return _NO_CARD
     return Time(time.unmasked.utc, precision=9).to_value("fits")  # STDPipe reads it as UTC
-
-
-def _is_plain_text(value: str) -> bool:
-    return value.isascii() and value.isprintable() and value not in _NUMBERS and not value.startswith("array(")
 
 
 def _is_time(text: str) -> bool:

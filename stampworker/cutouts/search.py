@@ -128,12 +128,12 @@ def _local_minima(chi2: Floats) -> Iterator[tuple[int, int, float, bool]]:
         yield int(j), int(i), float(chi2[j, i] - max(rise[j, i], 0.0)), bool(low[0, j, i] < low[1, j, i])
 
 
-class _Search:
+class _Search(NamedTuple):
     """chi2 within the bounds."""
 
-    def __init__(self, form: QuadraticForm, max_shift: float, max_scale: float) -> None:
-        self.form, self.max_shift = form, max_shift
-        self.low, self.high = 1 / max_scale, max_scale
+    form: QuadraticForm
+    max_shift: float
+    max_scale: float
 
     def fill_grid(self) -> tuple[list[float], Floats]:
         """Return where Newton's method starts for a point of an axis, and chi2 on the grid, shape (N, N)."""
@@ -141,7 +141,7 @@ class _Search:
         gram = self.form.gram.transpose(0, 2, 1, 3).reshape(pairs.shape[1], -1)
         square = np.maximum(pairs @ gram @ pairs.T, np.finfo(np.float64).tiny)
         product = weights @ self.form.projection @ weights.T
-        scale = np.minimum(np.maximum(product, self.low * square), self.high * square) / square
+        scale = np.minimum(np.maximum(product, square / self.max_scale), square * self.max_scale) / square
         return starts, self.form.image_square - scale * (2 * product - scale * square)
 
     def evaluate(self, u: float, v: float) -> Minimum:
@@ -152,23 +152,18 @@ class _Search:
         pairs = self.form.gram[j, k, j, k].transpose(0, 2, 1, 3).reshape(16, 16)
         squares = _pairs(along) @ pairs @ _pairs(across).T
         products = along @ self.form.projection[j, k] @ across.T
-        (square, square_u, square_uu), (square_v, square_uv, _), (square_vv, _, _) = squares.tolist()
-        (cross, cross_u, cross_uu), (cross_v, cross_uv, _), (cross_vv, _, _) = products.tolist()
-        best = cross / square if square > 0 else self.high
-        scale = min(max(best, self.low), self.high)
-        huu = scale * (scale * square_uu - 2 * cross_uu)
-        huv = scale * (scale * square_uv - 2 * cross_uv)
-        hvv = scale * (scale * square_vv - 2 * cross_vv)
-        slope = (0.0, 0.0)
-        free = self.low < best < self.high
+        square, product = float(squares[0, 0]), float(products[0, 0])
+        low, high = 1 / self.max_scale, self.max_scale
+        best = product / square if square > 0 else high
+        scale = min(max(best, low), high)
+        (excess, gu, huu), (gv, huv, _), (hvv, _, _) = (scale * (scale * squares - 2 * products)).tolist()
+        su = sv = 0.0
+        free = low < best < high
         if free:
-            slope = ((cross_u - scale * square_u) / square, (cross_v - scale * square_v) / square)
-            huu -= 2 * square * slope[0] * slope[0]
-            huv -= 2 * square * slope[0] * slope[1]
-            hvv -= 2 * square * slope[1] * slope[1]
-        chi2 = self.form.image_square - scale * (2 * cross - scale * square)
-        gradient = (scale * (scale * square_u - 2 * cross_u), scale * (scale * square_v - 2 * cross_v))
-        return Minimum(u, v, chi2, scale, not free, gradient, (huu, huv, hvv), square, slope)
+            (_, su, _), (sv, _, _), _ = ((products - scale * squares) / square).tolist()
+            huu, huv, hvv = huu - 2 * square * su * su, huv - 2 * square * su * sv, hvv - 2 * square * sv * sv
+        chi2 = self.form.image_square + excess
+        return Minimum(u, v, chi2, scale, not free, (gu, gv), (huu, huv, hvv), square, (su, sv))
 
     def descend(self, u: float, v: float) -> Minimum:
         """Find a minimum by Newton's method within the bounds; a step is halved until it does not lead up."""

@@ -232,19 +232,18 @@ def test_no_minimum_is_overlooked(core: Callable[..., adjust.Fit], case: Any) ->
     fit = core(image, template, err, None, inner, max_shift, max_scale, fit_bg, False, np.empty(shape))
     chi2 = objective(image, template, err, inner, max_scale, fit_bg, fit)
     assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9)
-    bar = 1e-4 if seed == 17819 else 1e-6  # that one is 1.0e-5 higher: the fine grid shows no second minimum
-    assert fit.chi2 <= chi2((dx, dy)) * (1 + bar)
+    assert fit.chi2 <= chi2((dx, dy)) * (1 + 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize(
-    ("seed", "how", "lower", "bar"),
+    ("seed", "how", "lower"),
     [
-        (39, (7.0, 2.0, 1.3, True), (-2.0, 0.0390), 0.02),  # 1.3 % higher: the minimum is narrower than the fine grid
-        (288, (5.0, 3.0, 1.1, False), (-2.9433, -2.9798), 1e-6),
-        (638, (7.0, 2.0, 1.3, True), (1.7580, -0.8060), 1e-6),
-        (686, (5.0, 3.0, 1.1, False), (-3.0, 0.0513), 0.02),  # 0.13 % higher
+        (39, (7.0, 2.0, 1.3, True), (-2.0, 0.0390)),
+        (288, (5.0, 3.0, 1.1, False), (-2.9433, -2.9798)),
+        (638, (7.0, 2.0, 1.3, True), (1.7580, -0.8060)),
+        (686, (5.0, 3.0, 1.1, False), (-3.0, 0.0513)),
     ],
 )
 def test_of_a_hundred_minima_the_lowest_is_found(
@@ -252,15 +251,14 @@ def test_of_a_hundred_minima_the_lowest_is_found(
     seed: int,
     how: tuple[float, float, float, bool],
     lower: tuple[float, float],
-    bar: float,
 ) -> None:
-    """Of the hundred minima of a bright trail with hot pixels the lowest is found, or one at most 2 % higher."""
+    """Of the hundred minima of a bright trail with hot pixels the lowest is found."""
     planes = trail(seed)
     inner, _, max_scale, fit_bg = how
     fit = core(*planes, None, *how, False, np.empty((16, 17)))
     chi2 = objective(*planes, inner, max_scale, fit_bg, fit)
     assert fit.chi2 == pytest.approx(chi2((fit.dx, fit.dy)), rel=1e-9)
-    assert fit.chi2 <= chi2(lower) * (1 + bar)
+    assert fit.chi2 <= chi2(lower) * (1 + 1e-6)
 
 
 def test_newtons_step_along_a_bound() -> None:

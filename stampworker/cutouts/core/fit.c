@@ -99,32 +99,15 @@ HOT static void finish(const Work *s, const unsigned char *undefined, void *adju
     }
 }
 
-/* Find the minimum, and report it; `undefined` marks pixels to blank, or is NULL. */
-static void minimize(Work *s, const unsigned char *undefined, void *adjusted, Index item, Result *result)
-{
-    const QuadraticForm *form = &s->form;
-    make_coefficients(s, result->tbg);
-    make_form(s, result->bg);
-    const Minimum best = global_minimum(form);
-    if (s->fit_bg) {
-        template_sums(form, &best, result->template_sums);
-        result->offset = form->image_mean - best.scale * form->template_mean +
-                         (form->image_sum - best.scale * result->template_sums[0]) / form->weight_sum;
-    }
-    subtract_moved(s, &best, result->bg + result->offset + best.scale * form->template_mean);
-    sum_squares(s, result->bg, result);
-    result->best = best;
-    finish(s, undefined, adjusted, item);
-}
-
 void fit(Work *s, const unsigned char *mask, void *adjusted, Index item, Result *result)
 {
+    const QuadraticForm *form = &s->form;
     const Index size = s->ny * s->nx;
     const int any_image = mark_bad(s->image, mask, size, s->bad_image);
     const int any_template = mark_bad(s->template, mask, size, s->bad_template), any = any_image | any_template;
     result->failure = TOO_FEW_PIXELS;
     result->npix = s->h > 0 && s->w > 0 ? weigh(s, any_template) : 0;
-    if (result->npix <= 2 * (s->form.max_shift > 0) + (s->form.max_scale > 1) + s->fit_bg)
+    if (result->npix <= 2 * (form->max_shift > 0) + (form->max_scale > 1) + s->fit_bg)
         return;
     result->failure = NO_SIGNAL;
     if (is_flat(s))
@@ -139,5 +122,15 @@ void fit(Work *s, const unsigned char *mask, void *adjusted, Index item, Result 
     }
     if (any_template)
         fill(s, result->tbg);
-    minimize(s, any ? s->undefined : NULL, adjusted, item, result);
+    make_coefficients(s, result->tbg);
+    make_form(s, result->bg);
+    result->best = global_minimum(form);
+    if (s->fit_bg) {
+        template_sums(form, &result->best, result->template_sums);
+        result->offset = form->image_mean - result->best.scale * form->template_mean +
+                         (form->image_sum - result->best.scale * result->template_sums[0]) / form->weight_sum;
+    }
+    subtract_moved(s, &result->best, result->bg + result->offset + result->best.scale * form->template_mean);
+    sum_squares(s, result->bg, result);
+    finish(s, any ? s->undefined : NULL, adjusted, item);
 }

@@ -43,12 +43,9 @@ static void interleave(const double *from, Index stride, Index available, Index 
         for (Index y = 0; y < rows; y++) {
             const double *line = from + (lane * slab + y) * stride;
             double *out = to + y * columns * LANES + lane;
-            if (lane * slab + y < available)
-                for (Index x = 0; x < columns; x++)
-                    out[x * LANES] = line[x];
-            else
-                for (Index x = 0; x < columns; x++)
-                    out[x * LANES] = 0;
+            const int exists = lane * slab + y < available;
+            for (Index x = 0; x < columns; x++)
+                out[x * LANES] = exists ? line[x] : 0;
         }
 }
 

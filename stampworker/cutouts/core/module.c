@@ -71,15 +71,12 @@ static void run(const Py_buffer views[BUFFERS], double inner, Work *s, Result *r
 static PyObject *adjust_fit(PyObject *module, PyObject *args)
 {
     PyObject *objects[BUFFERS], *answer = NULL;
-    Py_buffer views[BUFFERS];
-    Work work;
-    Result r;
+    Py_buffer views[BUFFERS] = {{0}};
+    Work work = {0};
+    Result r = {0};
     double inner;
     int width = 0;
     (void)module;
-    memset(views, 0, sizeof views);
-    memset(&work, 0, sizeof work);
-    memset(&r, 0, sizeof r);
     if (!PyArg_ParseTuple(args, "OOOOdddppO|i", &objects[IMAGE], &objects[TEMPLATE], &objects[ERR], &objects[MASK],
                           &inner, &work.form.max_shift, &work.form.max_scale, &work.fit_bg, &work.normalize,
                           &objects[ADJUSTED], &width))
@@ -106,8 +103,7 @@ static PyObject *adjust_fit(PyObject *module, PyObject *args)
                                    work.form.template_mean, r.template_sums[0], r.template_sums[1], r.template_sums[2]);
     }
     for (int i = 0; i < BUFFERS; i++)
-        if (views[i].obj)
-            PyBuffer_Release(&views[i]);
+        PyBuffer_Release(&views[i]); /* does nothing for one that there is not */
     return answer;
 }
 

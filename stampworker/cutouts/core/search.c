@@ -74,10 +74,10 @@ static int newton_step(const Minimum *here, double max_shift, double d[2])
         return 1;
     /* Squares of the curvature may be beyond any double. */
     double g[2] = {here->gu / size, here->gv / size}, h[3] = {here->huu / size, here->huv / size, here->hvv / size};
-    if (fabs(here->u) >= max_shift && g[0] * here->u <= 0) /* held by its bound */
-        g[0] = 0, h[0] = 1, h[1] = 0;
-    if (fabs(here->v) >= max_shift && g[1] * here->v <= 0)
-        g[1] = 0, h[2] = 1, h[1] = 0;
+    const double at[2] = {here->u, here->v};
+    for (int axis = 0; axis < 2; axis++)
+        if (fabs(at[axis]) >= max_shift && g[axis] * at[axis] <= 0) /* held by its bound */
+            g[axis] = 0, h[2 * axis] = 1, h[1] = 0;
     const double smallest = (h[0] + h[2] - sqrt((h[0] - h[2]) * (h[0] - h[2]) + 4 * h[1] * h[1])) / 2;
     const int is_newtons = smallest > 1e-9;
     if (!is_newtons) {
@@ -86,8 +86,7 @@ static int newton_step(const Minimum *here, double max_shift, double d[2])
     }
     const double determinant = h[0] * h[2] - h[1] * h[1];
     d[0] = (h[1] * g[1] - h[2] * g[0]) / determinant, d[1] = (h[1] * g[0] - h[0] * g[1]) / determinant;
-    const double at[2] = {here->u, here->v},
-                 room[2] = {copysign(max_shift, d[0]) - at[0], copysign(max_shift, d[1]) - at[1]};
+    const double room[2] = {copysign(max_shift, d[0]) - at[0], copysign(max_shift, d[1]) - at[1]};
     const int axis = fabs(d[0] * room[1]) > fabs(d[1] * room[0]) ? 0 : 1, other = 1 - axis; /* passed first */
     if (fabs(d[axis]) > fabs(room[axis])) { /* to the lowest point of the parabola on that bound */
         d[axis] = room[axis];
