@@ -210,24 +210,29 @@ class Intake:
 
     def _read(self, batch: Batch, wait_s: float) -> bool:
         """Read what comes next: a retry that is due, or what is polled. Return False if nothing came."""
-        item = self._delayed.pop_due()
-        if item is None:
-            message = self.consumer.poll(wait_s)
-            if self._noted is not None:
-                noted, self._noted = self._noted, None
-                raise noted
-            if message is None:
-                return False
-            error = message.error()
-            if error is not None:
-                self._on_error(message, error)
-                return True
-            item = Item(message, Attempt.from_message(message, self._worker.retry_topic))
-            self._first.setdefault(partition_of(message), offset_of(message))
-            if self._is_held(item):
-                return True
-        self._accept(item, batch)
-        return True
+        due = self._delayed.pop_due()
+        if due is not None:
+            self._accept(due, batch)
+            return True
+        message = self.consumer.poll(wait_s)
+        if message is not None:
+            self._take(message, batch)
+        # A callback runs inside the poll, which may return a message all the same: the rewind must know of that, too.
+        if self._noted is not None:
+            noted, self._noted = self._noted, None
+            raise noted
+        return message is not None
+
+    def _take(self, message: Message, batch: Batch) -> None:
+        """Add what was polled to the batch, unless it is an event or a retry that is not due."""
+        error = message.error()
+        if error is not None:
+            self._on_error(message, error)
+            return
+        self._first.setdefault(partition_of(message), offset_of(message))
+        item = Item(message, Attempt.from_message(message, self._worker.retry_topic))
+        if not self._is_held(item):
+            self._accept(item, batch)
 
     def _is_held(self, item: Item) -> bool:
         """Return True if a retry is not due yet, and hold it."""

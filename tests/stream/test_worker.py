@@ -399,3 +399,65 @@ def test_lost_partitions_are_read_again_only_after_what_is_being_published(
     assert lost
     assert (totals.alerts, totals.packets) == (7, 7)
     assert packet_ids(cluster, made, 7) == [a.alert_id for a in alerts]
+
+
+class FakeMessage:
+    """A record of the topic ``alerts``, or the end of a partition."""
+
+    def __init__(self, partition: int, offset: int, error: KafkaError | None = None) -> None:
+        self._partition, self._offset, self._error = partition, offset, error
+
+    def __getattr__(self, name: str) -> Callable[[], Any]:
+        values = {"topic": "alerts", "partition": self._partition, "offset": self._offset, "error": self._error}
+        return lambda: {**values, "value": b"{}", "timestamp": (1, 0), "headers": None}[name]
+
+
+class RevokingConsumer:
+    """A consumer whose poll takes partition 0 away and returns a message, in one call."""
+
+    def __init__(self, intake: Intake, message: FakeMessage) -> None:
+        self.intake, self.message = intake, message
+        self.sought: list[tuple[int, int]] = []
+
+    def poll(self, _timeout: float) -> Any:
+        """Revoke, and return the message."""
+        self.intake._on_revoke(self, [TopicPartition("alerts", 0)])  # type: ignore[arg-type]
+        return self.message
+
+    def committed(self, partitions: list[TopicPartition], **_: object) -> list[TopicPartition]:
+        """Return that nothing is committed."""
+        return [TopicPartition(p.topic, p.partition, OFFSET_INVALID) for p in partitions]
+
+    def seek(self, to: TopicPartition) -> None:
+        """Note where a partition is set back to."""
+        self.sought.append((to.partition, to.offset))
+
+    def get_watermark_offsets(self, *_: object, **__: object) -> tuple[int, int]:
+        """Return the same for every partition."""
+        return 0, 7
+
+
+def revoked_while_reading(message: FakeMessage) -> tuple[Intake, RevokingConsumer]:
+    """Poll a message in the call that takes another partition away, and start over."""
+    intake = Intake(Settings(), threading.Event(), drained=True)
+    fake = RevokingConsumer(intake, message)
+    intake.consumer = fake  # type: ignore[assignment]
+    intake._on_assign(fake, [TopicPartition("alerts", 0), TopicPartition("alerts", 1)])  # type: ignore[arg-type]
+    with pytest.raises(PartitionsRevoked):
+        intake.poll_batch(wait=True)
+    intake.rewind()
+    return intake, fake
+
+
+def test_first_alert_of_a_partition_survives_a_revocation_in_the_same_poll() -> None:
+    """An alert that is returned by the poll in which another partition is revoked is read again, not skipped."""
+    intake, fake = revoked_while_reading(FakeMessage(1, 5))
+    assert fake.sought == [(1, 5)]
+    assert intake.is_empty
+
+
+def test_end_of_a_partition_survives_a_revocation_in_the_same_poll() -> None:
+    """The event that a partition is at its end comes once: it counts although another partition is revoked."""
+    intake, fake = revoked_while_reading(FakeMessage(1, 7, KafkaError(KafkaError._PARTITION_EOF)))
+    assert fake.sought == []
+    assert intake.has_ended
