@@ -303,7 +303,8 @@ def fit_numpy(
     form = _quadratic_form(padded, weighted, root, box, reach, fit_bg)
     best = global_minimum(form, max_shift, max_scale)
     template_sums = form.template_sums(best.u, best.v)
-    bg_offset = form.offset(best.scale, template_sums[0]) if fit_bg else 0.0
+    bg_offset = form.image_mean - best.scale * form.template_mean
+    bg_offset += (form.image_sum - best.scale * template_sums[0]) / form.weight_sum if fit_bg else 0.0
     after = residual - bg_offset - best.scale * _moved(padded, best.u, best.v, reach)
     chi2_0, chi2 = _square(weighted - template[box] * root), _square(after[box] * root)
     if normalize:
@@ -461,11 +462,8 @@ def _errors(
     determinant = huu * hvv - huv * huv
     if not (huu > 0 and hvv > 0 and determinant > 1e-12 * huu * hvv):
         return nan, nan, nan, nan
-    cuu, cuv, cvv = (
-        2 * free_u * hvv / determinant / size,
-        -2 * huv / determinant / size,
-        2 * free_v * huu / determinant / size,
-    )
+    divisor = determinant * size / 2
+    cuu, cuv, cvv = free_u * hvv / divisor, -huv / divisor, free_v * huu / divisor
 
     def carried(by_u: float, by_v: float) -> float:
         return by_u * by_u * cuu + 2 * by_u * by_v * cuv + by_v * by_v * cvv

@@ -54,10 +54,6 @@ class QuadraticForm(NamedTuple):
         total = along @ self.sums[row : row + 4, column : column + 4] @ across.T
         return float(total[0, 0]), float(total[0, 1]), float(total[1, 0])
 
-    def offset(self, scale: float, template_sum: float) -> float:
-        """Best background offset at a scale and a shift."""
-        return self.image_mean - scale * self.template_mean + (self.image_sum - scale * template_sum) / self.weight_sum
-
 
 class Minimum(NamedTuple):
     """chi2 at one shift with the best scale, and derivatives by u = -dx and v = -dy."""

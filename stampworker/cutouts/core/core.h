@@ -66,7 +66,7 @@ typedef struct {
 typedef struct {
     int failure;
     Index npix;
-    double bg, offset, tbg, chi2_0, chi2, template_sums[3];
+    double bg, offset, tbg, chi2_0, chi2, template_sums[6];
     Minimum best;
 } Result;
 
@@ -104,6 +104,7 @@ void make_form(Work *s, double bg);
 
 /* search.c */
 Index grid_size(const QuadraticForm *form);
+void sum_moved(const QuadraticForm *form, const double *planes, double u, double v, double sums[6]);
 Minimum global_minimum(const QuadraticForm *form);
 
 /* fit.c */

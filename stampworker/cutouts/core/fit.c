@@ -48,20 +48,6 @@ int allocate(Work *s, void **block)
     return 1;
 }
 
-/* Weighted sum of the moved template, less its mean, and the sum's derivatives by u and v. */
-static void template_sums(const QuadraticForm *form, const Minimum *at, double sums[3])
-{
-    double X[3][4], Y[3][4];
-    const int column = bspline_weights(at->u, form->reach, X), row = bspline_weights(at->v, form->reach, Y);
-    sums[0] = sums[1] = sums[2] = 0;
-    for (int t = 0; t < 4; t++)
-        for (int i = 0; i < 4; i++) {
-            const double plane = form->sums[(row + t) * form->count + column + i];
-            sums[0] += Y[0][t] * X[0][i] * plane, sums[1] += Y[0][t] * X[1][i] * plane;
-            sums[2] += Y[1][t] * X[0][i] * plane;
-        }
-}
-
 /* chi2 before and after, over the fitted pixels. */
 HOT static void sum_squares(const Work *s, double bg, Result *result)
 {
@@ -126,7 +112,7 @@ void fit(Work *s, const unsigned char *mask, void *adjusted, Index item, Result 
     make_form(s, result->bg);
     result->best = global_minimum(form);
     if (s->fit_bg) {
-        template_sums(form, &result->best, result->template_sums);
+        sum_moved(form, form->sums, result->best.u, result->best.v, result->template_sums);
         result->offset = form->image_mean - result->best.scale * form->template_mean +
                          (form->image_sum - result->best.scale * result->template_sums[0]) / form->weight_sum;
     }

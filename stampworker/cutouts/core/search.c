@@ -28,10 +28,24 @@ static void find_scale(const QuadraticForm *form, const double tt[6], const doub
     }
 }
 
+/* The sum of planes by their weights at a move, and its derivatives by u, v, uu, uv and vv. */
+void sum_moved(const QuadraticForm *form, const double *planes, double u, double v, double sums[6])
+{
+    double X[3][4], Y[3][4];
+    const int column = bspline_weights(u, form->reach, X), row = bspline_weights(v, form->reach, Y);
+    memset(sums, 0, 6 * sizeof *sums);
+    for (int t = 0; t < 4; t++)
+        for (int i = 0; i < 4; i++) {
+            const double q = planes[(row + t) * form->count + column + i];
+            sums[0] += Y[0][t] * X[0][i] * q, sums[1] += Y[0][t] * X[1][i] * q, sums[2] += Y[1][t] * X[0][i] * q;
+            sums[3] += Y[0][t] * X[2][i] * q, sums[4] += Y[1][t] * X[1][i] * q, sums[5] += Y[2][t] * X[0][i] * q;
+        }
+}
+
 /* chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale. */
 static Minimum evaluate(const QuadraticForm *form, double u, double v)
 {
-    double X[3][4], Y[3][4], pairs[3][4][4], tt[6] = {0}, p[6] = {0};
+    double X[3][4], Y[3][4], pairs[3][4][4], tt[6] = {0}, p[6];
     const int column = bspline_weights(u, form->reach, X), row = bspline_weights(v, form->reach, Y);
     for (int i = 0; i < 4; i++)
         for (int j = i; j < 4; j++) {
@@ -54,12 +68,7 @@ static Minimum evaluate(const QuadraticForm *form, double u, double v)
             tt[0] += y0 * h[0], tt[1] += y0 * h[1], tt[2] += y1 * h[0];
             tt[3] += y0 * h[2], tt[4] += y1 * h[1], tt[5] += y2 * h[0];
         }
-    for (int t = 0; t < 4; t++)
-        for (int i = 0; i < 4; i++) {
-            const double q = form->projection[(row + t) * form->count + column + i];
-            p[0] += Y[0][t] * X[0][i] * q, p[1] += Y[0][t] * X[1][i] * q, p[2] += Y[1][t] * X[0][i] * q;
-            p[3] += Y[0][t] * X[2][i] * q, p[4] += Y[1][t] * X[1][i] * q, p[5] += Y[2][t] * X[0][i] * q;
-        }
+    sum_moved(form, form->projection, u, v, p);
     Minimum here = {.u = u, .v = v};
     find_scale(form, tt, p, &here);
     return here;
