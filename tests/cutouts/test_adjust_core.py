@@ -68,10 +68,10 @@ def test_c_and_numpy_give_the_same_answer(
     for plane in planes:
         plane[rng.random(plane.shape) < bad / 3] = rng.choice([np.nan, np.inf, 0.0])
     mask = (rng.random((ny, nx)) < bad / 3).astype(np.uint8) if bad else None
-    how = (inner, max_shift, max_scale, fit_bg, normalize)
+    arguments: tuple[Any, ...] = (*planes, mask, inner, max_shift, max_scale, fit_bg, normalize)
     adjusted = [np.full((ny, nx), -9.0, planes[0].dtype) for _ in range(2)]
-    ours = adjust.fit_numpy(*planes, mask, *how, adjusted[0])
-    theirs = adjust.fit_compiled(*planes, mask, *how, adjusted[1])
+    ours = adjust.fit_numpy(*arguments, adjusted[0])
+    theirs = adjust.fit_compiled(*arguments, adjusted[1])
     assert ours[:2] == theirs[:2]
     assert ours.failure or theirs.chi2 == pytest.approx(ours.chi2, rel=1e-8, abs=1e-9)
     assert ours.failure or theirs.chi2_0 == pytest.approx(ours.chi2_0, rel=1e-9)
@@ -88,9 +88,8 @@ def test_errors_and_bounds_agree(seed: int) -> None:
     """On stamps with signal, both cores name the same bounds and quote the same errors."""
     planes = field(seed, (31, 27))
     for how in ((0.0, 2.0, 1.1, False, False), (15.0, 1.0, 1.1, True, False)):
-        ours, theirs = (
-            core(*planes, None, *how, np.empty((31, 27))) for core in (adjust.fit_numpy, adjust.fit_compiled)
-        )
+        arguments: tuple[Any, ...] = (*planes, None, *how, np.empty((31, 27)))
+        ours, theirs = (core(*arguments) for core in (adjust.fit_numpy, adjust.fit_compiled))
         assert ours.at_bound == theirs.at_bound
         np.testing.assert_allclose(theirs[3:], ours[3:], rtol=1e-5, atol=1e-7)
 

@@ -46,11 +46,11 @@ def excesses(
     above: dict[str, list[float]] = {name: [] for name in CORES}
     for seed in range(number):
         planes, how = make(seed)
-        adjusted = np.empty(planes[0].shape)
-        found = {name: core(*planes, None, *how, adjusted) for name, core in CORES.items()}
+        arguments: tuple[Any, ...] = (*planes, None, *how, np.empty(planes[0].shape))
+        found = {name: core(*arguments) for name, core in CORES.items()}
         with monkeypatch.context() as patch:
             patch.setattr(adjust, "global_minimum", proven_minimum.proven_minimum)
-            proven = adjust.fit_numpy(*planes, None, *how, adjusted)
+            proven = adjust.fit_numpy(*arguments)
         for name, fit in found.items():
             assert fit[:2] == proven[:2]
             above[name].append(fit.chi2 / max(proven.chi2, 1e-9) - 1)

@@ -138,7 +138,8 @@ def test_small_integers_do_not_overflow() -> None:
     """Corners and sizes may be numpy's small integers, without overflow."""
     data = np.zeros((400, 400))
     data[240:260, 250:281] = 1
-    assert crop_image(data, np.uint8(250), np.uint8(240), np.uint8(31), np.uint8(20)).all()
+    rectangle: Any = (np.uint8(250), np.uint8(240), np.uint8(31), np.uint8(20))
+    assert crop_image(data, *rectangle).all()
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,9 @@ def test_halves_are_rounded_up(position: float, pixel: int) -> None:
 
 def test_float32_position_is_rounded_in_double_precision() -> None:
     """A float32 just below a half stays in its pixel."""
-    below = np.nextafter(np.float32(0.5), np.float32(0))
-    assert crop_image_centered(np.arange(9.0).reshape(3, 3), below, np.float32(1), 0)[0, 0] == 3
+    x: Any = np.nextafter(np.float32(0.5), np.float32(0))
+    y: Any = np.float32(1)
+    assert crop_image_centered(np.arange(9.0).reshape(3, 3), x, y, 0)[0, 0] == 3
 
 
 @pytest.mark.parametrize(("radius", "side"), [(0, 1), (0.1, 3), (1, 3), (30.2, 63), (31, 63)])

@@ -114,7 +114,7 @@ def test_weighing_wants_what_the_fit_wants() -> None:
     cutout = cutout_of(300 * disc(16.3, 15.2, 1.5), 300 * disc(16.0, 15.0, 1.5))
     for name, value in (("max_shift", 99), ("max_shift", -1), ("max_scale", 0.5), ("inner", -3), ("max_scale", np.nan)):
         with pytest.raises(ValueError, match=rf"{name} is {value}, wanted"):
-            compare_point_source(cutout, 3.0, **{name: value})  # type: ignore[arg-type]
+            compare_point_source(cutout, 3.0, **{name: value})
     for fwhm in ("3", 0, np.inf, None):
         with pytest.raises(ValueError, match=r"fwhm is .*, wanted more than 0 pixels"):
             compare_point_source(cutout, fwhm)  # type: ignore[arg-type]
