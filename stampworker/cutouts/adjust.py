@@ -22,7 +22,6 @@ from math import ceil, floor, inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.ndimage import convolve, maximum_filter
 from scipy.special import chdtrc
@@ -361,7 +360,9 @@ def _span(size: int, inner: float) -> slice:
 def _background(plane: Floats, good: NDArray[np.bool_]) -> float:
     """SExtractor's estimate of the mode (Bertin & Arnouts 1996, A&AS 117, 393)."""
     values = plane[good]
-    return float(2.5 * np.median(values) - 1.5 * values.mean())
+    middle = [(values.size - 1) // 2, values.size // 2]
+    median = np.partition(values, middle)[middle].mean()  # numpy.median looks for NaN too
+    return float(2.5 * median - 1.5 * values.mean())
 
 
 def _flat(template: Floats, good: NDArray[np.bool_], box: tuple[slice, slice], reach: int) -> bool:
@@ -374,8 +375,10 @@ def _flat(template: Floats, good: NDArray[np.bool_], box: tuple[slice, slice], r
 
 def _filled(template: Floats, good: NDArray[np.bool_], value: float) -> Floats:
     """Fill bad pixels from their neighbours, ring by ring, and beyond a few rings with ``value``."""
+    if good.all():
+        return template
     values, known, window = np.where(good, template, 0.0), good.astype(float), np.ones((3, 3))
-    for _ in range(0 if good.all() else FILL_LAYERS):
+    for _ in range(FILL_LAYERS):
         total, count = (convolve(plane, window, mode="constant") for plane in (values, known))
         new = (known == 0) & (count > 0)
         values[new] = total[new] / count[new]
@@ -413,7 +416,9 @@ def _quadratic_form(
         image_mean = float(np.vdot(weighted, root)) / weight_sum
         template_mean = float(np.vdot(unmoved * root, root)) / weight_sum
         weighted, padded = weighted - image_mean * root, padded - template_mean
-    views = sliding_window_view(padded[box[0].start :, box[1].start :], (ny, nx))[:size, :size]
+    # sliding_window_view makes the same views, in the time of a third of the form of a small box.
+    first_pixel = box[0].start * padded.strides[0] + box[1].start * padded.strides[1]
+    views = np.ndarray((size, size, ny, nx), np.float64, padded, first_pixel, padded.strides + padded.strides)
     count = size * size
     rows = ceil(ny / ceil(8 * (count + 1) * ny * nx / BLOCK))
     memory = np.empty((count + 1, rows, nx))
@@ -425,7 +430,8 @@ def _quadratic_form(
         block[-1] = weighted[first : first + rows]
         flat = block.reshape(count + 1, -1)
         total += flat @ flat.T
-        sums += flat @ some.ravel()
+        if fit_bg:
+            sums += flat @ some.ravel()
     if fit_bg:  # what remains after the best offset
         total -= np.outer(sums, sums / weight_sum)
     gram, projection = total[:-1, :-1].reshape(size, size, size, size), total[:-1, -1].reshape(size, size)
@@ -487,7 +493,9 @@ def _moved(padded: Floats, u: float, v: float, reach: int) -> Floats:
     column, across = bspline_weights(u, reach)
     ny, nx = padded.shape[0] - 2 * reach, padded.shape[1] - 2 * reach
     rows = sum(weight * padded[row + i : row + i + ny] for i, weight in enumerate(along[0]))
-    return np.asarray(sum(weight * rows[:, column + i : column + i + nx] for i, weight in enumerate(across[0])))
+    # A sum that runs on from row to row is faster; the columns where it does so are not used.
+    flat = np.correlate(np.ravel(rows), across[0])
+    return np.ndarray((ny, nx), np.float64, flat, column * flat.itemsize, padded.strides)
 
 
 def fit_compiled(*args: Any) -> Fit:

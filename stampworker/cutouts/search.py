@@ -21,13 +21,16 @@ Floats = NDArray[np.float64]
 
 FINE = 8  # intervals of the grid on a pixel
 CLOSE = 1e-5  # pixels: Newton's method squares its error, so a step this short ends at 1e-10
+NEAR = 1e-3  # pixels: no two minima are that close
 LONGEST_STEP = 0.5  # pixels, half of a cell of the spline
 SHORTEST_STEP = 1e-9  # pixels
 MAX_STEPS = 200
 ROUNDING = 1e-13  # of the image's square, to which chi2 is rounded where it is small beside it
 
-# Derivatives of a product from the products of derivatives (0, 0), (0, 1), ... (2, 2) of its factors.
-_PRODUCT_RULE = np.array(((1, 0, 0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 1, 0, 0, 0, 0, 0), (0, 0, 1, 0, 2, 0, 1, 0, 0)))
+# A shift at a fraction f of a cell: weights of the cell's four planes, shape (4, 4), and products of two weights,
+# (7, 16), as polynomials in f.
+_WEIGHTS = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))) / 6
+_PAIRS = np.array([np.convolve(one, other) for one in _WEIGHTS.T for other in _WEIGHTS.T]).T
 
 
 class QuadraticForm(NamedTuple):
@@ -76,15 +79,17 @@ def reach_of(max_shift: float) -> int:
 
 def bspline_weights(at: float, reach: int) -> tuple[int, Floats]:
     """First of the four planes that a move by ``at`` needs; their weights and two derivatives, shape (3, 4)."""
+    first, powers = _powers(at, reach)
+    return first, powers[:, :4] @ _WEIGHTS
+
+
+def _powers(at: float, reach: int) -> tuple[int, Floats]:
+    """First plane of a move's cell; powers 0 to 6 of the fraction of the cell and two derivatives, shape (3, 7)."""
     cell = min(floor(at), reach - 2)  # the upper end is in the last cell
     f = at - cell
-    g = 1 - f
-    weights = (
-        (g * g * g / 6, (4 - 3 * f * f * (2 - f)) / 6, (4 - 3 * g * g * (2 - g)) / 6, f * f * f / 6),
-        (-g * g / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f * f / 2),
-        (g, 3 * f - 2, 3 * g - 2, f),
-    )
-    return cell - 1 + reach, np.array(weights)
+    f2, f3, f4, f5 = f**2, f**3, f**4, f**5
+    derivatives = ((0, 1, 2 * f, 3 * f2, 4 * f3, 5 * f4, 6 * f5), (0, 0, 2, 6 * f, 12 * f2, 20 * f3, 30 * f4))
+    return cell - 1 + reach, np.array(((1, f, f2, f3, f4, f5, f**6), *derivatives))
 
 
 def global_minimum(form: QuadraticForm, max_shift: float, max_scale: float) -> Minimum:
@@ -93,23 +98,23 @@ def global_minimum(form: QuadraticForm, max_shift: float, max_scale: float) -> M
     No lower minimum was proven in 20 000 random fits and 3000 bright trails with hot pixels;
     ``STAMPWORKER_TEST_LONG=1 python -m pytest -s tests/cutouts/test_adjust_minimum.py`` compares.
     """
-    search = _Search(form, max_shift, max_scale)
+    search = _Search(form, max_shift, max_scale, {})
     starts, chi2 = search.fill_grid()
     rounding = ROUNDING * form.image_square
     found: list[Minimum] = []
     limit, last = float(chi2.min()), len(starts) - 1
-    for j, i, least, is_flat_in_x in _local_minima(chi2):
+    for j, i, least, is_flat_in_x in _competing_minima(chi2):
         if least > limit:
             continue
         for step in (-1, 1):
             x, y = (i + step, j) if is_flat_in_x else (i, j + step)
-            found.append(search.descend(starts[min(max(x, 0), last)], starts[min(max(y, 0), last)]))
+            found.append(search.descend(starts[min(max(x, 0), last)], starts[min(max(y, 0), last)], found))
             limit = min(limit, found[-1].chi2 - rounding)
     return min(found, key=lambda minimum: minimum.chi2)
 
 
-def _local_minima(chi2: Floats) -> Iterator[tuple[int, int, float, bool]]:
-    """Yield row and column of local minima of a grid, how low chi2 can be near them, and the axis that rises less.
+def _competing_minima(chi2: Floats) -> Iterator[tuple[int, int, float, bool]]:
+    """Yield row and column of local minima of a grid, how low chi2 can be near them, and if it rises less in x than y.
 
     Near a point chi2 can be lower by the largest rise to a neighbour. A point on an edge may have a lower neighbour
     inside.
@@ -119,9 +124,9 @@ def _local_minima(chi2: Floats) -> Iterator[tuple[int, int, float, bool]]:
     pairs: Floats = np.array(((padded[1:-1, :-2], padded[1:-1, 2:]), (padded[:-2, 1:-1], padded[2:, 1:-1])))
     low, high = pairs.min(1), pairs.max(1)
     is_minimum = ((chi2 <= low) | (high == inf)).all(0)
-    rise = np.where(high < inf, high, low).max(0) - chi2
-    for j, i in zip(*is_minimum.nonzero(), strict=True):
-        yield int(j), int(i), float(chi2[j, i] - max(rise[j, i], 0.0)), bool(low[0, j, i] < low[1, j, i])
+    least = chi2 - np.maximum(np.where(high < inf, high, low).max(0) - chi2, 0)
+    for j, i in np.argwhere(is_minimum & (least <= chi2.min())).tolist():
+        yield j, i, float(least[j, i]), bool(low[0, j, i] < low[1, j, i])
 
 
 class _Search(NamedTuple):
@@ -130,6 +135,7 @@ class _Search(NamedTuple):
     form: QuadraticForm
     max_shift: float
     max_scale: float
+    cells: dict[tuple[int, int], Floats]
 
     def fill_grid(self) -> tuple[list[float], Floats]:
         """Return where Newton's method starts for a point of an axis, and chi2 on the grid, shape (N, N)."""
@@ -140,31 +146,44 @@ class _Search(NamedTuple):
         scale = np.minimum(np.maximum(product, square / self.max_scale), square * self.max_scale) / square
         return starts, self.form.image_square - scale * (2 * product - scale * square)
 
+    def expand_cell(self, row: int, column: int) -> Floats:
+        """Return the moved template's square and product with the image in a cell, as polynomials, shape (2, 7, 7)."""
+        if (row, column) not in self.cells:
+            j, k = slice(row, row + 4), slice(column, column + 4)
+            pairs = self.form.gram[j, k, j, k].transpose(0, 2, 1, 3).reshape(16, 16)
+            self.cells[row, column] = cell = np.zeros((2, 7, 7))
+            cell[0], cell[1, :4, :4] = _PAIRS @ pairs @ _PAIRS.T, _WEIGHTS @ self.form.projection[j, k] @ _WEIGHTS.T
+        return self.cells[row, column]
+
     def evaluate(self, u: float, v: float) -> Minimum:
         """Return chi2 and its derivatives at a move of the template by -u in x and -v in y, with the best scale."""
-        row, along = bspline_weights(v, self.form.reach)
-        column, across = bspline_weights(u, self.form.reach)
-        j, k = slice(row, row + 4), slice(column, column + 4)
-        pairs = self.form.gram[j, k, j, k].transpose(0, 2, 1, 3).reshape(16, 16)
-        squares = _pairs(along) @ pairs @ _pairs(across).T
-        products = along @ self.form.projection[j, k] @ across.T
-        square, product = float(squares[0, 0]), float(products[0, 0])
+        row, along = _powers(v, self.form.reach)
+        column, across = _powers(u, self.form.reach)
+        squares, products = (along @ self.expand_cell(row, column) @ across.T).tolist()
+        (square, square_u, square_uu), (square_v, square_uv, _), (square_vv, _, _) = squares
+        (product, product_u, product_uu), (product_v, product_uv, _), (product_vv, _, _) = products
         low, high = 1 / self.max_scale, self.max_scale
         best = product / square if square > 0 else high
-        scale = min(max(best, low), high)
-        (excess, gu, huu), (gv, huv, _), (hvv, _, _) = (scale * (scale * squares - 2 * products)).tolist()
-        su = sv = 0.0
-        free = low < best < high
-        if free:
-            (_, su, _), (sv, _, _), _ = ((products - scale * squares) / square).tolist()
-            huu, huv, hvv = huu - 2 * square * su * su, huv - 2 * square * su * sv, hvv - 2 * square * sv * sv
-        chi2 = self.form.image_square + excess
-        return Minimum(u, v, chi2, scale, not free, (gu, gv), (huu, huv, hvv), square, (su, sv))
+        scale, su, sv = min(max(best, low), high), 0.0, 0.0
+        if free := low < best < high:
+            su, sv = (product_u - scale * square_u) / square, (product_v - scale * square_v) / square
+        huu = scale * (scale * square_uu - 2 * product_uu) - 2 * square * su * su
+        huv = scale * (scale * square_uv - 2 * product_uv) - 2 * square * su * sv
+        hvv = scale * (scale * square_vv - 2 * product_vv) - 2 * square * sv * sv
+        gradient = (scale * (scale * square_u - 2 * product_u), scale * (scale * square_v - 2 * product_v))
+        chi2 = self.form.image_square - scale * (2 * product - scale * square)
+        return Minimum(u, v, chi2, scale, not free, gradient, (huu, huv, hvv), square, (su, sv))
 
-    def descend(self, u: float, v: float) -> Minimum:
-        """Find a minimum by Newton's method within the bounds; a step is halved until it does not lead up."""
+    def descend(self, u: float, v: float, known: list[Minimum]) -> Minimum:
+        """Find a minimum by Newton's method within the bounds, a known one where the way leads there.
+
+        A step is halved until it does not lead up.
+        """
         here = self.evaluate(_within(u, self.max_shift), _within(v, self.max_shift))
         for _ in range(MAX_STEPS):
+            for minimum in known:
+                if abs(minimum.u - here.u) < NEAR and abs(minimum.v - here.v) < NEAR:
+                    return minimum
             du, dv, is_newtons = newton_step(here, self.max_shift)
             is_last = is_newtons and max(abs(du), abs(dv)) < CLOSE
             limit = here.chi2 + is_last * ROUNDING * self.form.image_square  # rounding may say that it leads up
@@ -179,11 +198,6 @@ class _Search(NamedTuple):
             if is_last:
                 break
         return here
-
-
-def _pairs(weights: Floats) -> Floats:
-    """Return the products of pairs of weights, and their first two derivatives, shape (3, 16)."""
-    return np.asarray(_PRODUCT_RULE @ (weights[:, None, :, None] * weights[:, None]).reshape(9, 16))
 
 
 @lru_cache(maxsize=16)
