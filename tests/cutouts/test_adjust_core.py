@@ -70,8 +70,8 @@ def test_c_and_numpy_give_the_same_answer(
     mask = (rng.random((ny, nx)) < bad / 3).astype(np.uint8) if bad else None
     arguments: tuple[Any, ...] = (*planes, mask, inner, max_shift, max_scale, fit_bg, normalize)
     adjusted = [np.full((ny, nx), -9.0, planes[0].dtype) for _ in range(2)]
-    ours = adjust.fit_numpy(*arguments, adjusted[0])
-    theirs = adjust.fit_compiled(*arguments, adjusted[1])
+    cores: tuple[Any, ...] = (adjust.fit_numpy, adjust.fit_compiled)
+    ours, theirs = (core(*arguments, plane) for core, plane in zip(cores, adjusted, strict=True))
     assert ours[:2] == theirs[:2]
     assert ours.failure or theirs.chi2 == pytest.approx(ours.chi2, rel=1e-8, abs=1e-9)
     assert ours.failure or theirs.chi2_0 == pytest.approx(ours.chi2_0, rel=1e-9)
