@@ -5,8 +5,8 @@ Candidate alerts in, Avro packets with FITS stamps and the metrics of the adjust
 
 import os
 
-# Parallel workers, not parallel linear algebra: the matrices are small, and workers share the machine. It must be said
-# before numpy is loaded; who has set it otherwise is obeyed.
+# Parallel workers, not parallel linear algebra: the matrices are small, and workers share the machine. numpy reads this
+# when it is loaded. A value that is set already stays.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 

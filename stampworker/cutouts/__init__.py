@@ -1,4 +1,8 @@
-"""Cutouts: crop, write, load, adjust and downscale."""
+"""What is cut and measured.
+
+``crop`` (planes around a position), ``files`` (cutouts as FITS), ``adjust`` (the fit, with ``search`` for its minimum;
+core/ has the same in C), ``verdict`` (artefact or not), ``keywords`` (which FITS keywords belong to a WCS).
+"""
 
 from stampworker.cutouts.adjust import adjust_cutout
 from stampworker.cutouts.crop import crop_image, crop_image_centered, downscale_image, get_cutout

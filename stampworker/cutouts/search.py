@@ -181,10 +181,10 @@ class _Search(NamedTuple):
         """
         here = self.evaluate(_within(u, self.max_shift), _within(v, self.max_shift))
         for _ in range(MAX_STEPS):
-            for minimum in known:
-                if abs(minimum.u - here.u) < NEAR and abs(minimum.v - here.v) < NEAR:
-                    return minimum
             du, dv, is_newtons = newton_step(here, self.max_shift)
+            for minimum in known if is_newtons else ():
+                if abs(minimum.u - here.u - du) < NEAR and abs(minimum.v - here.v - dv) < NEAR:
+                    return minimum
             is_last = is_newtons and max(abs(du), abs(dv)) < CLOSE
             limit = here.chi2 + is_last * ROUNDING * self.form.image_square  # rounding may say that it leads up
             while is_last or max(abs(du), abs(dv)) >= SHORTEST_STEP:

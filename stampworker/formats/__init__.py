@@ -1,1 +1,5 @@
-"""What records mean: alerts in, packets out, their schemas, and tables of candidates."""
+"""What records mean.
+
+``alerts`` (bytes or records in), ``files`` (alerts in files), ``tables`` (tables of candidates, in and out),
+``packets`` (what is published, with its stamps), ``rejects`` (dead letters), ``schema`` (the Avro schemas of schemas/).
+"""

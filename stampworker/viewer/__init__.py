@@ -1,1 +1,1 @@
-"""Packets for the eye: pictures and text."""
+"""Packets for the eye: ``picture`` draws their stamps and writes their fields as text."""
