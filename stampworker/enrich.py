@@ -314,7 +314,9 @@ def _rejecting(
             log.exception(fault)
         # A reject is kept for a while. The local variables of its traceback, bodies and decompressed frames, are not.
         chained: BaseException | None = exc
-        while chained is not None:
+        seen: set[int] = set()  # an exception may be raised from itself
+        while chained is not None and id(chained) not in seen:
+            seen.add(id(chained))
             traceback.clear_frames(chained.__traceback__)
             chained = chained.__cause__ or chained.__context__
         results |= {index: Reject(alert.alert_id, stage, exc) for index, alert in alerts.items()}

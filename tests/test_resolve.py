@@ -464,6 +464,21 @@ def test_a_resolver_that_fails_costs_the_alert(tmp_path: Path, caplog: pytest.Lo
     assert record.exc_info is not None
 
 
+def test_exception_that_is_its_own_cause_is_a_reject(tmp_path: Path) -> None:
+    """A resolver may raise an exception from itself; the alert is rejected like any other."""
+
+    def find(alert: Alert) -> Any:
+        try:
+            raise OSError("no butler")
+        except OSError as exc:
+            raise exc from exc
+
+    with FrameStore(FrameSettings(frame_roots=(str(tmp_path),))) as store:
+        (made,) = Enricher(Settings(), store, Resolver("mine", find)).packets([Alert("a", x=1.0, y=1.0)])
+    assert isinstance(made, Reject)
+    assert str(made.error) == "no butler"
+
+
 def test_table_of_candidates_by_a_resolver(tmp_path: Path) -> None:
     """In Python, too, a table needs no frames if a resolver finds them; given frames have priority."""
     for plane, path in write_night(tmp_path / "task").items():

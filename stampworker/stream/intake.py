@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from stampworker.config import Settings
-from stampworker.errors import PublishError
+from stampworker.errors import PublishError, TransactionAborted
 from stampworker.stream.kafka import Partition, committed, consumer, offset_of, partition_of
 from stampworker.stream.outcomes import Attempt, Item
 
@@ -153,8 +153,9 @@ class Intake:
             What ``before_revoke`` raised; `PublishError` also where the consumer cannot go on.
         """
         batch, began = self._filling, time.monotonic()
-        while not (self._stop.is_set() or self.has_ended or self._is_full(batch)):
-            if not self._read(batch, _POLL_S if wait else 0.0) and not (batch.items and wait):
+        while not self._stop.is_set():  # polled at least once: the client counts the time between two polls
+            came = self._read(batch, _POLL_S if wait else 0.0)
+            if self.has_ended or self._is_full(batch) or not (came or (batch.items and wait)):
                 break
         batch.poll_s += time.monotonic() - began
         if not batch.items or not (self._stop.is_set() or self.has_ended or self._is_full(batch)):
@@ -294,6 +295,7 @@ class Intake:
         log.info("revoked %s", _listed({(p.topic, p.partition) for p in partitions}))
 
     def _on_lost(self, _consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        self._seen_assignment = False  # nothing is assigned now, but the input has not ended: the client joins again
         self._unassign(partitions, PartitionsRevoked())
         log.warning("lost %s", _listed({(p.topic, p.partition) for p in partitions}))
 
@@ -301,7 +303,9 @@ class Intake:
         revoked = {(p.topic, p.partition) for p in partitions}
         self._assigned -= revoked
         self._forget(revoked)
-        self._noted = noted
+        # Several callbacks may run inside one poll: an error that ends the worker outlives a reason to start over.
+        if self._noted is None or isinstance(self._noted, TransactionAborted | PartitionsRevoked):
+            self._noted = noted
 
     def _forget(self, partitions: set[Partition]) -> None:
         self._ended -= partitions

@@ -179,12 +179,11 @@ class Worker:
                     self._enrich(*prefetching)
                 self._wait_for_commit()
             except (TransactionAborted, PartitionsRevoked):
-                prefetching = None
+                prefetching = upcoming = None
                 self._start_over()
                 continue
             if prefetching:
-                batch, _ = prefetching
-                self._publishing = batch, self._publish_thread.submit(self._publish, batch)
+                self._publishing = prefetching[0], self._publish_thread.submit(self._publish, prefetching[0])
             prefetching = upcoming
         with suppress(TransactionAborted):  # which is logged; the next owner of the partitions reads the batch again
             self._wait_for_commit()

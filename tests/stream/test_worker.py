@@ -21,7 +21,7 @@ from helpers.night import STAR, write_night
 import stampworker.stream.intake
 from stampworker.config import Settings, load
 from stampworker.enrich import Enricher
-from stampworker.errors import ConfigError, PublishError, TransactionAborted
+from stampworker.errors import ConfigError, ProducerFenced, PublishError, TransactionAborted
 from stampworker.formats.alerts import Alert, encode
 from stampworker.formats.packets import Packet
 from stampworker.stream.intake import Batch, Intake, PartitionsRevoked
@@ -461,3 +461,54 @@ def test_end_of_a_partition_survives_a_revocation_in_the_same_poll() -> None:
     intake, fake = revoked_while_reading(FakeMessage(1, 7, KafkaError(KafkaError._PARTITION_EOF)))
     assert fake.sought == []
     assert intake.has_ended
+
+
+class IdleConsumer(RevokingConsumer):
+    """A consumer whose poll calls what it is given, and returns nothing."""
+
+    def __init__(self, *callbacks: Callable[[], object]) -> None:
+        self.callbacks, self.polls = callbacks, 0
+
+    def poll(self, _timeout: float) -> Any:
+        """Call the callbacks."""
+        self.polls += 1
+        for callback in self.callbacks:
+            callback()
+
+
+def test_error_of_the_publisher_outlives_another_callback_of_the_same_poll() -> None:
+    """A worker that was fenced while partitions were revoked ends with that error, although others are lost then."""
+
+    def fenced() -> None:
+        raise ProducerFenced("injected")
+
+    intake = Intake(Settings(), threading.Event(), drained=True, before_revoke=fenced)
+    zero, one = TopicPartition("alerts", 0), TopicPartition("alerts", 1)
+    reader: Any = IdleConsumer(lambda: intake._on_revoke(reader, [zero]), lambda: intake._on_lost(reader, [one]))
+    intake.consumer = reader
+    intake._on_assign(reader, [zero, one])
+    with pytest.raises(ProducerFenced, match="injected"):
+        intake.poll_batch(wait=True)
+
+
+def test_drained_worker_that_loses_all_partitions_has_not_ended() -> None:
+    """Without an assignment, after the session expired, a drained worker waits until it has joined again."""
+    intake = Intake(Settings(), threading.Event(), drained=True)
+    reader: Any = None
+    intake._on_assign(reader, [TopicPartition("alerts", 0)])
+    intake._on_lost(reader, [TopicPartition("alerts", 0)])
+    assert not intake.has_ended
+
+
+def test_batch_that_is_old_already_is_polled_for_before_it_is_closed() -> None:
+    """However long the batch before took, every turn polls: else the group takes the worker for dead."""
+    intake = Intake(Settings(), threading.Event())
+    reader: Any = IdleConsumer()
+    intake.consumer = reader
+    reader.consumer_group_metadata = lambda: b"metadata"
+    message: Any = FakeMessage(0, 3)
+    intake._take(message, intake._filling)
+    intake._filling.started -= 60
+    batch = intake.poll_batch(wait=True)
+    assert batch is not None
+    assert (reader.polls, len(batch.items), batch.metadata) == (1, 1, b"metadata")
