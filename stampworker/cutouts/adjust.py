@@ -294,22 +294,32 @@ def fit_numpy(
     if _flat(template, good_template, box, reach):
         return Fit("no_signal", npix)
     bg, tbg = _background(image, good_image), _background(template, good_template)
-    undefined = ~(np.abs(image) < HUGE) | ~(np.abs(template) < HUGE)
-    residual = np.where(undefined, 0.0, image - bg)
+    undefined: Any = ()  # mostly every pixel is good, and indexing with a plane of flags takes a while
+    residual = image - bg
+    if not (good_image.all() and good_template.all()):
+        undefined = ~(np.abs(image) < HUGE) | ~(np.abs(template) < HUGE)
+        residual[undefined] = 0.0
     template = _filled(template, good_template, tbg) - tbg
     padded = _prefilter(image.shape[0], reach) @ template @ _prefilter(image.shape[1], reach).T
     weighted = residual[box] * root
     form = _quadratic_form(padded, weighted, root, box, reach, fit_bg)
     best = global_minimum(form, max_shift, max_scale)
-    template_sums = form.template_sums(best.u, best.v)
-    bg_offset = form.image_mean - best.scale * form.template_mean
-    bg_offset += (form.image_sum - best.scale * template_sums[0]) / form.weight_sum if fit_bg else 0.0
-    after = residual - bg_offset - best.scale * _moved(padded, best.u, best.v, reach)
+    after, bg_offset, template_sums = (
+        residual - best.scale * _moved(padded, best.u, best.v, reach),
+        0.0,
+        (0.0, 0.0, 0.0),
+    )
+    if fit_bg:
+        template_sums = form.template_sums(best.u, best.v)
+        bg_offset = form.image_mean - best.scale * form.template_mean
+        bg_offset += (form.image_sum - best.scale * template_sums[0]) / form.weight_sum
+        after -= bg_offset
     chi2_0, chi2 = _square(weighted - template[box] * root), _square(after[box] * root)
     if normalize:
         np.divide(after, err, out=after, where=_usable(err))
         after[~_usable(err)] = np.nan
-    after[undefined] = np.nan
+    if len(undefined):
+        after[undefined] = np.nan
     adjusted[:] = after
     sums = (form.weight_sum, form.template_mean, template_sums)
     return _fit_of(max_shift, fit_bg, npix, (bg, bg_offset, tbg, chi2_0, chi2), best, sums)
@@ -344,10 +354,10 @@ def _root_weights(
 ) -> tuple[tuple[slice, slice], Floats]:
     """Return the box as slices (y, x), and 1 / err in it, 0 for pixels that leave the fit."""
     box = (_span(err.shape[0], inner), _span(err.shape[1], inner))
-    use = _usable(err) & good_image
+    use = _usable(err[box]) & good_image[box]
     if not good_template.all():
-        use &= ~maximum_filter(~good_template, 2 * reach + 1, mode="constant")
-    return box, 1 / np.where(use, err, np.inf)[box]
+        use &= ~maximum_filter(~good_template, 2 * reach + 1, mode="constant")[box]
+    return box, 1 / np.where(use, err[box], np.inf)
 
 
 def _span(size: int, inner: float) -> slice:

@@ -33,6 +33,11 @@ _WEIGHTS = np.array(((1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1))
 _PAIRS = np.array([np.convolve(one, other) for one in _WEIGHTS.T for other in _WEIGHTS.T]).T
 
 
+# Of f ** 0 to f ** 6 and their first two derivatives.
+_EXPONENTS = np.maximum(np.arange(7) - np.arange(3)[:, None], 0).astype(float)
+_FACTORS = np.array(((1, 1, 1, 1, 1, 1, 1), (0, 1, 2, 3, 4, 5, 6), (0, 0, 2, 6, 12, 20, 30)), float)
+
+
 class QuadraticForm(NamedTuple):
     """chi2 as a quadratic form in the weights of the L² moved coefficient planes, L = 2 reach + 1.
 
@@ -86,10 +91,7 @@ def bspline_weights(at: float, reach: int) -> tuple[int, Floats]:
 def _powers(at: float, reach: int) -> tuple[int, Floats]:
     """First plane of a move's cell; powers 0 to 6 of the fraction of the cell and two derivatives, shape (3, 7)."""
     cell = min(floor(at), reach - 2)  # the upper end is in the last cell
-    f = at - cell
-    f2, f3, f4, f5 = f**2, f**3, f**4, f**5
-    derivatives = ((0, 1, 2 * f, 3 * f2, 4 * f3, 5 * f4, 6 * f5), (0, 0, 2, 6 * f, 12 * f2, 20 * f3, 30 * f4))
-    return cell - 1 + reach, np.array(((1, f, f2, f3, f4, f5, f**6), *derivatives))
+    return cell - 1 + reach, _FACTORS * (at - cell) ** _EXPONENTS
 
 
 def global_minimum(form: QuadraticForm, max_shift: float, max_scale: float) -> Minimum:
