@@ -215,7 +215,7 @@ def test_negative_variance_is_no_noise(night, tmp_path):
 
 
 def robust(values):
-    """1.4826 times the median distance from the median, written anew."""
+    """1.4826 times the median distance from the median, written once more."""
     values = np.sort(values.ravel().astype(float))
     middle = np.quantile(values, 0.5)
     return 1.4826 * np.quantile(np.abs(values - middle), 0.5)

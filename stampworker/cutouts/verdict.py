@@ -24,7 +24,7 @@ def is_artefact(
     min_delta_chi2: float = 16.3,
     max_point_delta_chi2: float = 12.0,
 ) -> bool:
-    """Tell whether a small shift and scale of the template explain the candidate, so that it is an artefact.
+    """Return True if a small shift and scale of the template explain the candidate: then it is an artefact.
 
     An artefact meets three conditions:
 

@@ -8,7 +8,7 @@ ours makes a batch of all alerts, the plain one the block's share of them, so th
 medians over the blocks; ratios are medians of each block's ratio, with the quartiles.
 
 "per CPU-s": CPU time of the process, which other programs on the machine disturb less than the wall clock. It is also
-what the stages show; asking for it costs about a microsecond, some 5 % of ours in all.
+what the stages show; asking for it costs about a microsecond, some 5 % of the time of stampworker in all.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def check(ours: list[bytes], plain: list[bytes]) -> str:
         for plane in ("science", "template", "difference", "convolved", "error"):
             np.testing.assert_array_equal(packet.stamps[plane].data, other.stamps[plane].data, packet.alert_id)
     if others:
-        raise AssertionError(f"found no packet of ours for {', '.join(others)}")
+        raise AssertionError(f"found no packet of stampworker for {', '.join(others)}")
     size, other_size = (sum(map(len, made)) / len(made) / 1000 for made in (ours, plain))
     return f"same pixels in {same} packets, {fitted} fitted by both; {size:.1f} kB a packet, plain {other_size:.1f} kB"
 

@@ -308,7 +308,7 @@ def median_size(broker: KafkaBroker, night: tuple[list[Alert], list[Path]]) -> i
 def test_packet_over_the_topic_limit_is_rejected(
     make_chain: MakeChain, broker: KafkaBroker, night: tuple[list[Alert], list[Path]]
 ) -> None:
-    """Packets that the topic refuses are set aside; the others go on, and nothing repeats for ever."""
+    """Packets that the topic refuses are set aside; the others go on, and nothing repeats without end."""
     limit = median_size(broker, night)
     chain = make_chain(**{"max.message.bytes": str(limit)})
     over = sum(len(value) > limit - 300 for value in chain.expected().values())  # key, headers and framing have some
@@ -326,7 +326,7 @@ def test_limit_that_was_lowered_costs_the_large_packets_only(
     night: tuple[list[Alert], list[Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A topic that takes less than it did: the limits are learnt anew, and only what is too large is rejected."""
+    """A topic that takes less than it did: the limits are asked for again, and only what is too large is rejected."""
     chain = make_chain(night[0][:12], **{"max.message.bytes": str(median_size(broker, night))})
     limits = iter([1_000_000, 1_000_000])  # as they were at the start
     real = stampworker.stream.kafka.message_limit

@@ -203,7 +203,7 @@ def test_record_too_large_aborts_and_says_which(scripted: Scripted) -> None:
 
 
 def test_batch_that_the_topic_refuses_for_its_size_is_marked(scripted: Scripted) -> None:
-    """The topic's refusal is told from other aborts, because it would come again."""
+    """The abort says that the topic refused the size, because the same batch would be refused again."""
     publisher, _ = scripted(commit_transaction=[error(KafkaError.MSG_SIZE_TOO_LARGE, txn_requires_abort=True)])
     with pytest.raises(TransactionAborted, match="injected") as caught:
         publish(publisher)
@@ -241,7 +241,7 @@ def test_at_least_once_commits_behind_the_records(cluster: MockCluster, settings
 
 
 def test_at_least_once_marks_what_the_topic_refuses_for_its_size(cluster: MockCluster, settings: Settings) -> None:
-    """A topic that refuses a record's size would refuse it for ever: the abort says so, and nothing is committed."""
+    """A topic that refuses a size would refuse it again: the abort says so, and nothing is committed."""
     topic = cluster.topic()
     publisher, reader = at_least_once(settings)
     cluster.fail_next(PRODUCE, KafkaError.MSG_SIZE_TOO_LARGE)

@@ -259,7 +259,7 @@ def test_times_that_are_not_finite_are_no_workers(
     caplog: pytest.LogCaptureFixture,
     headers: list[tuple[str, str | bytes | None]],
 ) -> None:
-    """Such a record would wait, or be tried again, for ever: it is taken as an alert."""
+    """Such a record would wait, or be tried again, without end: it is taken as an alert."""
     made = settings()
     cluster.produce(made.worker.retry_topic or "", [encode(alert("a", frames))], headers=headers)
     totals = Worker(made, drained=True).run()

@@ -159,7 +159,7 @@ def test_worker_finds_frames_that_alerts_do_not_name(
 
 
 def test_frame_root_that_is_not_there_is_told_before_the_broker_is_asked(settings: Callable[..., Settings]) -> None:
-    """What is wrong here is told at once, also where no broker answers."""
+    """What is wrong on this side is said at once, also where no broker answers."""
     nowhere = settings(frames__frame_roots="/nowhere", kafka__bootstrap__servers="127.0.0.1:1")
     with pytest.raises(ConfigError, match="'/nowhere', which is no folder"):
         Worker(nowhere).run()
@@ -237,7 +237,7 @@ def test_frames_are_opened_while_the_batch_before_is_computed(
 def test_stop_publishes_what_was_read(
     cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that is told to stop within a batch publishes it, and ends without an error."""
+    """A worker that is stopped within a batch publishes it, and ends without an error."""
     made = settings(worker__batch_s=600)
     send(cluster, made, alerts)
     worker = Worker(made)
@@ -352,7 +352,7 @@ def test_pattern_of_topics_is_refused(settings: Callable[..., Settings]) -> None
 def test_stop_after_an_abort_commits_nothing_behind_it(
     cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert]
 ) -> None:
-    """A batch aborts while the worker is told to stop: what was read behind it must not be committed in its place."""
+    """A batch aborts while the worker stops: what was read behind it must not be committed in its place."""
     made = settings(worker__batch_count=3, worker__batch_s=600)  # two batches, and an alert that waits for a third
     send(cluster, made, alerts)
 
