@@ -103,6 +103,8 @@ def test_a_bad_alert_costs_one_alert(tmp_path):
         (container(RECORDS)[:-20], "Avro container: "),
         (b"Obj\x01", "Avro container: "),
     ],
+    # Not by the data: fastavro orders a schema by hash, and two processes of one run would name the cases differently.
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_file_that_is_none_of_them(tmp_path, data, message):
     """A file that cannot be read as a whole, or a list that is cut off, gives one error with the file's name."""

@@ -9,6 +9,7 @@ from astropy import units as u
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import MaskedColumn, QTable, Table
+from astropy.utils.masked import Masked
 from helpers.night import alert_record
 
 from stampworker.errors import AlertError
@@ -99,8 +100,7 @@ def test_units_are_converted():
 
 def test_masked_quantities_are_absent():
     """A masked entry of a quantity is absent."""
-    table = QTable({"x": [1.0, 2.0], "y": [1.0, 2.0], "mag": [20.0, 21.0] * u.mag}, masked=True)
-    table["mag"].mask[0] = True
+    table = QTable({"x": [1.0, 2.0], "y": [1.0, 2.0], "mag": Masked([20.0, 21.0] * u.mag, mask=[True, False])})
     made = from_table(table, FRAMES)
     assert (made[0].extra, made[1].extra) == ({}, {"mag": 21.0})
 
