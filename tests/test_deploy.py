@@ -65,6 +65,7 @@ def apt_get(folder: Path, message: str, failures: int) -> subprocess.CompletedPr
     return subprocess.run([DEPLOY / "apt_get.sh", "update"], env=environ, capture_output=True, text=True, timeout=30)
 
 
+@pytest.mark.slow
 def test_another_apt_is_waited_for(tmp_path: Path) -> None:
     """Where another process has a lock, apt-get is tried again until the lock is free; one line says so."""
     done = apt_get(tmp_path, "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (apt)", failures=2)

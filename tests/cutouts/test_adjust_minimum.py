@@ -57,6 +57,7 @@ def excesses(
     return {name: np.array(values) for name, values in above.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600 if LONG else 120)
 @pytest.mark.parametrize(
     ("make", "number", "bar"),

@@ -41,6 +41,7 @@ def test_demo_shows_each_candidate(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [t.name for t in threading.enumerate() if t.name.startswith(("worker", "publish"))] == []
 
 
+@pytest.mark.slow
 def test_slow_metadata_does_not_disturb_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker gets its partitions although the embedded broker takes 0.4 s for each answer about metadata.
 

@@ -370,6 +370,7 @@ def test_stop_after_an_abort_commits_nothing_behind_it(
     assert cluster.committed(made.worker.group, made.worker.input_topic[0]) == OFFSET_INVALID
 
 
+@pytest.mark.slow
 def test_lost_partitions_are_read_again_only_after_what_is_being_published(
     cluster: MockCluster, settings: Callable[..., Settings], alerts: list[Alert], monkeypatch: pytest.MonkeyPatch
 ) -> None:
